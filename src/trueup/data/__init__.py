@@ -1,0 +1,1 @@
+"""Data: files and hubs → rows → examples → token ids, with every row accounted for."""
