@@ -1,0 +1,308 @@
+"""LoRA adapters: where a run starts from, what it trains, and what it saves.
+
+Three rules (docs/training.md tells them to users):
+ * The reference is base + the adapters the run starts from.
+ * A starting adapter of the wanted shape is continued; otherwise a new one is trained on top of it.
+ * What is saved stands on the root base alone: starting adapters and the new one are concatenated along the rank,
+   B·A = [B₁s₁ B₂s₂]·[A₁; A₂], so plain peft on the original base gives the trained policy.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trueup.errors import ModelError, Problem
+
+TRAINED = "default"  # peft's own name for the adapter that is saved at the top of a directory
+REFERENCE = "reference"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+StateDict = dict[str, Tensor]
+
+
+def is_adapter_dir(path: str | Path) -> bool:
+    """Whether a directory holds an adapter and no full model."""
+    path = Path(path)
+    return (path / CONFIG_FILE).is_file() and not (path / "config.json").is_file()
+
+
+def read_base_of(path: str | Path) -> str:
+    """The base model an adapter directory was trained on."""
+    config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            "the adapter does not say which base model it stands on",
+            where=str(Path(path) / CONFIG_FILE),
+            fix="give the base as model_name_or_path and this directory as adapter_name_or_path",
+        )
+    return base
+
+
+@dataclass
+class Adapters:
+    """The LoRA adapters on a model. `frozen` carry the start, `TRAINED` is what the optimizer moves."""
+
+    model: PeftModel
+    base_name: str
+    frozen: list[str] = field(default_factory=list)
+    continued: bool = False
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make exactly these adapters act; gradients flow to the trained one only."""
+        self.model.base_model.set_adapter(list(names) if len(names) > 1 else names[0])
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(f".{TRAINED}." in name or name.endswith(f".{TRAINED}"))
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """The model as it stood before the first step: starting adapters on, the trained one off."""
+        start = [REFERENCE] if self.continued else []
+        names = [*self.frozen, *start]
+        if not names:
+            with self.model.disable_adapter():
+                yield
+            return
+        self.activate(names)
+        try:
+            yield
+        finally:
+            self.activate([*self.frozen, TRAINED])
+
+    def save(self, directory: Path, masters: Mapping[str, Tensor]) -> None:
+        """Write adapter_config.json and adapter_model.safetensors (fp32 masters) that stand on the root base."""
+        parts = [_read_part(self.model, name) for name in self.frozen]
+        parts.append(_read_part(self.model, TRAINED, masters))
+        config, state = parts[0] if len(parts) == 1 else concatenate(parts, _module_names(self.model))
+        config = copy.deepcopy(config)
+        config.base_model_name_or_path = self.base_name
+        config.inference_mode = True
+        directory.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(str(directory))
+        save_file({k: v.contiguous() for k, v in state.items()}, directory / WEIGHTS_FILE, {"format": "pt"})
+
+
+def attach_lora(
+    base: PreTrainedModel,
+    wanted: LoraConfig,
+    starts: Sequence[str | Path],
+    base_name: str,
+    create_new: bool = False,
+) -> Adapters:
+    """Attach starting adapters and the one to train.
+
+    Args:
+        base: the root base model, without adapters.
+        wanted: shape of the adapter the config asks for.
+        starts: directories of adapters to start from, applied in sum.
+        base_name: what the saved adapter names as its base.
+        create_new: always train a new adapter on top, even if the last start has the wanted shape.
+
+    Raises:
+        ModelError: a start does not fit the base (C11), or cannot be carried along.
+    """
+    loaded = [_load_part(base, path) for path in starts]
+    continued = bool(loaded) and not create_new and _same_shape(base, loaded[-1][0], wanted)
+    frozen_parts = loaded[:-1] if continued else loaded
+    _refuse_uncarriable(frozen_parts, starts)
+
+    config = copy.deepcopy(loaded[-1][0] if continued else wanted)
+    config.inference_mode = False
+    config.lora_dropout = wanted.lora_dropout
+    model = get_peft_model(base, config, adapter_name=TRAINED, autocast_adapter_dtype=False)
+    adapters = Adapters(model, base_name, continued=continued)
+    if continued:
+        _fill(model, TRAINED, loaded[-1], starts[-1])
+        model.add_adapter(REFERENCE, copy.deepcopy(config))
+        _fill(model, REFERENCE, loaded[-1], starts[-1])
+    for index, (part, path) in enumerate(zip(frozen_parts, starts, strict=False)):
+        name = f"start_{index}"
+        model.add_adapter(name, copy.deepcopy(part[0]))
+        _fill(model, name, part, path)
+        adapters.frozen.append(name)
+    # peft makes adapters added later in fp32; one dtype throughout, or every input would be cast.
+    model.to(base.dtype)
+    adapters.activate([*adapters.frozen, TRAINED])
+    return adapters
+
+
+def merge_adapters(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTrainedModel:
+    """Fold adapters into the base weights, in order: the starting point of full and freeze training, and of export."""
+    for path in starts:
+        part = _load_part(base, path)
+        model = get_peft_model(base, part[0], adapter_name=TRAINED, autocast_adapter_dtype=False)
+        _fill(model, TRAINED, part, path)
+        base = model.merge_and_unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base
+
+
+Part = tuple[LoraConfig, StateDict]
+
+
+def _load_part(base: PreTrainedModel, path: str | Path) -> Part:
+    path = Path(path)
+    config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, LoraConfig):
+        raise ModelError(
+            f"a {config.peft_type} adapter cannot be started from yet", where=str(path), expected="a LoRA adapter"
+        )
+    weights = path / WEIGHTS_FILE
+    if not weights.is_file():
+        raise ModelError(
+            f"no {WEIGHTS_FILE}", where=str(path), expected="an adapter saved as safetensors",
+            fix="convert a pickled adapter with `peft` on a machine that may trust it, and save it as safetensors",
+        )  # fmt: skip
+    return config, load_file(weights)
+
+
+def _fill(model: PeftModel, name: str, part: Part, path: str | Path) -> None:
+    """Load a part's tensors into adapter `name`; every tensor must find its place (C11)."""
+    expected = get_peft_model_state_dict(model, adapter_name=name)
+    problems = [
+        Problem(f"{key}: the adapter has {tuple(tensor.shape)}, the model wants {tuple(expected[key].shape)}", str(path))
+        if key in expected
+        else Problem(f"{key}: no such module in the model", str(path))
+        for key, tensor in part[1].items()
+        if key not in expected or expected[key].shape != tensor.shape
+    ]
+    problems += [Problem(f"{key}: missing from the adapter", str(path)) for key in expected if key not in part[1]]
+    if problems:
+        more = [Problem(f"… and {len(problems) - 8} more tensors", str(path))] if len(problems) > 8 else []
+        head = Problem(
+            "the adapter does not fit this base model", str(path),
+            fix="start from the base it was trained on (base_model_name_or_path in its adapter_config.json)",
+        )  # fmt: skip
+        raise ModelError([head, *problems[:8], *more])
+    set_peft_model_state_dict(model, part[1], adapter_name=name)
+
+
+def _same_shape(base: PreTrainedModel, start: LoraConfig, wanted: LoraConfig) -> bool:
+    """Whether continuing `start` trains exactly what `wanted` describes."""
+
+    def shape(config: LoraConfig):
+        targets = config.target_modules
+        names = _linear_leaves(base) if targets == "all-linear" else targets
+        return (
+            config.r, config.lora_alpha, config.use_rslora, config.use_dora, config.bias,
+            dict(config.rank_pattern), dict(config.alpha_pattern),
+            frozenset(names) if not isinstance(names, str) else names,
+            frozenset(config.modules_to_save or ()),
+        )  # fmt: skip
+
+    return shape(start) == shape(wanted)
+
+
+def _linear_leaves(base: PreTrainedModel) -> set[str]:
+    head = base.get_output_embeddings()
+    return {
+        _leaf(name)
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def _refuse_uncarriable(parts: Sequence[Part], starts: Sequence[str | Path]) -> None:
+    problems = []
+    for (config, _), path in zip(parts, starts, strict=False):
+        if config.modules_to_save or config.use_dora or config.bias != "none":
+            problems.append(
+                Problem(
+                    "this adapter holds fully trained modules, DoRA magnitudes or biases, which cannot be "
+                    "concatenated with a new adapter",
+                    str(path),
+                    fix="ask for the same lora_rank, lora_alpha and lora_target so that it is continued, "
+                    "or merge it into the base first",
+                )
+            )
+    if problems:
+        raise ModelError(problems)
+
+
+def _read_part(model: PeftModel, name: str, masters: Mapping[str, Tensor] | None = None) -> Part:
+    # The masters bear the model's parameter names, so peft picks and renames them like its own state dict.
+    state = {**model.state_dict(), **masters} if masters is not None else None
+    tensors = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
+    return model.peft_config[name], {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}
+
+
+def _scaling(config: LoraConfig, module: str, rank: int) -> float:
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def concatenate(parts: Sequence[Part], module_names: Collection[str]) -> Part:
+    """One LoRA adapter equal to the sum of several, by stacking ranks.
+
+    Args:
+        parts: (config, state dict as peft saves it, fp32) of each adapter.
+        module_names: paths of all modules of the base, so that a short target name never matches too much.
+
+    Returns:
+        (config, state dict) with scaling 1 everywhere: the parts' scalings are folded into B.
+    """
+    modules: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    for config, state in parts:
+        for key, a in state.items():
+            if ".lora_A." not in key and ".lora_embedding_A" not in key:
+                continue
+            path = key.removeprefix("base_model.model.").split(".lora_")[0]
+            scale = _scaling(config, path, min(a.shape))
+            rows, columns = modules.setdefault(key, ([], []))
+            rows.append(a)
+            columns.append(state[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")] * scale)
+    state: StateDict = {}
+    ranks: dict[str, int] = {}
+    for key, (rows, columns) in modules.items():
+        state[key] = torch.cat(rows, dim=0)
+        state[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")] = torch.cat(columns, dim=1)
+        ranks[key.removeprefix("base_model.model.").split(".lora_")[0]] = state[key].shape[0]
+    config = copy.deepcopy(parts[-1][0])
+    config.target_modules, config.r, config.rank_pattern = _describe_ranks(ranks, module_names)
+    config.lora_alpha = config.r
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.use_rslora = False
+    config.lora_dropout = 0.0
+    config.init_lora_weights = True
+    return config, state
+
+
+def _describe_ranks(
+    ranks: Mapping[str, int], module_names: Collection[str]
+) -> tuple[set[str], int, dict[str, int]]:
+    """(target modules, default rank, rank pattern): by leaf name where that says the same, else by full path."""
+    values = list(ranks.values())
+    default = max(set(values), key=values.count)
+    by_leaf: dict[str, set[int]] = {}
+    for path, rank in ranks.items():
+        by_leaf.setdefault(_leaf(path), set()).add(rank)
+    namesakes = {name for name in module_names if _leaf(name) in by_leaf}
+    if namesakes == set(ranks) and all(len(found) == 1 for found in by_leaf.values()):
+        leaf_rank = {leaf: found.pop() for leaf, found in by_leaf.items()}
+        return set(leaf_rank), default, {leaf: rank for leaf, rank in leaf_rank.items() if rank != default}
+    return set(ranks), default, {path: rank for path, rank in ranks.items() if rank != default}
+
+
+def _leaf(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def _module_names(model: PeftModel) -> set[str]:
+    names = (name.removeprefix("base_model.model.") for name, _ in model.named_modules())
+    return {name for name in names if ".lora_" not in name and not name.endswith(".base_layer")}

@@ -1,0 +1,283 @@
+"""From a config to a policy: tokenizer, device, precision, weights, adapters. The one place that loads models."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trueup.config.schema import ModelSection, TrainSection, TuningSection
+from trueup.errors import ModelError
+from trueup.models.adapters import Adapters, attach_lora, merge_adapters
+from trueup.models.hub import HubAccess, locate, resolve_model, unreachable
+from trueup.models.policy import Policy
+
+log = logging.getLogger("trueup")
+
+
+def hub_access(model: ModelSection) -> HubAccess:
+    """The hub settings of a config."""
+    token = {"huggingface": model.hf_hub_token, "modelscope": model.ms_hub_token, "modelers": model.om_hub_token}
+    return HubAccess(model.hub, model.model_revision, token[model.hub], model.cache_dir)
+
+
+def pick_device(wanted: str, use_cpu: bool = False) -> torch.device:
+    """The device asked for, or the nearest that exists, said once."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    best = "cuda" if cuda else "mps" if mps else "cpu"
+    if use_cpu:
+        return torch.device("cpu")
+    if wanted == "auto":
+        wanted = best
+    kind, _, index = wanted.partition(":")
+    missing = (kind == "cuda" and (not cuda or int(index or 0) >= torch.cuda.device_count())) or (kind == "mps" and not mps)
+    if missing:
+        log.warning("device %s is not present here; running on %s", wanted, best)
+        wanted = best
+    return torch.device(wanted)
+
+
+def pick_dtype(device: torch.device, bf16: bool | None, fp16: bool | None) -> torch.dtype:
+    """Compute dtype: what was asked for where the device has it, otherwise the nearest, said once.
+
+    Unset means bf16 wherever the hardware multiplies it, else fp32.
+    """
+    has_bf16 = _has_bf16(device)
+    if fp16 and device.type == "cuda":
+        return torch.float16
+    if fp16 or bf16:
+        nearest = torch.bfloat16 if has_bf16 else torch.float32
+        if fp16 or not has_bf16:
+            asked = "fp16" if fp16 else "bf16"
+            log.warning("%s is not supported on this %s; computing in %s", asked, device.type, str(nearest)[6:])
+        return nearest
+    if bf16 is None and fp16 is None and has_bf16:
+        return torch.bfloat16
+    return torch.float32
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Without AMX or AVX512-BF16 a CPU emulates bf16 and is slower than in fp32.
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model (of the last adapter that carries one, else of its base)."""
+    access = hub_access(model)
+    name, location, adapters = resolve_model(model.model_name_or_path, model.adapter_name_or_path, access)
+    for candidate in (*reversed(adapters), location):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                candidate, revision=access.revision, token=access.token, cache_dir=access.cache_dir,
+                use_fast=model.use_fast_tokenizer, trust_remote_code=model.trust_remote_code,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            if candidate != location:
+                continue  # an adapter directory without tokenizer files: the base has them
+            raise unreachable(name, access, error) from error
+        if model.add_tokens:
+            tokenizer.add_tokens(model.add_tokens)
+        if model.add_special_tokens:
+            tokenizer.add_special_tokens({"additional_special_tokens": model.add_special_tokens})
+        return tokenizer
+    raise AssertionError("the base is always a candidate")
+
+
+def load_base(
+    location: str, model: ModelSection, device: torch.device, dtype: torch.dtype, name: str | None = None
+) -> PreTrainedModel:
+    """A causal LM in eval mode, safetensors only, code from the hub only when trusted.
+
+    Raises:
+        ModelError: it cannot be loaded; the message says what and how to mend it.
+    """
+    access = hub_access(model)
+    common = dict(revision=access.revision, token=access.token, cache_dir=access.cache_dir,
+                  trust_remote_code=model.trust_remote_code)  # fmt: skip
+    try:
+        config = AutoConfig.from_pretrained(location, **common)
+        base = AutoModelForCausalLM.from_pretrained(
+            location, config=config, dtype=dtype, use_safetensors=True, attn_implementation=_plain_attention(model), **common
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _load_error(name or location, access, error) from error
+    return base.to(device).eval()
+
+
+def _plain_attention(model: ModelSection) -> str:
+    return {"disabled": "eager", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}.get(model.flash_attn, "sdpa")
+
+
+def _load_error(name: str, access: HubAccess, error: Exception) -> ModelError:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"{name} needs Python code from its repository", where="model_name_or_path",
+            expected="an architecture that transformers has built in",
+            fix="read that code, then set trust_remote_code: true and pin model_revision",
+        )  # fmt: skip
+    if "safetensors" in text:
+        return ModelError(
+            f"{name} has no safetensors weights", where="model_name_or_path", expected="model*.safetensors",
+            fix="pickled weights can run code when loaded; convert them once with transformers' `save_pretrained`",
+        )  # fmt: skip
+    return unreachable(name, access, error)
+
+
+@dataclass
+class Loaded:
+    """A policy ready to train, with what the header and the recipe want to know about it."""
+
+    policy: Policy
+    adapters: Adapters | None
+    base_name: str
+    starts: list[str]
+    device: torch.device
+    dtype: torch.dtype
+    layout_note: str | None
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(p.numel() for p in self.policy.trainable().values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.policy.model.parameters())
+
+
+def load_policy(
+    model: ModelSection, tuning: TuningSection, train: TrainSection, tokenizer: PreTrainedTokenizerBase
+) -> Loaded:
+    """Load the base, attach or merge starting adapters, decide what trains, and prove the layout.
+
+    Raises:
+        ModelError: the model, an adapter or the tokenizer does not fit (C10, C11, C17).
+    """
+    device = pick_device(model.device, train.use_cpu)
+    dtype = pick_dtype(device, train.bf16, train.fp16)
+    access = hub_access(model)
+    name, location, starts = resolve_model(model.model_name_or_path, model.adapter_name_or_path, access)
+    base = load_base(location, model, device, dtype, name)
+    check_vocabulary(base, tokenizer, name)
+    base.requires_grad_(False)
+
+    adapters = None
+    torch.manual_seed(train.seed)  # the new adapter's first weights
+    if tuning.finetuning_type == "lora":
+        adapters = attach_lora(base, lora_config(tuning), starts, name, tuning.create_new_adapter)
+        policy = Policy(base, adapters.model)
+    else:
+        policy = Policy(merge_adapters(base, starts))
+        unfreeze(policy.base, tuning)
+    note = policy.verify_layout()
+    if note:
+        log.warning("prompts are not shared between answers on this architecture: %s", note)
+    if wants_checkpointing(model, train, device):
+        policy.base.gradient_checkpointing_enable({"use_reentrant": False})
+    return Loaded(policy, adapters, name, starts, device, dtype, note)
+
+
+def wants_checkpointing(model: ModelSection, train: TrainSection, device: torch.device) -> bool:
+    """Activation checkpointing: as asked; unset means on for accelerators (memory binds), off for CPUs (time binds)."""
+    if model.disable_gradient_checkpointing:
+        return False
+    return device.type != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing
+
+
+def lora_config(tuning: TuningSection) -> LoraConfig:
+    """The shape of the adapter a config asks for."""
+    everything = tuning.lora_target == ["all"]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=tuning.lora_rank,
+        lora_alpha=tuning.lora_alpha if tuning.lora_alpha is not None else 2 * tuning.lora_rank,
+        lora_dropout=tuning.lora_dropout,
+        target_modules="all-linear" if everything else list(tuning.lora_target),
+        modules_to_save=list(tuning.additional_target) or None,
+        use_rslora=tuning.use_rslora,
+    )
+
+
+def unfreeze(base: PreTrainedModel, tuning: TuningSection) -> None:
+    """Mark what full or freeze training moves.
+
+    `freeze` trains the last n layers (the first n for a negative n), only the named modules of them, plus
+    `freeze_extra_modules` anywhere.
+
+    Raises:
+        ModelError: more layers than the model has, or a module name that matches nothing.
+    """
+    if tuning.finetuning_type == "full":
+        base.requires_grad_(True)
+        return
+    layers = _decoder_layers(base)
+    count = tuning.freeze_trainable_layers
+    if abs(count) > len(layers) or count == 0:
+        raise ModelError(
+            f"the model has {len(layers)} layers", where="freeze_trainable_layers",
+            expected=f"1 … {len(layers)} (last n) or -1 … -{len(layers)} (first n)",
+        )  # fmt: skip
+    chosen = list(layers)[-count:] if count > 0 else list(layers)[:-count]
+    wanted = set(tuning.freeze_trainable_modules) - {"all"}
+    used: set[str] = set()
+    for layer in chosen:
+        for path, parameter in layer.named_parameters():
+            matches = wanted & set(path.split("."))
+            if matches or not wanted:
+                used |= matches
+                parameter.requires_grad_(True)
+    extra = set(tuning.freeze_extra_modules or ())
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    for path, parameter in base.named_parameters():
+        matches = extra & set(path.split("."))
+        if matches and id(parameter) not in inside:
+            used |= matches
+            parameter.requires_grad_(True)
+    unmatched = (wanted | extra) - used
+    if unmatched:
+        raise ModelError(f"no module named {', '.join(sorted(unmatched))} in the model", where="freeze_trainable_modules")
+
+
+def _decoder_layers(base: PreTrainedModel) -> torch.nn.ModuleList:
+    depth = base.config.get_text_config().num_hidden_layers
+    for module in base.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return module
+    raise ModelError(
+        f"cannot find the {depth} decoder layers of {type(base).__name__}", where="finetuning_type: freeze",
+        fix="use finetuning_type: lora or full",
+    )  # fmt: skip
+
+
+def check_vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """C10: every id the tokenizer can produce must have an embedding row."""
+    rows = base.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings only {rows} rows", where=name,
+            expected="a tokenizer that belongs to this model",
+            fix="use the model's own tokenizer, or remove add_tokens / add_special_tokens; growing the vocabulary "
+            "(resize_vocab) is not supported yet: resize once with transformers' resize_token_embeddings and save",
+        )  # fmt: skip
+
+
+def load_reference(
+    model: ModelSection, name: str, adapters: list[str], device: torch.device, dtype: torch.dtype
+) -> Policy:
+    """A frozen model of its own as reference (`ref_model`, with `ref_model_adapters` folded in)."""
+    access = hub_access(model)
+    root, location, starts = resolve_model(name, adapters, access)
+    policy = Policy(merge_adapters(load_base(location, model, device, dtype, root), starts))
+    policy.base.requires_grad_(False).eval()
+    policy.verify_layout()
+    return policy
+
+
+__all__ = ["Loaded", "load_base", "load_policy", "load_reference", "load_tokenizer", "locate", "pick_device", "pick_dtype"]

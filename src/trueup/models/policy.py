@@ -1,0 +1,180 @@
+"""A causal language model seen as a function from forests to log-probabilities.
+
+Two paths give the same numbers. *Shared*: the forest in one row, through `models/attention.py`. *Unshared*: one
+right-padded row a sequence with an ordinary mask, for architectures whose attention cannot take a layout.
+`verify_layout` decides which, by comparing with plain forwards of the loaded model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trueup.models.attention import FOREST_ATTENTION, ForestLayout
+from trueup.models.logprobs import Head, token_logps
+from trueup.types import Forest, Segment
+
+
+class Policy:
+    """The model under training (or a reference), with its backbone, its head and its layout.
+
+    Attributes:
+        model: what holds the parameters; a PeftModel when adapters are attached.
+        base: the transformers model inside.
+        shared: whether forests run in the shared layout.
+    """
+
+    def __init__(self, base: PreTrainedModel, model: nn.Module | None = None) -> None:
+        self.base = base
+        self.model = model if model is not None else base
+        self.plain_attention: str = base.config._attn_implementation
+        self.shared = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def head(self) -> Head:
+        """The output projection as it is now (adapters may have wrapped it since loading)."""
+        return head_of(self.base)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Names → parameters the optimizer owns, in the model's order."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def token_logps(self, forest: Forest) -> Tensor:
+        """log-probabilities [N] (fp32) of the forest's targets; `forest` may live on any device."""
+        forest = forest.to(self.device)
+        return token_logps(self.hidden(forest), self.head, forest.target)
+
+    def hidden(self, forest: Forest) -> Tensor:
+        """Hidden states [N, H] at the positions the forest reads."""
+        return self._shared_hidden(forest) if self.shared else self._unshared_hidden(forest)
+
+    def _backbone(self, **inputs) -> Tensor:
+        backbone = getattr(self.base, self.base.base_model_prefix)
+        return backbone(use_cache=False, **inputs).last_hidden_state
+
+    def _shared_hidden(self, forest: Forest) -> Tensor:
+        layout = ForestLayout(forest.segments, forest.position_ids)
+        hidden = self._backbone(
+            input_ids=forest.input_ids[None], position_ids=forest.position_ids[None], forest=layout
+        )
+        return hidden[0, forest.read_at]
+
+    def _unshared_hidden(self, forest: Forest) -> Tensor:
+        rows = [
+            torch.cat([forest.input_ids[s.start : s.stop] for s in map(forest.segments.__getitem__, path)])
+            for path in forest.paths
+        ]
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        # Right padding is never attended to by real tokens (causal), and its own outputs are never read.
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        columns = torch.arange(input_ids.shape[1], device=self.device)
+        hidden = self._backbone(
+            input_ids=input_ids,
+            attention_mask=(columns < lengths[:, None]).long(),
+            position_ids=columns.expand_as(input_ids),
+        )
+        return hidden[forest.owner, forest.position_ids[forest.read_at]]
+
+    @contextmanager
+    def generating(self) -> Iterator[PreTrainedModel]:
+        """The transformers model set up for `generate`: eval mode and its own attention."""
+        training = self.model.training
+        self.base.set_attn_implementation(self.plain_attention)
+        self.model.eval()
+        try:
+            yield self.base
+        finally:
+            self.model.train(training)
+            if self.shared:
+                self.base.set_attn_implementation(FOREST_ATTENTION)
+
+    @torch.no_grad()
+    def verify_layout(self) -> str | None:
+        """Choose the shared layout if it reproduces plain forwards; otherwise say why it does not.
+
+        One forest of a prompt and two answers is compared with separate forwards of the two sequences.
+
+        Returns:
+            None when the shared layout is in use, else the reason it is not.
+
+        Raises:
+            AssertionError: even the unshared path does not reproduce the model's own logits.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            forest, plain = self._probe()
+            self.shared = False
+            unshared = self.token_logps(forest)
+            tolerance = 1e-3 if self.dtype == torch.float32 else 0.25
+            assert _gap(unshared, plain) <= tolerance, (
+                f"{type(self.base).__name__}: head or padding differs from the model's own logits by {_gap(unshared, plain)}"
+            )
+            reason = self._try_shared(forest, unshared)
+        finally:
+            self.model.train(training)
+        if reason:
+            self.base.set_attn_implementation(self.plain_attention)
+        self.shared = reason is None
+        return reason
+
+    def _try_shared(self, forest: Forest, expected: Tensor) -> str | None:
+        try:
+            self.base.set_attn_implementation(FOREST_ATTENTION)
+            self.shared = True
+            logps = self.token_logps(forest)
+        except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        gap = _gap(logps, expected)
+        # Different kernels round differently; a layout that leaks between siblings is off by far more than this.
+        limit = 1e-4 if self.dtype == torch.float32 else 0.1
+        return None if gap <= limit else f"log-probabilities differ from plain forwards by {gap:.2g}"
+
+    def _probe(self) -> tuple[Forest, Tensor]:
+        prompt, chosen, rejected = 7, 6, 5
+        total = prompt + chosen + rejected
+        vocab = self.base.get_input_embeddings().weight.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(min(vocab, 1000), (total,), generator=generator)
+        fork = prompt + chosen
+        positions = torch.cat([torch.arange(fork), torch.arange(prompt, prompt + rejected)])
+        read_at = torch.cat([torch.arange(prompt - 1, fork - 1), torch.tensor([prompt - 1]), torch.arange(fork, total - 1)])
+        forest = Forest(
+            ids, positions,
+            (Segment(0, prompt, -1), Segment(prompt, fork, 0), Segment(fork, total, 0)),
+            read_at, ids[prompt:], torch.tensor([0] * chosen + [1] * rejected), 2, ((0, 1), (0, 2)),
+        ).to(self.device)  # fmt: skip
+        plain = []
+        for answer in (forest.input_ids[prompt:fork], forest.input_ids[fork:]):
+            row = torch.cat([forest.input_ids[:prompt], answer])[None]
+            logits = self.base(input_ids=row, use_cache=False).logits[0, prompt - 1 : -1].float()
+            plain.append(torch.log_softmax(logits, -1).gather(1, answer[:, None]).squeeze(1))
+        return forest, torch.cat(plain)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def head_of(base: PreTrainedModel) -> Head:
+    """The head of a causal LM: its projection, and the scaling or capping its architecture applies."""
+    config = base.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None):  # Cohere
+        scale = float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):  # Granite
+        scale = 1.0 / float(config.logits_scaling)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(base.get_output_embeddings(), scale, softcap)
