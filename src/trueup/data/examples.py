@@ -1,0 +1,114 @@
+"""The kinds of example a stage can learn from. A row of any layout becomes one of these; tokens come later.
+
+Every example carries `row`, "dataset:17" with the row's 0-based index in its file, so that whatever happens to
+it later can be traced back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+Kind = Literal["text", "chat", "pair", "ranking", "feedback", "prompt"]
+
+#: What a function specification or call looks like everywhere in trueup: the shape transformers' chat
+#: templates take, {"type": "function", "function": {"name": …, "arguments" | "parameters": {…}}}.
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `tool_calls` are the calls an assistant makes in it, `arguments` already parsed to a dict."""
+
+    role: Role
+    content: str
+    tool_calls: tuple[Json, ...] | None = None
+
+    def to_dict(self) -> Json:
+        """The message as transformers' chat templates take it."""
+        message: Json = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            message["tool_calls"] = list(self.tool_calls)
+        return message
+
+
+Messages = tuple[Message, ...]
+Tools = tuple[Json, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A document to continue: no roles, no template, every token trained."""
+
+    text: str
+    row: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that ends with an assistant turn.
+
+    `plain` (here and below): the contents are raw text, to be concatenated without a chat template,
+    as TRL does with plain strings. It is only set when a dataset says `formatting: trl`, and on pairs
+    of full texts whose prompt nobody marked.
+    """
+
+    messages: Messages
+    row: str
+    tools: Tools | None = None
+    plain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt (ends with a user or tool turn) with a better and a worse continuation.
+
+    A continuation starts with an assistant turn and usually is one; it holds more turns where two
+    conversations part before the last answer. With `plain` and an empty `prompt`, `chosen` and `rejected`
+    are whole texts: the prompt is their common prefix of tokens, which only the encoder can see.
+    """
+
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+    row: str
+    tools: Tools | None = None
+    plain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """N ≥ 2 continuations of a prompt, best first; `scores` (descending) if the data gave any."""
+
+    prompt: Messages
+    answers: tuple[Messages, ...]
+    row: str
+    scores: tuple[float, ...] | None = None
+    tools: Tools | None = None
+    plain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """One continuation and whether people want it (Kahneman–Tversky)."""
+
+    prompt: Messages
+    answer: Messages
+    desirable: bool
+    row: str
+    tools: Tools | None = None
+    plain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt to answer (online methods, prediction)."""
+
+    messages: Messages
+    row: str
+    tools: Tools | None = None
+    plain: bool = False
+
+
+Example = Text | Chat | Pair | Ranking | Feedback | Prompt
