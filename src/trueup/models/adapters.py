@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
@@ -174,7 +175,7 @@ def _load_part(base: PreTrainedModel, path: str | Path) -> Part:
 
 def _fill(model: PeftModel, name: str, part: Part, path: str | Path) -> None:
     """Load a part's tensors into adapter `name`; every tensor must find its place (C11)."""
-    expected = get_peft_model_state_dict(model, adapter_name=name)
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     problems = [
         Problem(f"{key}: the adapter has {tuple(tensor.shape)}, the model wants {tuple(expected[key].shape)}", str(path))
         if key in expected
@@ -197,25 +198,21 @@ def _same_shape(base: PreTrainedModel, start: LoraConfig, wanted: LoraConfig) ->
     """Whether continuing `start` trains exactly what `wanted` describes."""
 
     def shape(config: LoraConfig):
-        targets = config.target_modules
-        names = _linear_leaves(base) if targets == "all-linear" else targets
         return (
             config.r, config.lora_alpha, config.use_rslora, config.use_dora, config.bias,
-            dict(config.rank_pattern), dict(config.alpha_pattern),
-            frozenset(names) if not isinstance(names, str) else names,
-            frozenset(config.modules_to_save or ()),
+            config.rank_pattern, config.alpha_pattern, set(config.modules_to_save or ()), _targets(base, config),
         )  # fmt: skip
 
     return shape(start) == shape(wanted)
 
 
-def _linear_leaves(base: PreTrainedModel) -> set[str]:
-    head = base.get_output_embeddings()
-    return {
-        _leaf(name)
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
+def _targets(base: PreTrainedModel, config: LoraConfig) -> set[str]:
+    """Paths of the modules a LoRA config adapts."""
+    linear = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    if config.target_modules == "all-linear":
+        head = base.get_output_embeddings()
+        return {name for name in linear if base.get_submodule(name) is not head}
+    return {name for name in linear if check_target_module_exists(config, name)}
 
 
 def _refuse_uncarriable(parts: Sequence[Part], starts: Sequence[str | Path]) -> None:

@@ -111,8 +111,9 @@ def load_base(
     return base.to(device).eval()
 
 
-def _plain_attention(model: ModelSection) -> str:
-    return {"disabled": "eager", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}.get(model.flash_attn, "sdpa")
+def _plain_attention(model: ModelSection) -> str | None:
+    """The kernel of generation and of the unshared path; None lets transformers choose what the architecture has."""
+    return {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}.get(model.flash_attn)
 
 
 def _load_error(name: str, access: HubAccess, error: Exception) -> ModelError:

@@ -1,0 +1,1 @@
+"""Loading models and turning batches into log-probabilities."""
