@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +109,13 @@ class ReferenceTable:
                 known[batch] = True
         return todo
 
+    def positions(self, indices: Iterable[int]) -> Tensor:
+        """Bool mask over `values` of these examples' places."""
+        mask = torch.zeros(len(self.values), dtype=torch.bool)
+        for i in indices:
+            mask[self.offsets[i] : self.offsets[i + 1]] = True
+        return mask
+
     def put(self, indices: np.ndarray, values: Tensor) -> None:
         cursor = 0
         values = values.float().cpu()
@@ -127,7 +134,8 @@ class ReferenceTable:
             save_file({"logps": self.values}, staged)
             os.replace(staged, self.path)
         except OSError as error:
-            staged.unlink(missing_ok=True)
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
             log.warning("the reference's log-probabilities could not be cached at %s: %s", self.path, error)
 
 

@@ -1,0 +1,107 @@
+"""`trueup check`: everything short of loading weights. What passes here fails later only for want of memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trueup.config.schema import RunConfig
+from trueup.data.encode import Prepared, prepare
+from trueup.models.estimate import Estimate, estimate
+from trueup.models.load import load_tokenizer
+from trueup.recipes.offline import Arithmetic, plan_batches
+
+GB = 1024**3
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a run would do, without doing it."""
+
+    cfg: RunConfig
+    prepared: Prepared
+    arithmetic: Arithmetic
+    estimate: Estimate
+    memory_free: int
+    disk_free: int
+    disk_needed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "config": self.cfg.resolved(),
+            "template": self.prepared.template.name,
+            "data": self.prepared.report.to_dict(),
+            "steps": {**self.arithmetic.__dict__, "rows_per_step": self.arithmetic.rows_per_step},
+            "estimate": self.estimate.to_dict(),
+            "memory_free": self.memory_free,
+            "disk_free": self.disk_free,
+            "disk_needed": self.disk_needed,
+        }
+
+    def render(self) -> str:
+        return "\n".join([self.prepared.report.render(), "", *self._summary()])
+
+    def _summary(self) -> list[str]:
+        e, a = self.estimate, self.arithmetic
+        fits = "fits" if e.memory <= self.memory_free else "does NOT fit: lower per_device_train_batch_size or cutoff_len"
+        room = "fits" if self.disk_needed <= self.disk_free else "does NOT fit: set save_total_limit or save_only_model"
+        return [
+            f"model     {self.cfg.model.model_name_or_path}: {e.parameters:,} parameters, {e.trainable:,} trained "
+            f"({self.cfg.tuning.finetuning_type})",
+            f"template  {self.prepared.template.name}",
+            f"steps     {a.examples:,} rows ÷ ({a.rows_per_micro_batch} × {a.accumulation} × {a.world_size}) → "
+            f"{a.steps_per_epoch:,} a epoch, {a.total_steps:,} in all",
+            f"memory    ~{e.memory / GB:.1f} GB on {e.device} in {e.dtype}: weights {e.weights / GB:.1f}, "
+            f"optimizer {e.optimizer / GB:.1f},",
+            f"          activations {e.activations / GB:.1f}, head {e.head / GB:.1f}; free {self.memory_free / GB:.1f} → {fits}",
+            f"disk      ~{self.disk_needed / GB:.2f} GB of checkpoints; free {self.disk_free / GB:.1f} → {room}",
+        ]
+
+
+def check(cfg: RunConfig) -> CheckReport:
+    """Validate data, template, sizes and needs of a config.
+
+    Raises:
+        ConfigError, DataError, ModelError: whatever would stop the run before its first step.
+    """
+    tokenizer = load_tokenizer(cfg.model)
+    prepared = prepare(cfg, tokenizer)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
+    largest = max(int(prepared.train.lengths[group].sum()) for units in plan.steps(0) for group in plan.micro_batches(units))
+    needs = estimate(cfg, largest)
+    return CheckReport(
+        cfg, prepared, arithmetic, needs, _free_memory(needs.device), _free_disk(cfg.train.output_dir),
+        needs.checkpoint * kept_checkpoints(cfg, arithmetic),
+    )  # fmt: skip
+
+
+def kept_checkpoints(cfg: RunConfig, arithmetic: Arithmetic) -> int:
+    """How many checkpoints lie on disk at the worst moment: the limit plus the one being written."""
+    train = cfg.train
+    if train.save_strategy == "no":
+        return 1
+    interval = train.save_steps if train.save_strategy == "steps" else arithmetic.steps_per_epoch
+    interval = interval * arithmetic.total_steps if interval < 1 else interval
+    written = int(arithmetic.total_steps // max(interval, 1)) + 1
+    return min(written, train.save_total_limit + 1) if train.save_total_limit else written
+
+
+def _free_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _free_disk(output_dir: str) -> int:
+    path = Path(output_dir).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
