@@ -1,0 +1,1 @@
+"""Generation: the engine behind chat, evaluation and, later, online training and serving."""
