@@ -142,6 +142,22 @@ def attach_lora(
     return adapters
 
 
+def attach_frozen(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTrainedModel | PeftModel:
+    """The base with adapters acting on it in sum, nothing trained; unmerged, since bf16 weights would round them off."""
+    if not starts:
+        return base
+    parts = [_load_part(base, path) for path in starts]
+    names = [f"start_{index}" for index in range(len(parts))]
+    model = get_peft_model(base, copy.deepcopy(parts[0][0]), adapter_name=names[0], autocast_adapter_dtype=False)
+    for name, part, path in zip(names, parts, starts, strict=True):
+        if name != names[0]:
+            model.add_adapter(name, copy.deepcopy(part[0]))
+        _fill(model, name, part, path)
+    model.to(base.dtype)
+    model.base_model.set_adapter(names if len(names) > 1 else names[0])
+    return model.requires_grad_(False).eval()
+
+
 def merge_adapters(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTrainedModel:
     """Fold adapters into the base weights, in order: the starting point of full and freeze training, and of export."""
     for path in starts:

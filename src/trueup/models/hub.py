@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from trueup.builtin import BUILTIN_PREFIX, builtin_path
+from trueup.builtin import builtin_path, is_builtin
 from trueup.errors import ModelError
 from trueup.models.adapters import is_adapter_dir, read_base_of
 
@@ -35,7 +35,7 @@ def locate(name: str, access: HubAccess) -> str:
     Raises:
         ModelError: a built-in that does not exist, or a hub that cannot be reached (C17).
     """
-    if name.startswith(BUILTIN_PREFIX):
+    if is_builtin(name):
         return str(builtin_path(name))
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from trueup.config.schema import ModelSection, TrainSection, TuningSection
 from trueup.errors import ModelError
-from trueup.models.adapters import Adapters, attach_lora, merge_adapters
-from trueup.models.hub import HubAccess, locate, resolve_model, unreachable
+from trueup.models.adapters import Adapters, attach_frozen, attach_lora, merge_adapters
+from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.policy import Policy
 
 log = logging.getLogger("trueup")
@@ -154,14 +154,21 @@ class Loaded:
 
 
 def load_policy(
-    model: ModelSection, tuning: TuningSection, train: TrainSection, tokenizer: PreTrainedTokenizerBase
+    model: ModelSection,
+    tuning: TuningSection,
+    train: TrainSection,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | None = None,
 ) -> Loaded:
     """Load the base, attach or merge starting adapters, decide what trains, and prove the layout.
+
+    Args:
+        device: where; the config's choice by default (a process of several has its own).
 
     Raises:
         ModelError: the model, an adapter or the tokenizer does not fit (C10, C11, C17).
     """
-    device = pick_device(model.device, train.use_cpu)
+    device = device or pick_device(model.device, train.use_cpu)
     dtype = pick_dtype(device, train.bf16, train.fp16)
     access = hub_access(model)
     name, location, starts = resolve_model(model.model_name_or_path, model.adapter_name_or_path, access)
@@ -269,16 +276,20 @@ def check_vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         )  # fmt: skip
 
 
-def load_reference(
+def load_frozen(
     model: ModelSection, name: str, adapters: list[str], device: torch.device, dtype: torch.dtype
 ) -> Policy:
-    """A frozen model of its own as reference (`ref_model`, with `ref_model_adapters` folded in)."""
-    access = hub_access(model)
-    root, location, starts = resolve_model(name, adapters, access)
-    policy = Policy(merge_adapters(load_base(location, model, device, dtype, root), starts))
-    policy.base.requires_grad_(False).eval()
+    """A model that is only run: for chat and evaluation, or as a reference of its own (`ref_model`)."""
+    root, location, starts = resolve_model(name, adapters, hub_access(model))
+    base = load_base(location, model, device, dtype, root)
+    policy = Policy(base, attach_frozen(base, starts))
+    policy.model.requires_grad_(False).eval()
     policy.verify_layout()
     return policy
 
 
-__all__ = ["Loaded", "load_base", "load_policy", "load_reference", "load_tokenizer", "locate", "pick_device", "pick_dtype"]
+def load_for_inference(model: ModelSection, train: TrainSection) -> Policy:
+    """The config's model and adapters, frozen, on its device."""
+    device = pick_device(model.device, train.use_cpu)
+    dtype = pick_dtype(device, train.bf16, train.fp16)
+    return load_frozen(model, model.model_name_or_path, model.adapter_name_or_path, device, dtype)

@@ -24,7 +24,7 @@ from trueup.data.encode import EncodedDataset, Prepared, prepare as prepare_data
 from trueup.data.forest import BatchPlan, build_forest, num_predictions
 from trueup.errors import ConfigError
 from trueup.models.adapters import Adapters
-from trueup.models.load import Loaded, load_policy, load_reference, load_tokenizer
+from trueup.models.load import Loaded, load_frozen, load_policy, load_tokenizer
 from trueup.models.logprobs import sum_by_sequence
 from trueup.models.policy import Policy
 from trueup.models.reference import LiveReference, ReferenceTable, table_path
@@ -277,7 +277,7 @@ def build_references(
 def live_reference(cfg: RunConfig, loaded: Loaded, before_training: bool) -> LiveReference:
     """The model that stands for the reference, ready to be run."""
     if cfg.objective.ref_model:
-        policy = load_reference(
+        policy = load_frozen(
             cfg.model, cfg.objective.ref_model, cfg.objective.ref_model_adapters, loaded.device, loaded.dtype
         )
         return LiveReference(policy)
