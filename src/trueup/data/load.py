@@ -1,0 +1,248 @@
+"""From names of datasets to lists of examples: resolve, read, parse, split, mix, and account for every row."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from trueup.data.examples import Example, Kind
+from trueup.data.formats import RowProblem, ShapeProblem, parse_with
+from trueup.data.layout import choose_layout
+from trueup.data.registry import DatasetSpec, resolve_datasets
+from trueup.data.report import DataReport, number
+from trueup.data.sources import Rows, mix, read_rows, sample_indices
+from trueup.errors import ConfigError, DataError, Problem
+
+log = logging.getLogger("trueup")
+
+HELD_OUT = 0.05  # share held out when evaluation is asked for without data to evaluate on
+_SHOWN = 10
+
+
+@dataclass(slots=True)
+class LoadedData:
+    """Examples to train on, in mixed order, and to evaluate on by name ("eval" or "eval_<dataset>")."""
+
+    train: list[Example]
+    eval: dict[str, list[Example]]
+    report: DataReport
+
+
+@dataclass(slots=True)
+class _Dataset:
+    """A dataset that was read once: its usable examples by row index, and the rows to use in order."""
+
+    name: str
+    examples: dict[int, Example] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+
+    def picked(self, without: set[int] | frozenset[int] = frozenset()) -> list[Example]:
+        return [self.examples[i] for i in self.order if i in self.examples and i not in without]
+
+
+def load_examples(
+    dataset: Sequence[str],
+    *,
+    kind: Kind,
+    eval_dataset: Sequence[str] = (),
+    dataset_dir: str | Path = "data",
+    hub: str = "huggingface",
+    hub_token: str | None = None,
+    cache_dir: str | Path | None = None,
+    max_samples: int | None = None,
+    val_size: float = 0.0,
+    mix_strategy: str = "concat",
+    interleave_probs: Sequence[float] | None = None,
+    on_bad_rows: str = "skip",
+    seed: int = 42,
+    eval_wanted: bool = False,
+    eval_on_each_dataset: bool = False,
+) -> LoadedData:
+    """Examples of `kind` from the named datasets, and the report on every row of theirs.
+
+    A name given twice counts twice. `max_samples` takes the first rows of each dataset. `val_size` (a share
+    below 1, or a number of rows) is held out of the training data before mixing, so that no copy of a
+    held-out row is trained on; without any evaluation data, `eval_wanted` holds out 5 %.
+    Raises ConfigError, DataError or ModelError, with every problem of all datasets at once.
+    """
+    names = list(dict.fromkeys([*dataset, *eval_dataset]))
+    specs = {s.name: s for s in resolve_datasets(names, dataset_dir, hub)}
+    by_name = dict(zip(names, specs.values(), strict=False))
+    report = DataReport()
+    loaded = _load_all(by_name, kind, report, hub_token, cache_dir, max_samples, seed)
+    report.require_usable()
+    if on_bad_rows == "error":
+        report.refuse_bad_rows()
+    training = [loaded[name] for name in dataset]
+    held_out = _hold_out(training, val_size, eval_wanted, bool(eval_dataset), seed, report)
+    train = _mixed(
+        [d.picked(held_out.get(d.name, set())) for d in training],
+        mix_strategy,
+        interleave_probs,
+        seed,
+    )
+    evaluation = {name: loaded[name].picked() for name in dict.fromkeys(eval_dataset)}
+    if held_out:
+        evaluation = {
+            d.name: [d.examples[i] for i in sorted(held_out[d.name])]
+            for d in loaded.values()
+            if d.name in held_out
+        }
+    splits = _name_splits(evaluation, eval_on_each_dataset)
+    report.compare_rows(e for d in loaded.values() for e in d.examples.values())
+    report.compare_splits(train, (e for examples in splits.values() for e in examples))
+    report.splits = {"train": len(train), **{name: len(e) for name, e in splits.items()}}
+    for warning in report.warnings():
+        log.warning(warning)
+    return LoadedData(train, splits, report)
+
+
+# ---- reading ----------------------------------------------------------------------------------------
+
+
+def _load_all(
+    specs: dict[str, DatasetSpec], kind: Kind, report: DataReport, token, cache_dir, max_samples, seed
+) -> dict[str, _Dataset]:
+    """Every dataset, each read once. Raises DataError with the structural faults of all of them."""
+    loaded: dict[str, _Dataset] = {}
+    problems: list[Problem] = []
+    for name, spec in specs.items():
+        try:
+            rows = read_rows(spec, token=token, cache_dir=cache_dir)
+            loaded[name] = _parse(spec, rows, kind, report, max_samples, seed)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return loaded
+
+
+def _parse(
+    spec: DatasetSpec, rows: Rows, kind: Kind, report: DataReport, max_samples: int | None, seed: int
+) -> _Dataset:
+    entry = report.dataset(spec.name)
+    entry.origin, entry.available = spec.origin, len(rows)
+    for note in dict.fromkeys(rows.notes):
+        report.note(f"{spec.name}: {note}")
+    order = sample_indices(len(rows), spec.num_samples, seed).tolist()[:max_samples]
+    result = _Dataset(spec.name, order=order)
+    chosen = sorted(set(order))
+    entry.read = len(chosen)
+    if not chosen:
+        return result  # `require_usable` says so
+    layout = choose_layout(spec, rows.values, kind)
+    faults: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for index in chosen:
+        row = f"{spec.name}:{index}"
+        try:
+            result.examples[index] = parse_with(layout, row, rows[index])
+        except RowProblem as problem:
+            report.dropped(row, problem.reason, problem.detail or _excerpt(rows[index]))
+        except ShapeProblem as problem:
+            faults[problem.column, problem.found, problem.expected].append(index)
+    if faults:
+        raise DataError(_shape_problems(spec, rows, faults, len(chosen)))
+    return result
+
+
+def _shape_problems(
+    spec: DatasetSpec, rows: Rows, faults: dict[tuple[str, str, str], list[int]], read: int
+) -> list[Problem]:
+    """One problem per column and wrong type, with the rows that have it (D6)."""
+    problems = []
+    ordered = sorted(faults.items(), key=lambda item: -len(item[1]))
+    for (column, found, expected), indices in ordered[:_SHOWN]:
+        which = ", ".join(str(i) for i in indices[:_SHOWN])
+        more = f" … and {number(len(indices) - _SHOWN)} more" if len(indices) > _SHOWN else ""
+        count = "every row" if len(indices) == read else f"{number(len(indices))} of {number(read)} rows"
+        problems.append(
+            Problem(
+                f"dataset {spec.name!r}: column `{column}` holds {found} in {count} (row {which}{more})",
+                where=rows.where(indices[0]),
+                expected=f"{expected}, in every row",
+                fix="mend or remove these rows; nothing is converted by guessing",
+            )
+        )
+    if len(ordered) > _SHOWN:
+        rest = sum(len(indices) for _, indices in ordered[_SHOWN:])
+        problems.append(
+            Problem(f"dataset {spec.name!r}: {number(rest)} more rows with faults of this sort")
+        )
+    return problems
+
+
+def _excerpt(row: dict) -> str:
+    """Something to recognise a row by: its last text, wherever it is."""
+    texts: list[str] = []
+    pending = list(row.values())
+    while pending and len(texts) < 1:
+        value = pending.pop(0)
+        if isinstance(value, str) and value.strip():
+            texts.append(value)
+        elif isinstance(value, dict):
+            pending[:0] = value.values()
+        elif isinstance(value, list):
+            pending[:0] = value[-1:]
+    return texts[0].strip() if texts else ""
+
+
+# ---- splitting and mixing ---------------------------------------------------------------------------
+
+
+def _hold_out(
+    training: Sequence[_Dataset],
+    val_size: float,
+    eval_wanted: bool,
+    has_eval_data: bool,
+    seed: int,
+    report: DataReport,
+) -> dict[str, set[int]]:
+    """Row indices to evaluate on, by dataset; drawn over all datasets alike. Empty if none are wanted."""
+    if val_size and has_eval_data:
+        raise ConfigError(
+            "`val_size` and `eval_dataset` both name the evaluation data", fix="drop one of the two"
+        )
+    if not val_size and (has_eval_data or not eval_wanted):
+        return {}
+    distinct = list({d.name: d for d in training}.values())
+    rows = [(d.name, i) for d in distinct for i in d.examples]
+    size = val_size or HELD_OUT
+    count = int(size) if size >= 1 else max(1, round(size * len(rows)))
+    if count >= len(rows):
+        raise ConfigError(
+            f"holding out {number(count)} of {number(len(rows))} usable rows leaves none to train on",
+            where="val_size" if val_size else "eval_strategy",
+            fix="hold out fewer rows, give an `eval_dataset`, or do not evaluate",
+        )
+    if not val_size:
+        note = (
+            f"evaluation was asked for without data: {number(count)} of {number(len(rows))} rows (5 %) "
+            "are held out; set `val_size` or `eval_dataset` to choose"
+        )
+        log.warning(note)
+        report.note(note)
+    held_out: dict[str, set[int]] = defaultdict(set)
+    for position in np.random.default_rng(seed).permutation(len(rows))[:count]:
+        name, index = rows[position]
+        held_out[name].add(index)
+    return dict(held_out)
+
+
+def _mixed(
+    parts: Sequence[list[Example]], strategy: str, probs: Sequence[float] | None, seed: int
+) -> list[Example]:
+    return [parts[d][i] for d, i in mix([len(p) for p in parts], strategy, probs, seed)]
+
+
+def _name_splits(
+    evaluation: dict[str, list[Example]], each: bool
+) -> dict[str, list[Example]]:
+    if each:
+        return {f"eval_{name}": examples for name, examples in evaluation.items()}
+    together = [example for examples in evaluation.values() for example in examples]
+    return {"eval": together} if together else {}
