@@ -1,7 +1,8 @@
-"""The kinds of example a stage can learn from. A row of any layout becomes one of these; tokens come later.
+"""The kinds of example a stage can learn from. A row of any layout becomes one of these; tokens
+come later.
 
-Every example carries `row`, "dataset:17" with the row's 0-based index in its file, so that whatever happens to
-it later can be traced back.
+Every example carries `row`, "dataset:17" with the row's 0-based index in its file, so that whatever
+happens to it later can be traced back.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant", "tool"]
 Kind = Literal["text", "chat", "pair", "ranking", "feedback", "prompt"]
 
-#: What a function specification or call looks like everywhere in trueup: the shape transformers' chat
-#: templates take, {"type": "function", "function": {"name": …, "arguments" | "parameters": {…}}}.
+#: What a function specification or call looks like everywhere in trueup: the shape transformers'
+#: chat templates take, {"type": "function", "function": {"name": …, "arguments" | "parameters":
+#: {…}}}.
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `tool_calls` are the calls an assistant makes in it, `arguments` already parsed to a dict."""
+    """One turn. `tool_calls` are the calls an assistant makes in it, `arguments` already parsed to
+    a dict.
+    """
 
     role: Role
     content: str
@@ -50,8 +54,8 @@ class Chat:
     """A conversation that ends with an assistant turn.
 
     `plain` (here and below): the contents are raw text, to be concatenated without a chat template,
-    as TRL does with plain strings. It is only set when a dataset says `formatting: trl`, and on pairs
-    of full texts whose prompt nobody marked.
+    as TRL does with plain strings. It is only set when a dataset says `formatting: trl`, and on
+    pairs of full texts whose prompt nobody marked.
     """
 
     messages: Messages
@@ -65,8 +69,9 @@ class Pair:
     """A prompt (ends with a user or tool turn) with a better and a worse continuation.
 
     A continuation starts with an assistant turn and usually is one; it holds more turns where two
-    conversations part before the last answer. With `plain` and an empty `prompt`, `chosen` and `rejected`
-    are whole texts: the prompt is their common prefix of tokens, which only the encoder can see.
+    conversations part before the last answer. With `plain` and an empty `prompt`, `chosen` and
+    `rejected` are whole texts: the prompt is their common prefix of tokens, which only the encoder
+    can see.
     """
 
     prompt: Messages

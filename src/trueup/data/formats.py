@@ -1,16 +1,16 @@
 """Rows in, examples out: alpaca, sharegpt, OpenAI, TRL, rankings, transcripts, text and labels.
 
-A fault of a row is one of two things. A ShapeProblem: a column does not hold what its role needs (a number
-where text belongs, null, a turn without a role); such data are refused, nothing is ever coerced. A
-RowProblem: the row reads well but teaches nothing (an empty side, equal answers, roles out of order); it
-is dropped, counted and shown, or refused with `on_bad_rows: error`.
+A fault of a row is one of two things. A ShapeProblem: a column does not hold what its role needs (a
+number where text belongs, null, a turn without a role); such data are refused, nothing is ever
+coerced. A RowProblem: the row reads well but teaches nothing (an empty side, equal answers, roles
+out of order); it is dropped, counted and shown, or refused with `on_bad_rows: error`.
 
 Choices worth knowing
-- Texts are chat turns and get the chat template, also in TRL's prompt/chosen/rejected. `formatting: trl`
-  keeps them plain, as TRL does.
-- Without a prompt column, whole conversations share their prompt: the common prefix of turns. Transcripts
-  (`\\n\\nHuman: …`) are parsed into turns first. Other texts become one plain pair whose common prefix of
-  tokens is the prompt; never one of characters.
+- Texts are chat turns and get the chat template, also in TRL's prompt/chosen/rejected. `formatting:
+  trl` keeps them plain, as TRL does.
+- Without a prompt column, whole conversations share their prompt: the common prefix of turns.
+  Transcripts (`\\n\\nHuman: …`) are parsed into turns first. Other texts become one plain pair
+  whose common prefix of tokens is the prompt; never one of characters.
 - Where pairs are wanted, a ranking of N ≥ 2 answers gives its best and its worst.
 - Labels: true/false, 1/0, "true"/"false", "yes"/"no", "desirable"/"undesirable", "1"/"0", any case.
 """
@@ -83,13 +83,14 @@ _LABELS = {
 def parse_row(spec: DatasetSpec, index: int, row: Row, want: Kind) -> Example:
     """One row of a dataset as an example of kind `want`, its layout guessed from this row alone.
 
-    To read a dataset, choose the layout once and use `parse_with`. Raises RowProblem, ShapeProblem, DataError.
+    To read a dataset, choose the layout once and use `parse_with`. Raises RowProblem, ShapeProblem,
+    DataError.
     """
     return parse_with(choose_layout(spec, [row], want), f"{spec.name}:{index}", row)
 
 
 def parse_with(layout: Layout, row_id: str, row: Row) -> Example:
-    """A row as an example of the kind that `layout.want` names. Raises RowProblem or ShapeProblem."""
+    """A row as an example of kind `layout.want`. Raises RowProblem or ShapeProblem."""
     return _PARSERS[layout.want](_Reader(layout, row), row_id)
 
 
@@ -107,7 +108,7 @@ class _Reader:
         return None if column is None else self.row.get(column)
 
     def required(self, role: str) -> Any:
-        """The value of a role that a row must have. A missing or null one is refused, not made up."""
+        """The value of a role that a row must have; a missing or null one is refused."""
         column = self.layout.columns[role]
         if column not in self.row:
             raise ShapeProblem(column, "nothing (the key is missing)", "a value")
@@ -140,11 +141,13 @@ class _Reader:
         return parse_tools(self.value("tools"), self.layout.columns.get("tools", "tools"))
 
 
-# ---- prompts and answers ----------------------------------------------------------------------------
+# ---- prompts and answers -------------------------------------------------------------------------
 
 
 def _conversation(read: _Reader) -> Messages:
-    """Every turn before the answer column: system, history and the question; or the whole `messages`."""
+    """Every turn before the answer column: system, history and the question; or the whole
+    `messages`.
+    """
     system = read.optional_text("system")
     if read.layout.conversational:
         turns = read.turns("messages", _list(read, "messages"))
@@ -187,7 +190,7 @@ def _history(read: _Reader) -> Messages:
 
 
 def _with_system(system: str, turns: Messages) -> Messages:
-    """The turns, with the system text of a column in front; blank system turns say nothing and go."""
+    """The turns, with the system text of a column in front; blank system turns go."""
     if turns and turns[0].role == "system" and not turns[0].content.strip():
         turns = turns[1:]
     if system.strip() and not (turns and turns[0].role == "system"):
@@ -237,7 +240,7 @@ def _check(prompt: Messages, sides: Mapping[str, Messages]) -> None:
         _refuse_empty(side, name)
 
 
-# ---- one parser per kind ----------------------------------------------------------------------------
+# ---- one parser per kind -------------------------------------------------------------------------
 
 
 def _text(read: _Reader, row: str) -> Text:
@@ -346,7 +349,9 @@ def _ranking(read: _Reader, row: str) -> Ranking:
 
 
 def _scores(read: _Reader, answers: list, column: str) -> list[float] | None:
-    """A score per answer, higher is better; from `scores`, from `ranks` (1 is best) or inside the answers."""
+    """A score per answer, higher is better; from `scores`, from `ranks` (1 is best) or inside the
+    answers.
+    """
     scores, score_column = read.value("scores"), read.layout.columns.get("scores", column)
     ranks = read.value("ranks")
     if scores is None and ranks is None and all(isinstance(a, dict) for a in answers):

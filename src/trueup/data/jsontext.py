@@ -1,7 +1,8 @@
-"""JSON with positions: what the standard parser knows about faults, said as line, column and a caret.
+"""JSON with positions: what the standard parser knows about faults, said as line, column and a
+caret.
 
-The standard library parses (`raw_decode`); this file only walks from value to value, so that a fault in
-element 512 of an array, or a key given twice, has a place in the file.
+The standard library parses (`raw_decode`); this file only walks from value to value, so that a
+fault in element 512 of an array, or a key given twice, has a place in the file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _EXCERPT = 60  # characters of a line shown around a fault
 
 
 class JsonFault(Exception):
-    """`message` at `offset` characters into the text; `truncated` if the text ends inside a value."""
+    """`message` at `offset` characters; `truncated` if the text ends inside a value."""
 
     def __init__(self, message: str, offset: int, truncated: bool = False) -> None:
         super().__init__(message)
@@ -35,7 +36,8 @@ class _DuplicateKey(Exception):
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # The standard parser silently keeps the last of two equal keys: half of such a row would vanish.
+    # The standard parser silently keeps the last of two equal keys: half of such a row would
+    # vanish.
     result = dict(pairs)
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -91,7 +93,9 @@ def array_elements(text: str, start: int) -> Iterator[tuple[Any, int]]:
 
 
 def successive_values(text: str, start: int = 0) -> Iterator[tuple[Any, int]]:
-    """(value, offset) of values one after another, separated by white space or commas. Raises JsonFault."""
+    """(value, offset) of values one after another, separated by white space or commas. Raises
+    JsonFault.
+    """
     position = _skip_space(text, start).end()
     while position < len(text):
         value, end = decode(text, position)
@@ -151,7 +155,8 @@ def _expect_end(text: str, position: int) -> None:
 
 
 def _ends_at(text: str, error: json.JSONDecodeError) -> bool:
-    # A string that never ends, or a fault at the very end: the text stops short rather than being wrong.
+    # A string that never ends, or a fault at the very end: the text stops short rather than being
+    # wrong.
     if error.msg.startswith("Unterminated string"):
         return True
     return _cut_literal(text, error.pos) is not None

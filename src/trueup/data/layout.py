@@ -1,8 +1,10 @@
-"""Which column plays which role, decided once per dataset: registry, usual names, and what the rows look like.
+"""Which column plays which role, decided once per dataset: registry, usual names, and what the rows
+look like.
 
-Everything here is about columns; rows are `formats.py`'s. The question is always "can these columns give
-the kind of example the stage wants?", and a no tells which of two things is wrong: a column that has another
-name (D5, with the mapping to write), or a dataset of another kind (D21, with the stages it fits).
+Everything here is about columns; rows are `formats.py`'s. The question is always "can these columns
+give the kind of example the stage wants?", and a no tells which of two things is wrong: a column
+that has another name (D5, with the mapping to write), or a dataset of another kind (D21, with the
+stages it fits).
 """
 
 from __future__ import annotations
@@ -89,8 +91,8 @@ class Layout:
     """A dataset's columns by role, and how to read them.
 
     `gives` is the kind of rows, one of those that serve `want`. `conversational`: the prompt is in
-    `columns["messages"]` rather than in prompt / query / history. `transcript`: chosen and rejected are whole
-    dialogues in one text. `plain`: texts are not chat turns.
+    `columns["messages"]` rather than in prompt / query / history. `transcript`: chosen and rejected
+    are whole dialogues in one text. `plain`: texts are not chat turns.
     """
 
     want: Kind
@@ -116,7 +118,9 @@ def choose_layout(spec: DatasetSpec, rows: Sequence[Mapping[str, Any]], want: Ki
     if declared and not _compatible(declared, want):
         raise DataError([_wrong_kind(spec, want, declared)])
     if gives is None:
-        other = next((k for k in ("pair", "ranking", "feedback", "chat", "text") if k in offers), None)
+        other = next(
+            (k for k in ("pair", "ranking", "feedback", "chat", "text") if k in offers), None
+        )
         if other and not declared and not _mentions(spec, want):
             raise DataError([_wrong_kind(spec, want, other)])
         raise DataError([_missing_columns(spec, found, columns, want)])
@@ -132,7 +136,7 @@ def choose_layout(spec: DatasetSpec, rows: Sequence[Mapping[str, Any]], want: Ki
     )
 
 
-# ---- columns ----------------------------------------------------------------------------------------
+# ---- columns -------------------------------------------------------------------------------------
 
 
 def _columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -145,11 +149,14 @@ def _columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _assign(spec: DatasetSpec, found: Sequence[str]) -> dict[str, str]:
-    """role → column that is there: as registered, else by its usual name unless that column is taken."""
+    """role → column that is there: as registered, else by its usual name unless that column is
+    taken.
+    """
     columns = {role: name for role, name in spec.columns.items() if name in found}
     taken = set(columns.values())
     for role, names in USUAL_NAMES.items():
-        # A registered name that is not there is not replaced by a guess, unless it is a mere default.
+        # A registered name that is not there is not replaced by a guess, unless it is a mere
+        # default.
         if role in spec.columns and spec.columns[role] not in names:
             continue
         usual = next((name for name in names if name in found and name not in taken), None)
@@ -196,9 +203,10 @@ def _offers(columns: Mapping[str, str], sample: _Sample, conversational: bool) -
         offers.add("pair")
     if prompt and (_is_answer_list(response) or "answers" in columns):
         offers.add("ranking")
-    elif prompt and "response" in columns and not conversational:
-        offers.add("chat")
-    elif conversational and _ends_with_answer(sample.first("messages"), "pair" in offers):
+    elif conversational:
+        if _ends_with_answer(sample.first("messages"), "pair" in offers):
+            offers.add("chat")
+    elif prompt and "response" in columns:
         offers.add("chat")
     if "chat" in offers and "kto_tag" in columns:
         offers.add("feedback")
@@ -212,11 +220,14 @@ def _is_answer_list(value: Any) -> bool:
     if not isinstance(value, list) or not value:
         return False
     first = value[0]
-    return isinstance(first, str) or (isinstance(first, dict) and not {"role", "from"} & first.keys())
+    return isinstance(first, str) or (
+        isinstance(first, dict) and not {"role", "from"} & first.keys()
+    )
 
 
 def _ends_with_answer(messages: Any, beside_pairs: bool) -> bool:
-    # A conversation beside chosen and rejected is their prompt, unless it ends with an answer itself.
+    # A conversation beside chosen and rejected is their prompt, unless it ends with an answer
+    # itself.
     if not beside_pairs or not isinstance(messages, list) or not messages:
         return not beside_pairs
     last = messages[-1]
@@ -229,11 +240,15 @@ def _compatible(declared: str, want: Kind) -> bool:
 
 def _mentions(spec: DatasetSpec, want: Kind) -> bool:
     """Whether the registry names a column that only this kind needs."""
-    own = {"pair": {"chosen", "rejected"}, "ranking": {"chosen", "rejected"}, "feedback": {"kto_tag"}}
+    own = {
+        "pair": {"chosen", "rejected"},
+        "ranking": {"chosen", "rejected"},
+        "feedback": {"kto_tag"},
+    }
     return any(spec.columns.get(role) for role in own.get(want, ()))
 
 
-# ---- what to say ------------------------------------------------------------------------------------
+# ---- what to say ---------------------------------------------------------------------------------
 
 
 def _say_what_was_guessed(
@@ -273,7 +288,8 @@ def _missing_columns(
     missing = [r for r in needed if r not in columns and not (r == "prompt" and have_prompt)]
     if "messages" in columns and spec.formatting == "alpaca":
         return Problem(
-            f"dataset {spec.name!r}: `formatting` is alpaca, but `{columns['messages']}` holds turns",
+            f"dataset {spec.name!r}: `formatting` is alpaca, "
+            f"but column `{columns['messages']}` holds turns",
             where=spec.origin,
             fix='write `"formatting": "sharegpt"` (or leave it out)',
         )

@@ -1,4 +1,6 @@
-"""From names of datasets to lists of examples: resolve, read, parse, split, mix, and account for every row."""
+"""From names of datasets to lists of examples: resolve, read, parse, split, mix, and account for
+every row.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trueup.config.methods import stage_kind
+from trueup.config.schema import RunConfig
 from trueup.data.examples import Example, Kind
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
 from trueup.data.layout import choose_layout
@@ -22,11 +26,18 @@ log = logging.getLogger("trueup")
 
 HELD_OUT = 0.05  # share held out when evaluation is asked for without data to evaluate on
 _SHOWN = 10
+_TOKENS = {
+    "huggingface": "hf_hub_token",
+    "modelscope": "ms_hub_token",
+    "modelers": "om_hub_token",
+}
 
 
 @dataclass(slots=True)
 class LoadedData:
-    """Examples to train on, in mixed order, and to evaluate on by name ("eval" or "eval_<dataset>")."""
+    """Examples to train on, in mixed order, and to evaluate on by name ("eval" or
+    "eval_<dataset>").
+    """
 
     train: list[Example]
     eval: dict[str, list[Example]]
@@ -35,7 +46,7 @@ class LoadedData:
 
 @dataclass(slots=True)
 class _Dataset:
-    """A dataset that was read once: its usable examples by row index, and the rows to use in order."""
+    """A dataset read once: its usable examples by row index, and the rows to use in order."""
 
     name: str
     examples: dict[int, Example] = field(default_factory=dict)
@@ -65,16 +76,15 @@ def load_examples(
 ) -> LoadedData:
     """Examples of `kind` from the named datasets, and the report on every row of theirs.
 
-    A name given twice counts twice. `max_samples` takes the first rows of each dataset. `val_size` (a share
-    below 1, or a number of rows) is held out of the training data before mixing, so that no copy of a
-    held-out row is trained on; without any evaluation data, `eval_wanted` holds out 5 %.
-    Raises ConfigError, DataError or ModelError, with every problem of all datasets at once.
+    A name given twice counts twice. `max_samples` takes the first rows of each dataset. `val_size`
+    (a share below 1, or a number of rows) is held out of the training data before mixing, so that
+    no copy of a held-out row is trained on; without any evaluation data, `eval_wanted` holds out 5
+    %. Raises ConfigError, DataError or ModelError, with every problem of all datasets at once.
     """
     names = list(dict.fromkeys([*dataset, *eval_dataset]))
-    specs = {s.name: s for s in resolve_datasets(names, dataset_dir, hub)}
-    by_name = dict(zip(names, specs.values(), strict=False))
+    specs = dict(zip(names, resolve_datasets(names, dataset_dir, hub), strict=True))
     report = DataReport()
-    loaded = _load_all(by_name, kind, report, hub_token, cache_dir, max_samples, seed)
+    loaded = _load_all(specs, kind, report, hub_token, cache_dir, max_samples, seed)
     report.require_usable()
     if on_bad_rows == "error":
         report.refuse_bad_rows()
@@ -86,13 +96,10 @@ def load_examples(
         interleave_probs,
         seed,
     )
-    evaluation = {name: loaded[name].picked() for name in dict.fromkeys(eval_dataset)}
-    if held_out:
-        evaluation = {
-            d.name: [d.examples[i] for i in sorted(held_out[d.name])]
-            for d in loaded.values()
-            if d.name in held_out
-        }
+    evaluation = {loaded[name].name: loaded[name].picked() for name in eval_dataset}
+    for data in loaded.values():
+        if data.name in held_out:
+            evaluation[data.name] = [data.examples[i] for i in sorted(held_out[data.name])]
     splits = _name_splits(evaluation, eval_on_each_dataset)
     report.compare_rows(e for d in loaded.values() for e in d.examples.values())
     report.compare_splits(train, (e for examples in splits.values() for e in examples))
@@ -102,11 +109,17 @@ def load_examples(
     return LoadedData(train, splits, report)
 
 
-# ---- reading ----------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def _load_all(
-    specs: dict[str, DatasetSpec], kind: Kind, report: DataReport, token, cache_dir, max_samples, seed
+    specs: dict[str, DatasetSpec],
+    kind: Kind,
+    report: DataReport,
+    token,
+    cache_dir,
+    max_samples,
+    seed,
 ) -> dict[str, _Dataset]:
     """Every dataset, each read once. Raises DataError with the structural faults of all of them."""
     loaded: dict[str, _Dataset] = {}
@@ -123,7 +136,12 @@ def _load_all(
 
 
 def _parse(
-    spec: DatasetSpec, rows: Rows, kind: Kind, report: DataReport, max_samples: int | None, seed: int
+    spec: DatasetSpec,
+    rows: Rows,
+    kind: Kind,
+    report: DataReport,
+    max_samples: int | None,
+    seed: int,
 ) -> _Dataset:
     entry = report.dataset(spec.name)
     entry.origin, entry.available = spec.origin, len(rows)
@@ -159,10 +177,15 @@ def _shape_problems(
     for (column, found, expected), indices in ordered[:_SHOWN]:
         which = ", ".join(str(i) for i in indices[:_SHOWN])
         more = f" … and {number(len(indices) - _SHOWN)} more" if len(indices) > _SHOWN else ""
-        count = "every row" if len(indices) == read else f"{number(len(indices))} of {number(read)} rows"
+        count = (
+            "every row"
+            if len(indices) == read
+            else f"{number(len(indices))} of {number(read)} rows"
+        )
         problems.append(
             Problem(
-                f"dataset {spec.name!r}: column `{column}` holds {found} in {count} (row {which}{more})",
+                f"dataset {spec.name!r}: column `{column}` holds {found} in {count} "
+                f"(row {which}{more})",
                 where=rows.where(indices[0]),
                 expected=f"{expected}, in every row",
                 fix="mend or remove these rows; nothing is converted by guessing",
@@ -191,7 +214,7 @@ def _excerpt(row: dict) -> str:
     return texts[0].strip() if texts else ""
 
 
-# ---- splitting and mixing ---------------------------------------------------------------------------
+# ---- splitting and mixing ------------------------------------------------------------------------
 
 
 def _hold_out(
@@ -202,7 +225,9 @@ def _hold_out(
     seed: int,
     report: DataReport,
 ) -> dict[str, set[int]]:
-    """Row indices to evaluate on, by dataset; drawn over all datasets alike. Empty if none are wanted."""
+    """Row indices to evaluate on, by dataset; drawn over all datasets alike. Empty if none are
+    wanted.
+    """
     if val_size and has_eval_data:
         raise ConfigError(
             "`val_size` and `eval_dataset` both name the evaluation data", fix="drop one of the two"
@@ -215,14 +240,15 @@ def _hold_out(
     count = int(size) if size >= 1 else max(1, round(size * len(rows)))
     if count >= len(rows):
         raise ConfigError(
-            f"holding out {number(count)} of {number(len(rows))} usable rows leaves none to train on",
+            f"holding out {number(count)} of {number(len(rows))} usable rows "
+            "leaves none to train on",
             where="val_size" if val_size else "eval_strategy",
             fix="hold out fewer rows, give an `eval_dataset`, or do not evaluate",
         )
     if not val_size:
         note = (
-            f"evaluation was asked for without data: {number(count)} of {number(len(rows))} rows (5 %) "
-            "are held out; set `val_size` or `eval_dataset` to choose"
+            f"evaluation was asked for without data: {number(count)} of {number(len(rows))} rows "
+            "(5 %) are held out; set `val_size` or `eval_dataset` to choose"
         )
         log.warning(note)
         report.note(note)
@@ -239,10 +265,30 @@ def _mixed(
     return [parts[d][i] for d, i in mix([len(p) for p in parts], strategy, probs, seed)]
 
 
-def _name_splits(
-    evaluation: dict[str, list[Example]], each: bool
-) -> dict[str, list[Example]]:
+def _name_splits(evaluation: dict[str, list[Example]], each: bool) -> dict[str, list[Example]]:
     if each:
         return {f"eval_{name}": examples for name, examples in evaluation.items()}
     together = [example for examples in evaluation.values() for example in examples]
     return {"eval": together} if together else {}
+
+
+def load_examples_for(cfg: RunConfig) -> LoadedData:
+    """`load_examples` with what a run's configuration says."""
+    data, model, train = cfg.data, cfg.model, cfg.train
+    return load_examples(
+        data.dataset,
+        kind=stage_kind(cfg),
+        eval_dataset=data.eval_dataset,
+        dataset_dir=data.dataset_dir,
+        hub=model.hub,
+        hub_token=getattr(model, _TOKENS[model.hub]),
+        cache_dir=model.cache_dir,
+        max_samples=data.max_samples,
+        val_size=data.val_size,
+        mix_strategy=data.mix_strategy,
+        interleave_probs=data.interleave_probs or None,
+        on_bad_rows=data.on_bad_rows,
+        seed=train.seed if train.data_seed is None else train.data_seed,
+        eval_wanted=train.do_eval or train.eval_strategy != "no",
+        eval_on_each_dataset=data.eval_on_each_dataset,
+    )

@@ -1,9 +1,10 @@
-"""Which data a name stands for: `dataset_info.json` (or .yaml), the built-in samples, a path, or a hub id.
+"""Which data a name stands for: `dataset_info.json` (or .yaml), the built-in samples, a path, or a
+hub id.
 
-The registry's format is LLaMA-Factory's, so that a registry people already have is read as it stands.
-One deviation, on purpose: a `columns` or `tags` block that names only some entries leaves the others at
-their defaults (there, they become None and the first row fails with `KeyError: None`). Write
-`"query": null` to leave a column out.
+The registry's format is LLaMA-Factory's, so that a registry people already have is read as it
+stands. One deviation, on purpose: a `columns` or `tags` block that names only some entries leaves
+the others at their defaults (there, they become None and the first row fails with `KeyError:
+None`). Write `"query": null` to leave a column out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import difflib
 import glob
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,10 @@ _URL = re.compile(r"\w+://").match
 class DatasetSpec:
     """Where a dataset's rows are and what its owner said about them; nothing has been read yet.
 
-    Exactly one of `source` (file, folder or glob pattern on this machine), `hub_id` and `url` is set.
-    `columns` maps roles to column names, as far as given (None: leave that role out); `tags` likewise.
-    `kind` is what `type` says, `ranking` as written or None. `origin` is "file:line" or how it was named.
+    Exactly one of `source` (file, folder or glob pattern on this machine), `hub_id` and `url` is
+    set. `columns` maps roles to column names, as far as given (None: leave that role out); `tags`
+    likewise. `kind` is what `type` says, `ranking` as written or None. `origin` is "file:line" or
+    how it was named.
     """
 
     name: str
@@ -129,11 +131,12 @@ class _Entry:
 def resolve_datasets(
     names: Sequence[str], dataset_dir: str | Path = "data", hub: str = "huggingface"
 ) -> list[DatasetSpec]:
-    """What each of `names` stands for, in order: a registered name, a built-in sample, a path or a hub id.
+    """What each of `names` stands for, in order: a registered name, a built-in sample, a path or a
+    hub id.
 
-    A `dataset_dir` without a registry is fine as long as nothing asks for it; "ONLINE" makes every name a
-    hub id. Raises ConfigError (unknown name, bad registry) or DataError (a path that is not there), each
-    with every problem of its kind.
+    A `dataset_dir` without a registry is fine as long as nothing asks for it; "ONLINE" makes every
+    name a hub id. Raises ConfigError (unknown name, bad registry) or DataError (a path that is not
+    there), each with every problem of its kind.
     """
     if str(dataset_dir) == "ONLINE":
         return [DatasetSpec(name, "hub id", hub_id=name, hub=hub) for name in names]
@@ -158,11 +161,22 @@ def resolve_datasets(
         raise ConfigError(_unique(config_problems + data_problems))
     if data_problems:
         raise DataError(_unique(data_problems))
-    return specs
+    return _distinct(names, specs)
+
+
+def _distinct(names: Sequence[str], specs: list[DatasetSpec]) -> list[DatasetSpec]:
+    """The specs; where two paths have the same last part, both are called as they were given."""
+    given: dict[str, set[str]] = {}
+    for name, spec in zip(names, specs, strict=True):
+        given.setdefault(spec.name, set()).add(name)
+    return [
+        replace(spec, name=name) if len(given[spec.name]) > 1 else spec
+        for name, spec in zip(names, specs, strict=True)
+    ]
 
 
 def registered(directory: str | Path) -> dict[str, _Entry]:
-    """Every entry of the registry in `directory`, unchecked; empty without one. Raises ConfigError."""
+    """Every entry of the registry in `directory`, unchecked; {} without one. Raises ConfigError."""
     directory = Path(directory)
     for name in REGISTRY_NAMES:
         path = directory / name
@@ -196,7 +210,7 @@ def missing_path(path: str | Path, directory: Path | None = None) -> Problem:
     return Problem(f"no such file or folder: {tried}{also}", fix=fix)
 
 
-# ---- registry files ---------------------------------------------------------------------------------
+# ---- registry files ------------------------------------------------------------------------------
 
 
 def _read_registry(path: Path) -> Iterable[tuple[str, Any, int]]:
@@ -262,7 +276,9 @@ def _yaml_members(path: Path, text: str) -> list[tuple[str, Any, int]]:
 
 
 def _refuse_yaml_surprises(path: Path, root: yaml.Node) -> None:
-    """A registry is a plain mapping: no key twice, no anchors (a few lines of them can fill the memory)."""
+    """A registry is a plain mapping: no key twice, no anchors (a few lines of them can fill the
+    memory).
+    """
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
             "the registry is not a mapping of names",
@@ -291,7 +307,7 @@ def _refuse_yaml_surprises(path: Path, root: yaml.Node) -> None:
                 nodes.append(value)
 
 
-# ---- entries ----------------------------------------------------------------------------------------
+# ---- entries -------------------------------------------------------------------------------------
 
 
 def _from_entry(name: str, entry: _Entry, hub: str) -> DatasetSpec:

@@ -1,8 +1,8 @@
 """The data report: what became of every row, on a terminal and as data_report.json.
 
 For every dataset and at any time: read = kept + the sum of all dropped. Rows are known by their id
-("dataset:17"), and a row that is used twice (a dataset listed twice, or for training and evaluation) is
-still one row: saying the same thing about it again changes nothing.
+("dataset:17"), and a row that is used twice (a dataset listed twice, or for training and
+evaluation) is still one row: saying the same thing about it again changes nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text as RichText
 
@@ -49,7 +50,9 @@ class Rows:
 
 @dataclass(slots=True)
 class DatasetReport:
-    """One dataset: `available` rows in its files, `read` of them looked at (max_samples, num_samples)."""
+    """One dataset: `available` rows in its files, `read` of them looked at (max_samples,
+    num_samples).
+    """
 
     name: str
     origin: str = ""
@@ -121,13 +124,17 @@ class DataReport:
             self.of_row(row).dropped.setdefault(reason, Rows()).add(row, excerpt)
 
     def truncated(self, row: str, part: str, excerpt: str = "") -> None:
-        """A part of a row ("prompt", "answer", "chosen", "rejected", "text") was cut to the length limit."""
+        """A part of a row ("prompt", "answer", "chosen", "rejected", "text") was cut to the length
+        limit.
+        """
         if (row, part) not in self._truncated:
             self._truncated.add((row, part))
             self.of_row(row).truncated.setdefault(part, Rows()).add(row, excerpt)
 
     def lengths(self, row: str, **tokens: int) -> None:
-        """Token counts of a row's parts, e.g. `lengths(row, prompt=12, chosen=40, rejected=33, total=85)`."""
+        """Token counts of a row's parts, e.g. `lengths(row, prompt=12, chosen=40, rejected=33,
+        total=85)`.
+        """
         if row not in self._measured:
             self._measured.add(row)
             for part, count in tokens.items():
@@ -159,7 +166,9 @@ class DataReport:
                 )
 
     def compare_splits(self, train: Iterable[Example], evaluation: Iterable[Example]) -> None:
-        """Count evaluation rows whose prompt (or, without prompts, text) is trained on as well (D11)."""
+        """Count evaluation rows whose prompt (or, without prompts, text) is trained on as well
+        (D11).
+        """
         trained = {prompt_fingerprint(example): example.row for example in train}
         for example in evaluation:
             twin = trained.get(prompt_fingerprint(example))
@@ -215,8 +224,8 @@ class DataReport:
             if d.num_dropped:
                 reasons = ", ".join(f"{number(r.count)} {why}" for why, r in _largest(d.dropped))
                 yield (
-                    f"dataset {d.name}: {number(d.num_dropped)} of {number(d.read)} rows are left out "
-                    f"({reasons}); `on_bad_rows: error` refuses them instead"
+                    f"dataset {d.name}: {number(d.num_dropped)} of {number(d.read)} rows are left "
+                    f"out ({reasons}); `on_bad_rows: error` refuses them instead"
                 )
         for rows, what in (
             (self.duplicates, "rows are exact duplicates of earlier ones"),
@@ -246,19 +255,21 @@ class DataReport:
             file=out, width=width, force_terminal=color, no_color=not color, highlight=False
         )
         console.print(self)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines()) + "\n"
 
     def __rich__(self) -> RenderableType:
-        parts = [self._table_of_datasets()]
+        parts: list[RenderableType] = [self._table_of_datasets()]
         if any(d.dropped for d in self.datasets.values()):
             parts.append(self._table_of_losses("dropped", "dropped"))
         if any(d.truncated for d in self.datasets.values()):
             parts.append(self._table_of_losses("truncated", "cut"))
         if self._lengths:
             parts.append(self._table_of_lengths())
-        parts += [RichText(f"• {line}", style="yellow") for line in self._remarks()]
-        parts += [RichText(f"• {note}", style="dim") for note in self.notes]
-        return Group(*parts)
+        remarks = [RichText(f"• {line}", style="yellow") for line in self._remarks()]
+        remarks += [RichText(f"• {note}", style="dim") for note in self.notes]
+        if remarks:
+            parts.append(Group(*remarks))
+        return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
     def _table_of_datasets(self) -> Table:
         table = _table("dataset", *(">" + h for h in ("rows", "read", "kept", "dropped", "cut")))
@@ -277,22 +288,22 @@ class DataReport:
 
     def _table_of_losses(self, attribute: str, title: str) -> Table:
         table = _table(title, ">rows", "which", "first")
-        table.columns[2].no_wrap = True
         for d in self.datasets.values():
             losses: dict[str, Rows] = d.dropped if attribute == "dropped" else d.truncated
             for reason, rows in _largest(losses):
                 name = reason if len(self.datasets) == 1 else f"{d.name}: {reason}"
                 table.add_row(name, number(rows.count), _short_ids(rows), rows.excerpt)
-        table.columns[3].no_wrap = True
-        table.columns[3].overflow = "ellipsis"
-        table.columns[3].ratio = 1
-        table.expand = True
+        which, first = table.columns[2:]
+        which.no_wrap = first.no_wrap = True
+        first.overflow, first.ratio, table.expand = "ellipsis", 1, True
         return table
 
     def _table_of_lengths(self) -> Table:
         table = _table("tokens", ">p50", ">p95", ">max", ">mean")
         for part, stats in self.statistics().items():
-            table.add_row(part, *(number(round(stats[key])) for key in ("p50", "p95", "max", "mean")))
+            table.add_row(
+                part, *(number(round(stats[key])) for key in ("p50", "p95", "max", "mean"))
+            )
         return table
 
     def _remarks(self) -> Iterator[str]:
@@ -350,7 +361,7 @@ def _flag(count: int) -> RichText:
     return RichText(number(count), style="yellow" if count else "dim")
 
 
-# ---- fingerprints -----------------------------------------------------------------------------------
+# ---- fingerprints --------------------------------------------------------------------------------
 
 
 def fingerprint(example: Example) -> bytes:

@@ -1,8 +1,10 @@
-"""Rows from wherever they are: files of six types, folders, globs, URLs and hubs; and how datasets mix.
+"""Rows from wherever they are: files of six types, folders, globs, URLs and hubs; and how datasets
+mix.
 
-A row is a dict, exactly as the file has it: nothing is coerced here. Rows remember the file and line they
-came from, so that every later complaint can point there. Faults in a file's syntax are always errors, all
-of them at once (up to ten are shown): a file that is half read is worse than one that is refused.
+A row is a dict, exactly as the file has it: nothing is coerced here. Rows remember the file and
+line they came from, so that every later complaint can point there. Faults in a file's syntax are
+always errors, all of them at once (up to ten are shown): a file that is half read is worse than one
+that is refused.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ class Part:
 def read_rows(
     spec: DatasetSpec, *, token: str | None = None, cache_dir: str | Path | None = None
 ) -> Rows:
-    """Every row of a dataset. Raises DataError with all faults, or ModelError if a hub is out of reach."""
+    """Every row of a dataset. Raises DataError with all faults, or ModelError if a hub is out of
+    reach.
+    """
     if spec.hub_id and not Path(spec.hub_id).is_dir():
         rows = Rows(spec.name, _read_hub(spec, token, cache_dir))
     elif spec.url:
@@ -124,7 +128,9 @@ def list_files(source: Path, spec: DatasetSpec) -> list[Path]:
 
 
 def _files_in(folder: Path, where: str) -> list[Path]:
-    """Data files below a folder. Hidden files and the registry are no data; other files are named in a note."""
+    """Data files below a folder. Hidden files and the registry are no data; other files are named
+    in a note.
+    """
     if (folder / "state.json").is_file() and any(folder.glob("*.arrow")):
         return _saved_to_disk(folder)
     files, others = [], []
@@ -170,7 +176,7 @@ def _refuse_mixed_types(files: list[Path], source: Path, where: str) -> None:
             f"{source.absolute()} holds files of several types: {', '.join(suffixes)}",
             where=where,
             expected="files of one type",
-            fix=f"name them by a pattern such as {source if source.is_dir() else '…'}/*{suffixes[0]}",
+            fix=f"name the files of one type by a pattern, as in {source.parent}/*{suffixes[0]}",
         )
 
 
@@ -215,11 +221,13 @@ def _read_file(label: str, content: Path | bytes) -> Part:
     return part
 
 
-# ---- text -------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def _decode(label: str, data: bytes) -> tuple[str, list[str]]:
-    """UTF-8 text without its byte order mark, and what was noticed on the way. Raises DataError (D4)."""
+    """UTF-8 text without its byte order mark, and what was noticed on the way. Raises DataError
+    (D4).
+    """
     notes = []
     if data.startswith(b"\xef\xbb\xbf"):
         data = data[3:]
@@ -307,7 +315,7 @@ def _read_table_of_text(label: str, text: str) -> Part:
     return part
 
 
-# ---- JSON -------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -340,7 +348,9 @@ class _Faults:
 
 
 def _read_json(label: str, text: str) -> Part:
-    """An array of objects, an object a line, or objects one after another: told apart by their look."""
+    """An array of objects, an object a line, or objects one after another: told apart by their
+    look.
+    """
     start = len(text) - len(text.lstrip())
     if text.startswith("[", start):
         return _collect(label, text, jsontext.array_elements(text, start))
@@ -350,7 +360,9 @@ def _read_json(label: str, text: str) -> Part:
 
 
 def _is_one_object_a_line(text: str) -> bool:
-    """Whether one of the first lines that begin an object also ends it. (A faulty line must not decide.)"""
+    """Whether one of the first lines that begin an object also ends it. (A faulty line must not
+    decide.)
+    """
     position, tried = 0, 0
     while position < len(text) and tried < 5:
         end = text.find("\n", position)
@@ -416,7 +428,8 @@ def _collect(label: str, text: str, elements: Iterator[tuple[Any, int]]) -> Part
             what = f"file ends inside element {len(part.values)} (byte {size}); truncated download?"
             faults.problems.insert(0, Problem(what, where, fix="fetch the file again"))
         else:
-            what = f"{fault.message}, in element {len(part.values)}\n{jsontext.caret(text, fault.offset)}"
+            excerpt = jsontext.caret(text, fault.offset)
+            what = f"{fault.message}, in element {len(part.values)}\n{excerpt}"
             faults.problems.insert(0, Problem(what, where))
         raise DataError(faults.problems) from None
     faults.raise_any(len(part.values))
@@ -435,7 +448,7 @@ _TEXT_READERS: dict[str, Callable[[str, str], Part]] = {
 }
 
 
-# ---- tables -----------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def _read_table(label: str, content: Path | bytes, suffix: str) -> Part:
@@ -461,7 +474,7 @@ def _read_table(label: str, content: Path | bytes, suffix: str) -> Part:
         ) from None
 
 
-# ---- hubs and URLs ----------------------------------------------------------------------------------
+# ---- hubs and URLs -------------------------------------------------------------------------------
 
 
 def _fetch(url: str) -> bytes:
@@ -568,11 +581,13 @@ def _first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-# ---- mixing -----------------------------------------------------------------------------------------
+# ---- mixing --------------------------------------------------------------------------------------
 
 
 def sample_indices(rows: int, num_samples: int | None, seed: int) -> np.ndarray:
-    """Which rows to use, in order: all, or a random draw of `num_samples` (with repeats beyond `rows`)."""
+    """Which rows to use, in order: all, or a random draw of `num_samples` (with repeats beyond
+    `rows`).
+    """
     if num_samples is None or rows == 0:
         return np.arange(rows)
     random = np.random.default_rng(seed)
@@ -590,9 +605,9 @@ def mix(
 ) -> list[tuple[int, int]]:
     """(dataset, index) in training order. Deterministic: the same arguments give the same mix.
 
-    concat: one after another. interleave_under: in turn (or drawn by `probs`), until the first dataset is
-    used up. interleave_over: until every dataset has been used up once, starting over with short ones.
-    interleave_once: until all are used up, each row once. Raises ConfigError.
+    concat: one after another. interleave_under: in turn (or drawn by `probs`), until the first
+    dataset is used up. interleave_over: until every dataset has been used up once, starting over
+    with short ones. interleave_once: until all are used up, each row once. Raises ConfigError.
     """
     if strategy == "concat":
         return [(d, i) for d, size in enumerate(sizes) for i in range(size)]
@@ -610,7 +625,8 @@ def mix(
         return len(exhausted) == len(sizes) or (strategy == "interleave_under" and bool(exhausted))
 
     while not done():
-        # In turn: each dataset once, and a turn begun is finished. By weight: stop at the very draw.
+        # In turn: each dataset once, and a turn begun is finished. By weight: stop at the very
+        # draw.
         for d in range(len(sizes)) if weights is None else _draws(weights, random):
             if sizes[d] == 0 or (strategy == "interleave_once" and d in exhausted):
                 continue

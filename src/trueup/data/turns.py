@@ -1,7 +1,7 @@
 """Turns of a conversation: from the many ways of writing them down to messages with four roles.
 
-sharegpt (`from`/`value`, human/gpt), OpenAI (`role`/`content`, tool calls), transcripts of the HH kind
-(`\\n\\nHuman: … \\n\\nAssistant: …`), and the rules a conversation must obey.
+sharegpt (`from`/`value`, human/gpt), OpenAI (`role`/`content`, tool calls), transcripts of the HH
+kind (`\\n\\nHuman: … \\n\\nAssistant: …`), and the rules a conversation must obey.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _TRANSCRIPT = re.compile(r"\s*(?:Human|Assistant):").match
 class RowProblem(Exception):
     """A row that reads well but cannot be learnt from: it is dropped, counted and shown.
 
-    `reason` groups rows in the report ("empty chosen"); `detail` says what is the matter with this one.
+    `reason` groups rows in the report ("empty chosen"); `detail` says what is the matter with this
+    one.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -52,7 +53,9 @@ class ShapeProblem(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """How a dataset writes a turn: the keys of role and content (None: either pair), and names of roles."""
+    """How a dataset writes a turn: the keys of role and content (None: either pair), and names of
+    roles.
+    """
 
     role: str | None = None
     content: str | None = None
@@ -85,7 +88,7 @@ def describe(value: Any) -> str:
 
 
 def parse_turns(value: Any, column: str, tags: Tags) -> Messages:
-    """A list of turns (or a single one) as messages. Raises ShapeProblem, or RowProblem for roles."""
+    """A list of turns (or a single one) as messages. Raises ShapeProblem or RowProblem."""
     turns = value if isinstance(value, list) else [value]
     return tuple(parse_turn(turn, index, column, tags) for index, turn in enumerate(turns))
 
@@ -117,11 +120,12 @@ def parse_turn(turn: Any, index: int, column: str, tags: Tags) -> Message:
 def check_roles(
     messages: Sequence[Message], ends_with: str, first: int = 0, after: str = "start"
 ) -> None:
-    """Raise RowProblem unless the turns follow [system], user, assistant, user, … up to `ends_with`.
+    """Raise RowProblem unless the turns follow [system], user, assistant, user, … up to
+    `ends_with`.
 
-    Tool results stand where a user turn stands, several in a row if need be. `ends_with` is "assistant" or
-    "user" (which a tool result may replace). `first` is the number shown for the first turn, `after` the
-    role before it.
+    Tool results stand where a user turn stands, several in a row if need be. `ends_with` is
+    "assistant" or "user" (which a tool result may replace). `first` is the number shown for the
+    first turn, `after` the role before it.
     """
     previous = after
     for index, message in enumerate(messages, first):
@@ -150,7 +154,7 @@ _MAY_FOLLOW = {
 }
 
 
-# ---- transcripts ------------------------------------------------------------------------------------
+# ---- transcripts ---------------------------------------------------------------------------------
 
 
 def is_transcript(text: Any) -> bool:
@@ -161,8 +165,9 @@ def is_transcript(text: Any) -> bool:
 def parse_transcript(text: str) -> Messages:
     """The turns of a transcript, each without the white space around it.
 
-    hh-rlhf has a few answers in two parts (`Assistant:` twice in a row); they are one turn here, joined by a
-    blank line, because no chat template can express the other. Raises RowProblem without any speaker.
+    hh-rlhf has a few answers in two parts (`Assistant:` twice in a row); they are one turn here,
+    joined by a blank line, because no chat template can express the other. Raises RowProblem
+    without any speaker.
     """
     parts = _SPEAKER.split(text.lstrip())
     if len(parts) < 3 or parts[0]:
@@ -182,8 +187,8 @@ def parse_transcript(text: str) -> Messages:
 def split_shared(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """(prompt, chosen, rejected) of two whole conversations that begin alike.
 
-    The prompt is their common prefix of turns, cut back to the last turn that asks for an answer, so that
-    both continuations begin with an assistant turn. Raises RowProblem if nothing is shared.
+    The prompt is their common prefix of turns, cut back to the last turn that asks for an answer,
+    so that both continuations begin with an assistant turn. Raises RowProblem if nothing is shared.
     """
     shared = 0
     for mine, other in zip(chosen, rejected, strict=False):
@@ -199,11 +204,13 @@ def split_shared(chosen: Messages, rejected: Messages) -> tuple[Messages, Messag
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-# ---- tools ------------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------
 
 
 def parse_tools(value: Any, column: str) -> Tools | None:
-    """Function specifications, given as a list or as its JSON text, flat or wrapped; None if there are none."""
+    """Function specifications, given as a list or as its JSON text, flat or wrapped; None if there
+    are none.
+    """
     if value is None or value == "" or value == []:
         return None
     if isinstance(value, str):
@@ -256,7 +263,9 @@ def _call(call: Any) -> Json:
 
 
 def _function_call(content: str) -> Message:
-    """sharegpt's `function_call`: JSON of one call or several, after a thought or inside <tool_call> tags."""
+    """sharegpt's `function_call`: JSON of one call or several, after a thought or inside
+    <tool_call> tags.
+    """
     tagged = _CALL_TAGS.findall(content)
     if tagged:
         thought, texts = _CALL_TAGS.sub("", content).strip(), tagged
@@ -272,7 +281,7 @@ def _function_call(content: str) -> Message:
     return Message("assistant", thought, tuple(calls))
 
 
-# ---- contents ---------------------------------------------------------------------------------------
+# ---- contents ------------------------------------------------------------------------------------
 
 
 def _content(value: Any, has_calls: bool, column: str, key: str) -> str:
