@@ -1,0 +1,3 @@
+"""The training engine: loop, optimizer, checkpoints, events. It knows nothing of objectives, models
+or data.
+"""

@@ -1,0 +1,52 @@
+"""Ctrl-C and SIGTERM: the first asks for a stop after the current step, the second ends the process
+at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+from trueup.errors import UserError
+
+
+class Stopped(UserError):
+    """The run was asked to stop, and has saved. `exit_code` is 130 for Ctrl-C and 143 for SIGTERM."""
+
+    def __init__(self, signum: int, what: str, *, where: str, fix: str) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+class StopRequest:
+    """While open, signals set `signum` instead of ending the process. Does nothing outside the main
+    thread.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __call__(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.signum is not None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for signum in self._SIGNALS:
+                self._before[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+        self._before.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            raise SystemExit(128 + signum)
+        self.signum = signum

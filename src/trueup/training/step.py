@@ -1,0 +1,205 @@
+"""One optimizer step over the micro-batches of every rank, for any objective.
+
+    reduce the step's counts → forward and backward each micro-batch → sum gradients over ranks
+    → refuse what is not finite → clip, move
+
+The losses are sums divided by counts of the whole step, so micro-batches and ranks do not change the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trueup.errors import DivergenceError
+from trueup.training.backend import Backend
+from trueup.training.metrics import MetricSums, means
+from trueup.training.optim import MasterOptimizer
+from trueup.types import Metrics
+
+B = TypeVar("B")
+_TOKENS = "backbone_tokens"  # the loop's own count, travels with the program's
+
+
+class Program(Protocol[B]):
+    """What a recipe hands to the loop: a model, an objective and batches, behind names the loop can
+    use.
+    """
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """Stable names → parameters, in compute dtype."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    @property
+    def examples_per_step(self) -> int: ...
+
+    @property
+    def eval_sets(self) -> Mapping[str, Sequence[B]]:
+        """Name ("eval", …) → this rank's evaluation micro-batches; the same names on every rank."""
+        ...
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout on or off, as `nn.Module.train`."""
+        ...
+
+    def micro_batches(self, epoch: int, step: int) -> Sequence[B]:
+        """This rank's micro-batches of step `step` of `epoch`; may be empty."""
+        ...
+
+    def counts(self, batch: B) -> Mapping[str, float]:
+        """Denominators this micro-batch adds (e.g. {"pairs": 2}); host-side, no device work."""
+        ...
+
+    def loss(self, batch: B, totals: dict[str, float]) -> tuple[Tensor, Metrics]:
+        """This micro-batch's share of the step's loss (already sum / totals), and (sum, count)
+        metrics.
+        """
+        ...
+
+    def describe(self, batch: B) -> Sequence[str]:
+        """Row ids, one per example."""
+        ...
+
+    def size(self, batch: B) -> int:
+        """Tokens through the backbone."""
+        ...
+
+    def save_model(self, directory: Path, masters: Mapping[str, Tensor]) -> None:
+        """Write the model's files (PEFT or transformers format, tokenizer) from fp32 masters."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The objective's own state, JSON-able."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did. `skipped`: fp16 gradients overflowed, the weights stand still and the loss
+    scale is halved.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    skipped: bool = False
+
+
+def train_step(
+    program: Program[B],
+    optimizer: MasterOptimizer,
+    backend: Backend,
+    steps_done: int,
+    sums: MetricSums,
+) -> StepResult:
+    """Do optimizer step number `steps_done` (from 0) and add its metrics to `sums`.
+
+    Raises DivergenceError, before the optimizer moves, when the loss or a gradient is not finite on any rank.
+    """
+    batches = program.micro_batches(*divmod(steps_done, program.steps_per_epoch))
+    totals = step_totals(program, batches, backend)
+    loss_of_rank = torch.zeros((), dtype=torch.float32, device=backend.device)
+    for batch in batches:
+        loss, metrics = program.loss(batch, totals)
+        optimizer.backward(loss)
+        loss_of_rank += loss.detach()
+        sums.update(metrics)
+    backend.sum_gradients(optimizer.gradients.buckets)
+    norm = optimizer.gradient_norm()
+    numbers = torch.stack(
+        [loss_of_rank, norm.to(loss_of_rank.device)]
+    ).tolist()  # the step's one sync
+    loss_value = backend.sum_counts({"loss": numbers[0]})["loss"]
+    result = StepResult(loss_value, numbers[1], int(totals[_TOKENS]))
+    sums.add("loss", loss_of_rank, float(backend.rank == 0))
+    if math.isfinite(loss_value) and math.isfinite(result.grad_norm):
+        optimizer.step(norm, steps_done + 1)
+        return result
+    if math.isfinite(loss_value) and optimizer.shrink_loss_scale():
+        optimizer.skip(steps_done + 1)
+        return replace(result, skipped=True)
+    rows = backend.gather([row for batch in batches for row in program.describe(batch)])
+    raise NotFinite(steps_done + 1, result, [row for of_rank in rows for row in of_rank])
+
+
+@torch.no_grad()
+def evaluate(
+    program: Program[B],
+    batches: Sequence[B],
+    backend: Backend,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Mean loss and metrics over one evaluation set, through the training loss; None if `stop()`
+    cut it short.
+
+    Neither dropout nor the random state of training is touched.
+    """
+    sums = MetricSums(backend.device)
+    totals = step_totals(program, batches, backend)
+    rounds = int(max(backend.gather(len(batches))))
+    program.train(False)
+    with torch.random.fork_rng(devices=_cuda_devices()):
+        for index in range(rounds):
+            if backend.any(stop()):
+                program.train(True)
+                return None
+            if index < len(batches):
+                loss, metrics = program.loss(batches[index], totals)
+                sums.update(metrics)
+                sums.add("loss", loss, 0.0)
+    program.train(True)
+    host = backend.sum_metrics(sums.read())
+    loss, _ = host.pop("loss", (math.nan, 0.0))
+    return {"loss": loss, **means(host)}
+
+
+def step_totals(program: Program[B], batches: Sequence[B], backend: Backend) -> dict[str, float]:
+    """Denominators over all micro-batches of all ranks, and under "tokens" what goes through the
+    backbone.
+    """
+    counts = {_TOKENS: float(sum(program.size(batch) for batch in batches))}
+    for batch in batches:
+        for name, count in program.counts(batch).items():
+            counts[name] = counts.get(name, 0.0) + count
+    return backend.sum_counts(counts)
+
+
+class NotFinite(DivergenceError):
+    """The loss or the gradients of a step were not finite; the weights are those of the step
+    before.
+    """
+
+    def __init__(self, step: int, result: StepResult, rows: Sequence[str]) -> None:
+        self.step, self.result, self.rows = step, result, list(rows)
+        what = "a gradient" if math.isfinite(result.loss) else "the loss"
+        more = f" … and {len(rows) - 16} more" if len(rows) > 16 else ""
+        super().__init__(
+            f"{what} is not finite at step {step} (loss {result.loss}, "
+            f"gradient norm {result.grad_norm}); the weights are those of step {step - 1}, unharmed",
+            where=f"rows {', '.join(self.rows[:16])}{more}",
+            expected="finite numbers",
+            fix="look at these rows, lower learning_rate or lengthen the warm-up; "
+            "with fp16, use bf16 or fp32",
+        )
+
+    def naming(self, last_good: str) -> NotFinite:
+        """The same, telling also where to go back to."""
+        self.problems = [replace(p, fix=f"{last_good}; {p.fix}") for p in self.problems]
+        self.args = ("\n".join(map(str, self.problems)),)
+        return self
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
