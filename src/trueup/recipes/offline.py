@@ -1,7 +1,6 @@
 """Runs on fixed data: pre-training, SFT and preference pairs. Builds the parts, hands them to the loop.
 
-`prepare` does all that can fail because of the user's config, data or model; only then `run` touches the output
-directory.
+Whatever can fail because of the user's config, data or model fails before the output directory is touched.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trueup.config.schema import RunConfig
-from trueup.data.encode import EncodedDataset, Prepared, prepare as prepare_data
+from trueup.data.encode import EncodedDataset
 from trueup.data.forest import BatchPlan, build_forest, num_predictions
 from trueup.errors import ConfigError
 from trueup.models.adapters import Adapters
@@ -29,7 +30,9 @@ from trueup.models.logprobs import sum_by_sequence
 from trueup.models.policy import Policy
 from trueup.models.reference import LiveReference, ReferenceTable, table_path
 from trueup.objectives import OBJECTIVES, Objective, pairwise
-from trueup.training.backend import Backend
+from trueup.training.backend import Backend, make_backend
+from trueup.training.loop import fit
+from trueup.training.run_directory import RunDirectory, check_target
 from trueup.types import Forest, Metrics, PairLogps, TokenLogps
 
 log = logging.getLogger("trueup")
@@ -96,6 +99,100 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
         epochs = math.ceil(train.num_train_epochs)
     sizes = (train.per_device_train_batch_size, train.gradient_accumulation_steps, world_size)
     return plan, Arithmetic(len(lengths), *sizes, steps_per_epoch, epochs, total)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run left its files, and the metrics of train_results.json and eval_results.json together."""
+
+    output_dir: Path
+    metrics: dict[str, float]
+
+
+def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
+    """Train (or only evaluate) as a config says.
+
+    Raises:
+        UserError: of the kind that tells who can mend it; see `trueup.errors`.
+        Stopped: after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    console = console or Console(quiet=int(os.environ.get("RANK", "0")) > 0)
+    target = dict(resume=cfg.train.resume_from_checkpoint, overwrite=cfg.train.overwrite_output_dir,
+                  new_run=cfg.train.new_run, join=not cfg.train.do_train)  # fmt: skip
+    check_target(cfg.train.output_dir, **target)
+    backend = make_backend(pick_device(cfg.model.device, cfg.train.use_cpu), cfg.train.ddp_timeout)
+    try:
+        tokenizer = load_tokenizer(cfg.model)
+        prepared = prepare(cfg, tokenizer)
+        plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
+        loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device)
+        console.print(prepared.report.render(), markup=False, highlight=False)
+        console.print(header(cfg, loaded, prepared, arithmetic), markup=False, highlight=False)
+        with open_run(cfg, backend, target) as directory:
+            directory.write_json("data_report.json", prepared.report.to_dict())
+            datasets = {"train": prepared.train, **prepared.eval}
+            objective = objective_of(cfg)
+            references = None
+            if objective.needs_reference:
+                references = build_references(cfg, loaded, datasets, plan, arithmetic, backend)
+            program = OfflineProgram(
+                cfg, loaded, tokenizer, datasets, plan, arithmetic, objective, references,
+                backend.rank, backend.world_size,
+            )  # fmt: skip
+            result = fit(
+                program, cfg.train, directory, backend, default_observers(cfg.train, directory, console),
+                data_fingerprint=prepared.train.fingerprint,
+            )  # fmt: skip
+            return RunResult(directory.path, {**result.train, **result.evaluation})
+    finally:
+        backend.close()
+
+
+def open_run(cfg: RunConfig, backend: Backend, target: dict[str, Any]) -> RunDirectory:
+    """The output directory, locked; rank 0 opens it first, for it may move an old run aside."""
+    opened: list[RunDirectory] = []
+
+    def open_here() -> None:
+        opened.append(
+            RunDirectory.open(
+                cfg.train.output_dir, cfg.resolved(), allow=cfg.train.allow_changed, rank=backend.rank, **target
+            )
+        )
+
+    backend.on_first(open_here)
+    if not opened:
+        open_here()
+    return opened[0]
+
+
+def header(cfg: RunConfig, loaded: Loaded, prepared: Prepared, arithmetic: Arithmetic) -> str:
+    """What is about to run, in a few lines."""
+    a = arithmetic
+    start = {True: "continuing its adapter", False: "a new adapter on top of"}
+    begun = ""
+    if loaded.starts:
+        how = start[loaded.adapters.continued] if loaded.adapters else "merged with"
+        begun = f", {how} {', '.join(loaded.starts)}"
+    lines = {
+        "model": f"{loaded.base_name}{begun}",
+        "training": f"{cfg.tuning.finetuning_type}, {loaded.num_trainable:,} of {loaded.num_parameters:,} parameters",
+        "objective": describe_objective(cfg),
+        "batch": f"{a.rows_per_micro_batch} × {a.accumulation} accumulation × {a.world_size} processes = "
+        f"{a.rows_per_step} rows a step; {a.total_steps:,} steps, {a.epochs} epochs of {a.examples:,} rows",
+        "device": f"{loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, prompts "
+        + ("not shared: " + loaded.layout_note if loaded.layout_note else "shared"),
+        "template": prepared.template.name,
+        "output": cfg.train.output_dir,
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def describe_objective(cfg: RunConfig) -> str:
+    """The objective and its parameters, as the header shows them."""
+    objective = objective_of(cfg)
+    settings = objective_parameters(cfg, objective) | ({"pref_ftx": cfg.objective.pref_ftx} if cfg.objective.pref_ftx else {})
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return f"{cfg.objective.stage}: {objective.name}" + (f" ({shown})" if shown else "")
 
 
 class References:
