@@ -1,0 +1,264 @@
+"""A file, a dict and command-line words → one checked `RunConfig`, or every problem at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from trueup.config import names
+from trueup.config.checks import check, derive, say_what_wins
+from trueup.config.explain import closest_choice, describe_error, explain, known_keys, nearest
+from trueup.config.read import Entry, read_file, read_words
+from trueup.config.schema import (
+    FIELDS,
+    REDACTED,
+    SECTIONS,
+    RunConfig,
+    dump_yaml,
+    is_flag,
+    is_nullable,
+    json_schema,
+)
+from trueup.config.values import EMPTY_WORDS
+from trueup.errors import ConfigError, Problem
+
+__all__ = ["dump_yaml", "explain", "json_schema", "known_keys", "load_config"]
+
+log = logging.getLogger("trueup")
+
+#: environment variables of the guides that choose the hub.
+HUB_SWITCHES = {"USE_MODELSCOPE_HUB": "modelscope", "USE_OPENMIND_HUB": "modelers"}
+#: environment variables of LLaMA-Factory that ask for what trueup does not have.
+IDLE_VARIABLES = ("USE_RAY", "USE_KT", "USE_MCA", "USE_MEGATRON_BRIDGE", "USE_V1")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value under its canonical key, with the name and the place the user gave it at."""
+
+    value: Any
+    name: str
+    where: str | None
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    verb: Literal["train", "infer"] = "train",
+) -> RunConfig:
+    """Read, resolve and check a config.
+
+    Args:
+        source: a YAML or JSON file, a dict of keys, or nothing.
+        overrides: raw words of a command line (`key=value`, `--key value`, `--flag` …); they win.
+        verb: "infer" for chat, export and serve, which need a model but neither data nor a method.
+
+    Raises:
+        ConfigError: with every problem found, each with its place.
+    """
+    base, base_problems, base_unknown = _settle(*_entries(source), words=False)
+    over, over_problems, over_unknown = _settle(*read_words(overrides, _stands_alone), words=True, below=base)
+    settings = {**_environment(), **base, **over}
+    cfg, bad, value_problems = _validate(settings)
+    cfg = derive(cfg)
+
+    def place(key: str) -> str | None:
+        return settings[key].where if key in settings else None
+
+    problems, idle = check(cfg, place, bad, training=verb == "train")
+    unused = base_unknown + over_unknown + idle
+    if cfg.train.on_unused_keys == "warn" or names.is_on(os.environ.get("ALLOW_EXTRA_ARGS", "")):
+        for problem in unused:
+            log.warning("%s", f"{problem.where}: {problem.what}" if problem.where else problem.what)
+        unused = []
+    problems = base_problems + over_problems + value_problems + problems + unused
+    if problems:
+        raise ConfigError(_in_order(problems))
+    say_what_wins(cfg)
+    return cfg
+
+
+def _entries(source: str | Path | Mapping[str, Any] | None) -> tuple[list[Entry], list[Problem]]:
+    if source is None:
+        return [], []
+    if isinstance(source, Mapping):
+        return [Entry(str(key), value, "") for key, value in source.items()], []
+    return read_file(Path(source))
+
+
+def _stands_alone(name: str) -> bool:
+    """Whether `--name` alone means true."""
+    if name in names.SWITCHES:
+        return True
+    key = names.SYNONYMS.get(name, name)
+    return is_flag(key) if key in FIELDS else name in names.REFUSED or name in names.IDLE
+
+
+def _environment() -> dict[str, Setting]:
+    for variable in IDLE_VARIABLES:
+        if names.is_on(os.environ.get(variable, "")):
+            log.warning("%s is set, but trueup has no such backend: it is ignored", variable)
+    return {
+        "hub": Setting(hub, variable, variable)
+        for variable, hub in HUB_SWITCHES.items()
+        if names.is_on(os.environ.get(variable, ""))
+    }
+
+
+# Names → canonical keys
+
+
+def _settle(
+    entries: list[Entry],
+    problems: list[Problem],
+    *,
+    words: bool,
+    below: Mapping[str, Setting] | None = None,
+) -> tuple[dict[str, Setting], list[Problem], list[Problem]]:
+    """Entries of one source under their canonical keys, with problems, and with unknown keys apart."""
+    settings: dict[str, Setting] = {}
+    unknown: list[Problem] = []
+    for entry in entries:
+        where = entry.where or None
+        name, _, path = entry.key.partition(".")
+        if name in names.REFUSED:
+            problems += _refused(name, entry.value, where)
+            continue
+        if name in names.IDLE:
+            log.info("`%s` has no effect here", name)
+            continue
+        resolved = names.resolve(name, entry.value)
+        if resolved.notice:
+            log.info("%s", resolved.notice)
+        if resolved.key is None:
+            continue
+        if resolved.key not in FIELDS:
+            unknown.append(_unknown(entry.key, where))
+            continue
+        value = resolved.value
+        if path:
+            value = _merged(settings.get(resolved.key) or (below or {}).get(resolved.key), path, value)
+        new = Setting(value, name, where)
+        clash = None if path else _clash(resolved.key, settings.get(resolved.key), new, words)
+        if clash:
+            problems.append(clash)
+        settings[resolved.key] = new
+    return settings, problems, unknown
+
+
+def _refused(name: str, value: Any, where: str | None) -> list[Problem]:
+    refused = names.REFUSED[name]
+    if names.asks_for_nothing(refused, value):
+        log.info("`%s` has no effect here", name)
+        return []
+    return [Problem(f"`{name}` is not supported: {refused.reason}", where, fix="drop it")]
+
+
+def _unknown(name: str, where: str | None) -> Problem:
+    near = nearest(name)
+    return Problem(f"unknown key '{name}'" + (f"; did you mean '{near}'?" if near else ""), where)
+
+
+def _merged(below: Setting | None, path: str, value: Any) -> dict[str, Any]:
+    """`key.name=value` sets one name of a mapping and leaves the others."""
+    merged = dict(below.value) if below and isinstance(below.value, Mapping) else {}
+    target = merged
+    *parents, last = path.split(".")
+    for parent in parents:
+        child = target.get(parent)
+        target[parent] = dict(child) if isinstance(child, Mapping) else {}
+        target = target[parent]
+    target[last] = value
+    return merged
+
+
+def _clash(key: str, old: Setting | None, new: Setting, words: bool) -> Problem | None:
+    """Two names of one key with two values are an error; the same flag twice is overruled by the later one."""
+    if old is None or _same(old.value, new.value):
+        return None
+    if words and old.name == new.name:
+        log.info("`--%s` is given twice; the last one counts", new.name)
+        return None
+    places = " and ".join(dict.fromkeys(filter(None, (old.where, new.where))))
+    if old.name == new.name:
+        what = f"`{key}` is set twice, with different values"
+    else:
+        what = f"`{old.name}` and `{new.name}` are both `{key}`, with different values"
+    return Problem(what, places or None, fix=f"keep `{key}`")
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return one == other or float(one) == float(other)
+    except (TypeError, ValueError):
+        return str(one).lower() == str(other).lower()
+
+
+# Values → sections
+
+
+def _validate(settings: Mapping[str, Setting]) -> tuple[RunConfig, set[str], list[Problem]]:
+    """The sections, with defaults in place of bad values, the keys of those, and what is wrong with them."""
+    given = _given(settings)
+    sections, bad, problems = {}, set(), []
+    for name, model in SECTIONS.items():
+        values = {key: given[key] for key in model.model_fields if key in given}
+        try:
+            sections[name] = model(**values)
+        except ValidationError as error:
+            wrong = _wrong_values(error, settings)
+            problems += wrong.values()
+            bad |= wrong.keys()
+            sections[name] = model(**{key: value for key, value in values.items() if key not in wrong})
+    return RunConfig(**sections, explicit=frozenset(given) - bad), bad, problems
+
+
+def _given(settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """The values that were really given: null stands for an unset key, unless the key has a use for it."""
+    given = {}
+    for key, setting in settings.items():
+        value = setting.value
+        if isinstance(value, str) and value.strip().lower() in EMPTY_WORDS and is_nullable(key):
+            value = None
+        if value is None and (not is_nullable(key) or FIELDS[key].default is None):
+            continue
+        if value == REDACTED:
+            log.info("`%s` was left out of the saved config and is unset", key)
+            continue
+        given[key] = value
+    return given
+
+
+def _wrong_values(error: ValidationError, settings: Mapping[str, Setting]) -> dict[str, Problem]:
+    wrong: dict[str, Problem] = {}
+    for record in error.errors():
+        key = str(record["loc"][0])
+        if key in wrong:  # the branches of a union say the same thing twice
+            continue
+        setting = settings[key]
+        what, expected = describe_error(key, record, setting.value)
+        if setting.name != key:
+            what = what.replace(f"`{key}`", f"`{setting.name}` (`{key}`)", 1)
+        near = closest_choice(key, setting.value)
+        wrong[key] = Problem(what, setting.where, expected, f"did you mean {near}?" if near else None)
+    return wrong
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    """By line of the file, then the command line, then what has no place."""
+
+    def rank(problem: Problem) -> tuple[int, str, int]:
+        where = (problem.where or "").split(" and ")[0]
+        path, _, line = where.rpartition(":")
+        if path and line.isdigit():
+            return (0, path, int(line))
+        return (1 if where else 2, "", 0)
+
+    return sorted(problems, key=rank)

@@ -1,0 +1,272 @@
+"""Stages and objectives: what each trains on, what is supported, and which keys act with which.
+
+Three tables, read by the checker, the help, the docs and the forms:
+
+* `STAGES` and `PREF_LOSSES`: a row with `instead=None` is supported; otherwise the row is known, refused
+  for now, and `instead` names what to use. Supporting one is deleting its `instead`.
+* `LATER`, `LATER_VALUES`: keys and values known and not supported yet, with the alternative.
+* `ACTS_WITH`: a key acts only while the conditions in its row hold; set without them, it is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trueup.config.schema import SECTION_OF, RunConfig, default
+
+DPO_NOW = "stage: dpo, pref_loss: sigmoid"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing a run can do. `kind` is the kind of example it trains on."""
+
+    kind: str  # text | chat | pair | ranking | feedback | prompt
+    help: str
+    reference: bool = False
+    instead: str | None = None
+
+
+@dataclass(frozen=True)
+class PrefLoss:
+    """One loss on preference pairs."""
+
+    help: str
+    reference: bool = True
+    instead: str | None = None
+
+
+STAGES: dict[str, Stage] = {
+    "pt": Stage("text", "continue pre-training on plain text"),
+    "sft": Stage("chat", "learn to give the answers of the data"),
+    "dpo": Stage("pair", "prefer the chosen over the rejected answer", reference=True),
+    "rm": Stage("ranking", "train a reward model on rankings", instead=f"{DPO_NOW} on the same pairs"),
+    "ppo": Stage("prompt", "learn from a reward model (PPO)", True, f"{DPO_NOW}, which needs no reward model"),
+    "kto": Stage("feedback", "learn from good and bad answers (KTO)", True, f"{DPO_NOW} on pairs"),
+    "orpo": Stage("pair", "SFT and preference in one loss (ORPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"),
+    "simpo": Stage("pair", "preference without a reference (SimPO)", instead=DPO_NOW),
+    "cpo": Stage("pair", "contrastive preference (CPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"),
+    "grpo": Stage("prompt", "learn from rewards of answer groups (GRPO)", True, f"{DPO_NOW} on ranked samples"),
+    "rloo": Stage("prompt", "learn from rewards, leave-one-out (RLOO)", True, f"{DPO_NOW} on ranked samples"),
+    "online_dpo": Stage("prompt", "DPO on judged samples", True, f"{DPO_NOW} on judged samples"),
+}  # fmt: skip
+
+PREF_LOSSES: dict[str, PrefLoss] = {
+    "sigmoid": PrefLoss("DPO"),
+    "robust": PrefLoss("DPO for noisy labels", instead="sigmoid with dpo_label_smoothing"),
+    "hinge": PrefLoss("SLiC / RSO", instead="sigmoid"),
+    "ipo": PrefLoss("IPO", instead="sigmoid with a larger pref_beta"),
+    "kto_pair": PrefLoss("KTO on pairs, removed upstream", instead="sigmoid"),
+    "exo_pair": PrefLoss("EXO", instead="sigmoid with a small dpo_label_smoothing"),
+    "nca_pair": PrefLoss("NCA", instead="sigmoid with pref_ftx"),
+    "bco_pair": PrefLoss("BCO", instead="sigmoid"),
+    "sppo_hard": PrefLoss("SPPO", instead="sigmoid"),
+    "aot": PrefLoss("AOT", instead="sigmoid"),
+    "aot_unpaired": PrefLoss("AOT, unpaired", instead="sigmoid"),
+    "apo_zero": PrefLoss("APO-zero", instead="sigmoid with pref_ftx"),
+    "apo_down": PrefLoss("APO-down", instead="sigmoid"),
+    "discopop": PrefLoss("DiscoPOP", instead="sigmoid"),
+    "sigmoid_norm": PrefLoss("length-normalised DPO", instead="sigmoid"),
+    "orpo": PrefLoss("ORPO", False, instead="sigmoid with pref_ftx: 1.0"),
+    "simpo": PrefLoss("SimPO", False, instead="sigmoid"),
+    "cpo": PrefLoss("CPO", False, instead="sigmoid with pref_ftx: 1.0"),
+}
+
+_ADAPTERS = "plain LoRA (finetuning_type: lora)"
+_OPTIMISERS = "optim: adamw_torch with LoRA, which needs little optimizer memory"
+_BF16_LORA = "LoRA on a bf16 base (the default)"
+_DDP = "one process per device with torchrun"
+
+LATER: dict[str, str] = {
+    # model
+    "adapter_folder": "full paths in adapter_name_or_path",
+    "train_from_scratch": "a directory that holds a freshly initialised model",
+    "new_special_tokens_config": "add_special_tokens",
+    "init_special_tokens": "add_special_tokens alone",
+    "rope_scaling": "a model with the context you need, or a smaller cutoff_len",
+    "use_unsloth": "nothing: the default kernels",
+    "use_unsloth_gc": "gradient_checkpointing: true",
+    "enable_liger_kernel": "nothing: log-probs are fused already",
+    "shift_attn": "a smaller cutoff_len",
+    "moe_aux_loss_coef": "nothing: the router keeps its weights under LoRA",
+    "upcast_layernorm": "nothing: norms are computed in fp32 by most models",
+    "upcast_lmhead_output": "nothing: log-probs are always fp32",
+    "print_param_status": "nothing: the header counts trained weights",
+    "quantization_bit": _BF16_LORA,
+    "quantization_device_map": _BF16_LORA,
+    "ref_model_quantization_bit": "precompute_ref_log_probs: true, which keeps no reference in memory",
+    "reward_model_quantization_bit": _BF16_LORA,
+    "vllm_config": "infer_backend: huggingface",
+    # data
+    "streaming": "max_samples, or smaller files",
+    "predict_with_generate": "do_eval, and trueup chat for answers",
+    "do_predict": "do_eval, and trueup chat for answers",
+    # tuning
+    "pure_bf16": "bf16: true, which keeps fp32 masters of the trained weights",
+    "use_dora": _ADAPTERS,
+    "loraplus_lr_ratio": "a higher learning_rate",
+    "pissa_init": _ADAPTERS,
+    "pissa_convert": _ADAPTERS,
+    "use_llama_pro": "finetuning_type: freeze",
+    "use_galore": _OPTIMISERS,
+    "use_apollo": _OPTIMISERS,
+    "use_adam_mini": _OPTIMISERS,
+    "use_muon": _OPTIMISERS,
+    # objective
+    "knowledge_weight": "pref_ftx, an SFT loss on the chosen answers",
+    "pref_bco_weight": "pref_loss: sigmoid alone",
+    "ld_alpha": "pref_loss: sigmoid alone",
+    "use_dft_loss": "the plain SFT loss",
+    "use_asft_loss": "the plain SFT loss",
+    "use_eaft_loss": "the plain SFT loss",
+    # train
+    "label_smoothing_factor": "dpo_label_smoothing for pairs; none for SFT",
+    "neftune_noise_alpha": "lora_dropout",
+    "fp8": "bf16: true",
+    "torch_compile": "nothing: the default kernels",
+    "torch_compile_backend": "nothing: the default kernels",
+    "torch_compile_mode": "nothing: the default kernels",
+    "auto_find_batch_size": "a smaller per_device_train_batch_size with more gradient_accumulation_steps",
+    "profile": "the tokens/s of the log",
+    "compute_accuracy": "the evaluation loss",
+    "optim_args": "the adam_… keys",
+    "push_to_hub": "uploading output_dir with the hub's own tool",
+    "deepspeed": _DDP,
+    "fsdp": _DDP,
+    "fsdp_config": _DDP,
+    "ray_init_kwargs": _DDP,
+    # export and benchmarks
+    "export_quantization_bit": "exporting without it",
+    "export_hub_model_id": "uploading export_dir with the hub's own tool",
+    "task": "do_eval on a held-out dataset",
+}
+
+OPTIMISERS = {"adamw_torch": None, "adamw_torch_fused": None} | dict.fromkeys(
+    """adafactor adamw_anyprecision adamw_torch_4bit adamw_torch_8bit adamw_torch_xla adamw_torch_npu_fused
+    ademamix sgd adagrad adamw_bnb_8bit adamw_8bit ademamix_8bit lion_8bit lion_32bit paged_adamw_32bit
+    paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit rmsprop
+    rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit galore_adamw galore_adamw_8bit galore_adafactor
+    galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw
+    schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise
+    stable_adamw muon""".split(),
+    "adamw_torch",
+)
+#: key → its values, each with what to use instead (None: supported).
+LATER_VALUES: dict[str, dict[str, str | None]] = {
+    "stage": {name: stage.instead for name, stage in STAGES.items()},
+    "pref_loss": {name: loss.instead for name, loss in PREF_LOSSES.items()},
+    "optim": OPTIMISERS,
+    "finetuning_type": {"oft": "finetuning_type: lora"},
+    "lr_scheduler_type": {"reduce_lr_on_plateau": "cosine", "greedy": "cosine"},
+    "infer_backend": dict.fromkeys(("vllm", "sglang", "ktransformers"), "huggingface"),
+    "booster": {"liger": "auto"},
+    "train_sampling_strategy": {"batch_rebalance": "group_by_length"},
+}
+
+SET = object()
+"""A condition that holds when the other key has a value at all."""
+
+_PREFERENCE = ("dpo", "kto", "orpo", "simpo", "cpo", "online_dpo")
+_REFERENCE = tuple(name for name, stage in STAGES.items() if stage.reference)
+_REFERENCE_LOSSES = tuple(name for name, loss in PREF_LOSSES.items() if loss.reference)
+_ONLINE = ("ppo", "grpo", "rloo", "online_dpo")
+_LORA = {"finetuning_type": ("lora",)}
+
+_ROWS: list[tuple[str, dict[str, Any]]] = [
+    ("pref_loss", {"stage": ("dpo",)}),
+    ("pref_beta", {"stage": _PREFERENCE}),
+    ("pref_ftx", {"stage": ("dpo", "kto")}),
+    ("dpo_label_smoothing", {"stage": ("dpo",), "pref_loss": ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")}),
+    ("pref_bco_weight ld_alpha knowledge_weight", {"stage": ("dpo",)}),
+    ("simpo_gamma", {"stage": ("dpo", "simpo"), "pref_loss": ("simpo",)}),
+    ("kto_chosen_weight kto_rejected_weight", {"stage": ("kto",)}),
+    ("ref_model precompute_ref_log_probs", {"stage": _REFERENCE, "pref_loss": _REFERENCE_LOSSES}),
+    ("ref_model_adapters ref_model_quantization_bit", {"ref_model": SET}),
+    ("reward_model", {"stage": _ONLINE}),
+    ("reward_model_adapters reward_model_quantization_bit reward_model_type", {"reward_model": SET}),
+    ("ppo_buffer_size ppo_epochs ppo_kl_coeff ppo_clip_ratio ppo_score_norm ppo_target ppo_whiten_rewards",
+     {"stage": ("ppo",)}),
+    ("train_on_prompt mask_history predict_with_generate compute_accuracy", {"stage": ("sft",)}),
+    ("use_dft_loss use_asft_loss use_eaft_loss", {"stage": ("sft",)}),
+    ("asft_alpha", {"use_asft_loss": (True,)}),
+    ("eaft_alpha", {"use_eaft_loss": (True,)}),
+    ("lora_rank lora_alpha lora_dropout lora_target use_rslora use_dora loraplus_lr_ratio pissa_init", _LORA),
+    ("loraplus_lr_embedding", {"loraplus_lr_ratio": SET}),
+    ("pissa_iter pissa_convert", {"pissa_init": (True,)}),
+    ("additional_target create_new_adapter", {"finetuning_type": ("lora", "oft")}),
+    ("freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro",
+     {"finetuning_type": ("freeze",)}),
+    ("module_dropout oft_rank oft_block_size oft_target", {"finetuning_type": ("oft",)}),
+    ("galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise",
+     {"use_galore": (True,)}),
+    ("apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj apollo_proj_type "
+     "apollo_scale_type apollo_layerwise apollo_scale_front", {"use_apollo": (True,)}),
+    ("interleave_probs", {"mix_strategy": ("interleave_under", "interleave_over", "interleave_once")}),
+    ("quantization_type double_quantization quantization_device_map quantization_method", {"quantization_bit": SET}),
+    ("new_special_tokens_config init_special_tokens", {"add_special_tokens": SET}),
+]  # fmt: skip
+
+#: The same for keys that steer the run rather than the method: set in vain, they are only said to be so.
+_QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
+    ("logging_steps", {"logging_strategy": ("steps",)}),
+    ("eval_steps", {"eval_strategy": ("steps",)}),
+    ("eval_delay eval_on_start", {"eval_strategy": ("steps", "epoch")}),
+    ("save_steps", {"save_strategy": ("steps",)}),
+    ("buffer_size", {"streaming": (True,)}),
+    ("gradient_checkpointing_kwargs", {"gradient_checkpointing": (True,)}),
+    ("optim_target_modules", {"optim": tuple(name for name in OPTIMISERS if "galore" in name or "apollo" in name)}),
+    ("default_system tool_format enable_thinking preserve_thinking template",
+     {"stage": tuple(name for name in STAGES if name != "pt")}),
+    ("hub_model_id hub_private_repo hub_revision hub_strategy hub_always_push", {"push_to_hub": (True,)}),
+    ("vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config", {"infer_backend": ("vllm",)}),
+    ("export_quantization_dataset export_quantization_nsamples export_quantization_maxlen",
+     {"export_quantization_bit": SET}),
+    ("task_dir batch_size lang n_shot save_dir download_mode", {"task": SET}),
+    ("trackio_space_id", {"report_to": ("trackio", "all")}),
+    ("ray_num_workers", {"ray_init_kwargs": SET}),
+]  # fmt: skip
+
+ACTS_WITH: dict[str, dict[str, Any]] = {key: needs for row, needs in _ROWS for key in row.split()}
+QUIET: frozenset[str] = frozenset(key for row, _ in _QUIET_ROWS for key in row.split())
+ACTS_WITH |= {key: needs for row, needs in _QUIET_ROWS for key in row.split()}
+
+
+def stage_kind(cfg: RunConfig) -> str:
+    """The kind of example the stage trains on: text, chat, pair, ranking, feedback or prompt."""
+    return STAGES[cfg.objective.stage].kind
+
+
+def needs_reference(cfg: RunConfig) -> bool:
+    """Whether the objective compares with a reference model."""
+    if cfg.objective.stage == "dpo":
+        return PREF_LOSSES[cfg.objective.pref_loss].reference
+    return STAGES[cfg.objective.stage].reference
+
+
+def _holds(value: Any, allowed: Any) -> bool:
+    if allowed is SET:
+        return value not in (None, [], {}, "")
+    if isinstance(value, list):
+        return any(item in allowed for item in value)
+    return value in allowed
+
+
+def missing_condition(key: str, cfg: RunConfig) -> tuple[str, Any] | None:
+    """Why `key` does nothing under `cfg`: the key it depends on and the values it would need; None if it acts."""
+    for other, allowed in ACTS_WITH.get(key, {}).items():
+        if other == "pref_loss" and cfg.objective.stage != "dpo":
+            continue  # only stage dpo chooses a loss; the stage's own condition has decided already
+        if not _holds(cfg[other], allowed):
+            return other, allowed
+    return None
+
+
+def is_off(key: str, value: Any) -> bool:
+    """Whether a value asks for nothing: off, and off is what happens anyway."""
+    return value == default(key) and not value and value not in ("",)
+
+
+def applicable_keys(cfg: RunConfig) -> list[str]:
+    """The keys that act under `cfg`, for forms and docs."""
+    return [key for key in SECTION_OF if missing_condition(key, cfg) is None]

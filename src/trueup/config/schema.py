@@ -1,0 +1,135 @@
+"""All keys in one place: sections put together, looked up by key, written out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from trueup.config.sections.data import DataSection
+from trueup.config.sections.generate import EvaluateSection, ExportSection, GenerateSection
+from trueup.config.sections.model import ModelSection
+from trueup.config.sections.objective import ObjectiveSection
+from trueup.config.sections.train import TrainSection
+from trueup.config.sections.tuning import TuningSection
+from trueup.config.values import Section
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "tuning": TuningSection,
+    "objective": ObjectiveSection,
+    "train": TrainSection,
+    "generate": GenerateSection,
+    "export": ExportSection,
+    "evaluate": EvaluateSection,
+}
+SECRETS = frozenset({"hf_hub_token", "ms_hub_token", "om_hub_token"})
+REDACTED = "<redacted>"
+
+#: key → the section it is in, and its field.
+SECTION_OF: dict[str, str] = {key: name for name, model in SECTIONS.items() for key in model.model_fields}
+FIELDS: dict[str, FieldInfo] = {key: SECTIONS[name].model_fields[key] for key, name in SECTION_OF.items()}
+
+
+def kinds(annotation: Any) -> Iterator[Any]:
+    """The plain types inside an annotation: `Annotated[bool | None, …]` → bool, NoneType."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from kinds(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from kinds(part)
+    else:
+        yield origin or annotation
+
+
+def is_flag(key: str) -> bool:
+    """Whether `--key` alone means true."""
+    return bool in kinds(FIELDS[key].annotation)
+
+
+def is_nullable(key: str) -> bool:
+    """Whether null is a value of its own, rather than another way to leave the key out."""
+    return type(None) in kinds(FIELDS[key].annotation)
+
+
+def default(key: str) -> Any:
+    """The schema's default of a key."""
+    return FIELDS[key].get_default(call_default_factory=True)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is told, checked. `explicit` is what the user set, under its canonical names."""
+
+    model: ModelSection
+    data: DataSection
+    tuning: TuningSection
+    objective: ObjectiveSection
+    train: TrainSection
+    generate: GenerateSection
+    export: ExportSection
+    evaluate: EvaluateSection
+    explicit: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a canonical key."""
+        return getattr(getattr(self, SECTION_OF[key]), key)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """A copy with some keys changed. Values are taken as they are: they come from code, not from a user."""
+        sections = {name: getattr(self, name) for name in SECTIONS}
+        for key, value in changes.items():
+            name = SECTION_OF[key]
+            sections[name] = sections[name].model_copy(update={key: value})
+        return RunConfig(**sections, explicit=self.explicit)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, flat."""
+        return dict(self._flat)
+
+    @cached_property
+    def _flat(self) -> dict[str, Any]:
+        return {key: self[key] for key in SECTION_OF}
+
+
+def dump_yaml(cfg: RunConfig) -> str:
+    """The config as YAML, by section, secrets left out; loading it again gives an equal config.
+
+    Keys without effect under this config are not written, unless they were set.
+    """
+    from trueup.config.methods import missing_condition
+
+    flat = cfg.resolved()
+    parts = []
+    for name, model in SECTIONS.items():
+        lines = {
+            key: REDACTED if key in SECRETS and flat[key] else flat[key]
+            for key in model.model_fields
+            if flat[key] != default(key) or missing_condition(key, cfg) is None
+        }
+        if lines:
+            body = yaml.safe_dump(lines, sort_keys=False, allow_unicode=True, width=1000)
+            parts.append(f"# {name}\n{body}")
+    return "\n".join(parts)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the flat file: for editors, forms and docs. `x-section` tells a key's group."""
+    properties: dict[str, Any] = {}
+    for name, model in SECTIONS.items():
+        for key, rule in model.model_json_schema()["properties"].items():
+            properties[key] = {"x-section": name, **rule}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "trueup run",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }

@@ -1,0 +1,1 @@
+"""The keys, grouped. One module a section; `trueup.config.schema` puts them together."""

@@ -1,0 +1,120 @@
+"""Keys about the model, its tokenizer, where both come from and where they run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trueup.config.values import Bits, Lower, Mapping, Names, NonNegativeFloat, Positive, Section
+
+Hub = Literal["huggingface", "modelscope", "modelers"]
+RopeScaling = Literal["linear", "dynamic", "yarn", "llama3"]
+Attention = Literal["auto", "disabled", "sdpa", "fa2", "fa3"]
+Booster = Literal["auto", "flash_attn", "liger", "none"]
+
+
+class ModelSection(Section):
+    # which model
+    model_name_or_path: str | None = None
+    """The model to start from: a directory, a hub id, or builtin:sql-tiny."""
+    adapter_name_or_path: Names = []
+    """Adapter directories put on the model, in order; the last stage's output goes here."""
+    adapter_folder: str | None = None
+    """Folder that holds the adapters named in adapter_name_or_path."""
+    model_revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+    hub: Annotated[Hub, Lower] = "huggingface"
+    """Where hub ids are looked up: huggingface, modelscope or modelers."""
+    cache_dir: str | None = None
+    """Where downloaded models are kept; the hub's own cache when unset."""
+    hf_hub_token: str | None = None
+    """Access token for Hugging Face; the logged-in one when unset."""
+    ms_hub_token: str | None = None
+    """Access token for ModelScope."""
+    om_hub_token: str | None = None
+    """Access token for Modelers."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for repositories you have read."""
+    allow_pickle_weights: bool = False
+    """Read weights that exist only as pickled .bin files (restricted unpickling; saved back as safetensors)."""
+    train_from_scratch: bool = False
+    """Start from random weights of this model's shape."""
+
+    # tokenizer
+    use_fast_tokenizer: bool = True
+    """Use the tokenizers library's fast tokenizer."""
+    resize_vocab: bool = False
+    """Grow the embeddings when the tokenizer has more tokens than the model."""
+    split_special_tokens: bool = False
+    """Spell special tokens out as ordinary text instead of reading them as control tokens."""
+    add_tokens: Names = []
+    """Ordinary tokens to add to the vocabulary."""
+    add_special_tokens: Names = []
+    """Special tokens to add to the vocabulary."""
+    new_special_tokens_config: str | None = None
+    """YAML file with a description of each new special token, to start its embedding from."""
+    init_special_tokens: Literal["noise_init", "desc_init", "desc_init_w_noise"] = "noise_init"
+    """How embeddings of new special tokens start."""
+
+    # where and how it computes
+    device: Annotated[str, Lower, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    low_cpu_mem_usage: bool = True
+    """Load weights one at a time instead of building the model twice in memory."""
+    flash_attn: Annotated[Attention, Lower] = "auto"
+    """Attention kernel: auto measures nothing and picks what the device has."""
+    booster: Annotated[Booster, Lower] = "auto"
+    """Faster kernels: auto, flash_attn, liger or none."""
+    rope_scaling: Annotated[RopeScaling, Lower] | None = None
+    """Stretch the model's context: linear, dynamic, yarn or llama3."""
+    use_unsloth: bool = False
+    """Unsloth's training kernels."""
+    use_unsloth_gc: bool = False
+    """Unsloth's gradient checkpointing."""
+    enable_liger_kernel: bool = False
+    """Liger's fused kernels (GPU)."""
+    shift_attn: bool = False
+    """LongLoRA's shifted sparse attention."""
+    moe_aux_loss_coef: NonNegativeFloat | None = None
+    """Weight of the router's balancing loss in a mixture of experts."""
+    use_reentrant_gc: bool = True
+    """Kind of gradient checkpointing; results are the same."""
+    upcast_layernorm: bool = False
+    """Keep layer norms in fp32."""
+    upcast_lmhead_output: bool = False
+    """Compute the logits in fp32."""
+    print_param_status: bool = False
+    """List every parameter with its type and whether it trains."""
+
+    # quantised base
+    quantization_method: Annotated[Literal["bnb", "bitsandbytes", "hqq", "eetq", "torchao", "gptq", "awq"], Lower] = "bnb"
+    """Library that quantises the base while loading."""
+    quantization_bit: Bits | None = None
+    """Quantise the frozen base to this many bits while loading (QLoRA: 4)."""
+    quantization_type: Annotated[Literal["nf4", "fp4"], Lower] = "nf4"
+    """Number format of 4-bit weights."""
+    double_quantization: bool = True
+    """Quantise the quantisation constants too."""
+    quantization_device_map: Literal["auto"] | None = None
+    """Spread a quantised model over the devices."""
+
+    # inference
+    infer_backend: Annotated[Literal["huggingface", "hf", "vllm", "sglang", "ktransformers"], Lower] = "huggingface"
+    """Engine that generates text."""
+    infer_dtype: Annotated[Literal["auto", "float16", "bfloat16", "float32"], Lower] = "auto"
+    """Number format at inference and export."""
+    offload_folder: str = "offload"
+    """Where weights go that do not fit in memory."""
+    use_kv_cache: bool = True
+    """Keep keys and values while generating."""
+    vllm_maxlen: Positive = 4096
+    """Longest prompt plus answer in vLLM."""
+    vllm_gpu_util: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """Share of GPU memory vLLM may take."""
+    vllm_enforce_eager: bool = False
+    """Run vLLM without CUDA graphs."""
+    vllm_max_lora_rank: Positive = 32
+    """Largest LoRA rank vLLM is prepared for."""
+    vllm_config: Mapping | None = None
+    """Further settings for vLLM, as a JSON object."""
