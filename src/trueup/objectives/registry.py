@@ -21,7 +21,7 @@ class Objective:
     name: str
     takes: type
     needs_reference: bool
-    denominator: Literal["pairs", "tokens"]
+    denominator: Literal["pairs", "predictions"]
     parameters: dict[str, str]
     function: Callable[..., Loss]
 
@@ -33,7 +33,7 @@ def objective(
     name: str,
     *,
     takes: type,
-    denominator: Literal["pairs", "tokens"],
+    denominator: Literal["pairs", "predictions"],
     needs_reference: bool = False,
     parameters: dict[str, str] | None = None,
 ) -> Callable[[Callable[..., Loss]], Callable[..., Loss]]:

@@ -6,7 +6,7 @@ from trueup.objectives.registry import objective
 from trueup.types import Loss, TokenLogps
 
 
-@objective("sft", takes=TokenLogps, denominator="tokens")
+@objective("sft", takes=TokenLogps, denominator="predictions")
 def negative_log_likelihood(logps: TokenLogps) -> Loss:
     """−Σ_t log π(y_t), averaged over the trained tokens of the whole optimizer step.
 
