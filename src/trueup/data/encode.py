@@ -1,83 +1,101 @@
-"""Examples → token ids and loss masks: what is trained, what is cut, what is dropped, and a count of each.
+"""The data half of a run in one call: names of datasets in, token ids and the data report out.
 
-Lengths. A prompt is never cut: one that leaves no room for an answer drops its row. An answer that does not fit is
-treated by `truncation`: `keep_start` (default) cuts its end, `keep_end` its beginning, `drop` drops the row, `error`
-refuses the run. Documents lose nothing: they are cut into consecutive pieces, each later piece opening with the last
-token of the one before, untrained, so that every token is predicted once.
+`encoder.py` turns examples into ids; here are the refusals, the report, and the copy on disk (`tokenized_path`), which
+is used again only for the same data, template, tokenizer, lengths and policies.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
-
+from trueup.config.methods import stage_kind
+from trueup.config.schema import RunConfig
 from trueup.data.encoded import Answer, Encoded, EncodedDataset
-from trueup.data.examples import Chat, Example, Feedback, Message, Pair, Prompt, Ranking, Text
+from trueup.data.encoder import (
+    PROMPT_TOO_LONG,
+    TOO_LONG,
+    Policy,
+    Tally,
+    Truncation,
+    encode_examples,
+    tell,
+)
+from trueup.data.examples import Example
+from trueup.data.load import LoadedData, load_examples
 from trueup.data.report import DataReport, number
-from trueup.data.spans import Span
-from trueup.data.templates import ChatTemplate, flatten
-from trueup.data.turns import RowProblem
-from trueup.errors import DataError, Problem
+from trueup.data.templates import ChatTemplate, load_template, own_source
+from trueup.errors import ConfigError, DataError, Problem
 
 __all__ = [
     "Answer",
     "Encoded",
     "EncodedDataset",
-    "Tally",
-    "Truncation",
+    "Prepared",
     "encode_dataset",
-    "encode_examples",
+    "prepare",
+    "run_template",
 ]
 
-log = logging.getLogger("trueup")
-
-Truncation = Literal["keep_start", "keep_end", "drop", "error"]
-CHUNK = 2048  # examples whose strings go to the tokenizer in one call
 _SHOWN = 10
-_LONG, _LONG_PROMPT = "too long", "prompt too long"
-
-
-@dataclass(slots=True)
-class Tally:
-    """What happened to rows on their way to tokens, as plain JSON values."""
-
-    dropped: list[tuple[str, str, str]] = field(default_factory=list)  # (row, reason, detail)
-    truncated: list[tuple[str, str]] = field(default_factory=list)  # (row, the part that was cut)
-    lengths: list[tuple[str, dict[str, int]]] = field(
-        default_factory=list
-    )  # tokens of each part before cutting
-    chunked: list[str] = field(default_factory=list)  # documents cut into pieces
-    split_turns: list[str] = field(
-        default_factory=list
-    )  # chats that became one example for each answer
-    control_tokens: list[str] = field(
-        default_factory=list
-    )  # rows with control tokens written in their text
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """How long an example may be, what becomes of one that is longer, and what is trained."""
+class Prepared:
+    """Everything a run takes from its data."""
 
-    cutoff_len: int
-    truncation: Truncation = "keep_start"
-    train_on_prompt: bool = False
-    mask_history: bool = False
-
-
-Shared = Pair | Ranking | Feedback | Prompt
+    train: EncodedDataset
+    eval: dict[str, EncodedDataset]  # "eval", or "eval_<dataset>" each
+    report: DataReport
+    template: ChatTemplate
 
 
-@dataclass(slots=True)
-class Draft:
-    """An example as spans of text. Each sequence begins with the prompt's span."""
+def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
+    """Read, parse, split, mix and encode the data of a run.
 
-    example: Example
-    sequences: list[list[Span]]
+    Raises ConfigError, DataError or ModelError with every problem of a step; rows that are left out are in the
+    report.
+    """
+    template = run_template(cfg, tokenizer)
+    policy = Policy(
+        cfg.data.cutoff_len, cfg.data.truncation, cfg.data.train_on_prompt, cfg.data.mask_history
+    )
+    cache = _Cache(cfg, template, policy, tokenizer)
+    data = _load(cfg, cache)
+    report = data.report
+    encoded: dict[str, EncodedDataset] = {}
+    tallies: list[Tally] = []
+    for name, examples in {"train": data.train, **data.eval}.items():
+        encoded[name], tally = cache.encode(name, examples)
+        tell(report, tally)
+        tallies.append(tally)
+    refuse(report, tallies, cfg.data.on_bad_rows, cfg.data.truncation)
+    cache.save(encoded, tallies)
+    report.splits = {name: len(dataset) for name, dataset in encoded.items()}
+    return Prepared(encoded.pop("train"), encoded, report, template)
+
+
+def run_template(cfg: RunConfig, tokenizer: Any) -> ChatTemplate:
+    """The chat template of a run, to train and to talk with."""
+    name = cfg.data.template
+    if name is None and stage_kind(cfg) == "text" and own_source(tokenizer) is None:
+        name = "empty"  # documents need no template, so there is nothing to say about a missing one
+    # Control tokens written in a text stay text, unless the user says that they should act.
+    explicit = "split_special_tokens" in cfg.explicit
+    return load_template(
+        tokenizer,
+        name,
+        cfg.data.default_system,
+        cfg.data.enable_thinking,
+        cfg.data.preserve_thinking,
+        cfg.data.tool_format,
+        cfg.model.split_special_tokens if explicit else True,
+    )
 
 
 def encode_dataset(
@@ -93,375 +111,136 @@ def encode_dataset(
 ) -> EncodedDataset:
     """Encode examples of any kinds, counting in `report` what became of every row.
 
-    Raises DataError for rows that are refused (`on_bad_rows: error`, `truncation: error`) and when a dataset known
-    to `report` has no usable row left.
+    Raises DataError for rows that are refused (`on_bad_rows: error`, `truncation: error`) and when a dataset that
+    `report` knows has no usable row left.
     """
     policy = Policy(cutoff_len, truncation, train_on_prompt, mask_history)
     dataset, tally = encode_examples(examples, template, policy)
     report = DataReport() if report is None else report
     tell(report, tally)
-    refuse(tally, report, on_bad_rows, truncation)
+    refuse(report, [tally], on_bad_rows, truncation)
     return dataset
 
 
-def encode_examples(
-    examples: Sequence[Example],
-    template: ChatTemplate,
-    policy: Policy,
-) -> tuple[EncodedDataset, Tally]:
-    """Encode examples of any kinds; rows that cannot be used are in the tally, not in the dataset."""
-    tally = Tally()
-    encoder = _Encoder(template, policy, tally)
-
-    def encoded() -> Iterator[Encoded]:
-        for start in range(0, len(examples), CHUNK):
-            yield from encoder.chunk(examples[start : start + CHUNK])
-
-    dataset = EncodedDataset.of(encoded())
-    _say(tally, template)
-    return dataset, tally
-
-
-class _Encoder:
-    """Spans for a chunk of examples, one tokenizer call, then ids: cut, checked and counted."""
-
-    def __init__(self, template: ChatTemplate, policy: Policy, tally: Tally) -> None:
-        self.template = template
-        self.policy = policy
-        self.tally = tally
-        self.lead = np.asarray(template.plain_prefix, dtype=np.int32)
-
-    def chunk(self, examples: Sequence[Example]) -> Iterator[Encoded]:
-        drafts = [draft for example in examples if (draft := self._draft(example))]
-        ids = self.template.spans.encode([spans for draft in drafts for spans in draft.sequences])
-        cursor = 0
-        for draft in drafts:
-            count = len(draft.sequences)
-            yield from self._finish(draft, ids[cursor : cursor + count])
-            cursor += count
-
-    def _draft(self, example: Example) -> Draft | None:
-        try:
-            self._count_control_tokens(example)
-            return Draft(example, self._sequences(example))
-        except RowProblem as problem:
-            self.tally.dropped.append((example.row, problem.reason, problem.detail))
-            return None
-
-    def _sequences(self, example: Example) -> list[list[Span]]:
-        template = self.template
-        if isinstance(example, Text):
-            text = (
-                template.spans.protect(example.text)
-                if template.split_special_tokens
-                else example.text
-            )
-            return [[Span(text, trained=True)]]
-        if example.tools and not template.supports_tools:
-            raise RowProblem("the chat template has no tools", f"template {template.name}")
-        if example.plain:
-            return _plain_sequences(example, template)
-        match example:
-            case Chat():
-                sequences = template.chat_spans(
-                    example.messages, example.tools, self.policy.mask_history
-                )
-                if len(sequences) > 1:
-                    self.tally.split_turns.append(example.row)
-                return sequences
-            case Prompt():
-                return [
-                    [Span(template.prompt_text(example.messages, example.tools), trained=False)]
-                ]
-            case Pair():
-                prompt, answers = _share_turns(example.prompt, [example.chosen, example.rejected])
-            case Ranking():
-                prompt, answers = _share_turns(example.prompt, list(example.answers))
-            case Feedback():
-                prompt, answers = example.prompt, [example.answer]
-        return template.answer_spans(prompt, answers, example.tools)
-
-    def _finish(self, draft: Draft, ids: list[list[np.ndarray]]) -> Iterator[Encoded]:
-        example = draft.example
-        try:
-            if isinstance(example, Text):
-                yield from self._pieces(example, ids[0][0])
-            elif isinstance(example, Chat):
-                for spans, tokens in zip(draft.sequences, ids, strict=True):
-                    yield self._chat(example, *flatten(spans, tokens))
-            elif isinstance(example, Pair) and example.plain and not example.prompt:
-                yield self._shared(example, *_common_prefix(*self._whole_texts(ids), self.template))
-            else:
-                prompt = self._opened(ids[0][0]) if example.plain else ids[0][0]
-                answers = [
-                    flatten(spans[1:], tokens[1:])
-                    for spans, tokens in zip(draft.sequences, ids, strict=True)
-                ]
-                yield self._shared(
-                    example, prompt, answers if not isinstance(example, Prompt) else []
-                )
-        except RowProblem as problem:
-            self.tally.dropped.append((example.row, problem.reason, problem.detail))
-
-    # --- from ids to examples -------------------------------------------------------------------------------
-
-    def _pieces(self, example: Text, ids: np.ndarray) -> Iterator[Encoded]:
-        document = self._opened(ids)
-        eos = self.template.tokenizer.eos_token_id
-        if eos is not None and (not len(document) or document[-1] != eos):
-            document = np.append(document, np.int32(eos))
-        limit = self.policy.cutoff_len
-        self._measure(example.row, text=len(document))
-        if len(document) < 2:
-            raise RowProblem("nothing to train", "a document of one token")
-        if len(document) > limit:
-            self.tally.chunked.append(example.row)
-        yield Encoded(example.row, document[:0], (_all_trained(document[:limit]),))
-        for start in range(limit, len(document), limit - 1):
-            piece = document[start : start + limit - 1]
-            yield Encoded(example.row, document[start - 1 : start], (_all_trained(piece),))
-
-    def _chat(self, example: Chat, ids: np.ndarray, mask: np.ndarray) -> Encoded:
-        if example.plain:
-            before, ids = len(ids), self._opened(ids)
-            mask = np.concatenate([np.zeros(len(ids) - before, bool), mask])
-        first = int(mask.argmax()) if mask.any() else len(mask)
-        self._measure(example.row, prompt=first, answer=len(ids) - first)
-        cut, cut_mask = self._fit(example.row, "answer", first, ids[first:], mask[first:])
-        if self.policy.train_on_prompt:
-            whole = np.concatenate([ids[:first], cut])
-            return Encoded(example.row, ids[:0], (_all_trained(whole),))
-        return Encoded(example.row, ids[:first], (Answer(cut, cut_mask),))
-
-    def _shared(
-        self, example: Shared, prompt: np.ndarray, answers: list[tuple[np.ndarray, np.ndarray]]
-    ) -> Encoded:
-        parts = ("chosen", "rejected") if isinstance(example, Pair) else ("answer",) * len(answers)
-        sizes = {part: max(len(ids) for ids, _ in answers) for part in dict.fromkeys(parts)}
-        if isinstance(example, Pair):
-            sizes = {part: len(ids) for part, (ids, _) in zip(parts, answers, strict=True)}
-        self._measure(example.row, prompt=len(prompt), **sizes)
-        self._check_prompt(len(prompt))
-        if _all_equal(answers):
-            raise RowProblem("equal answers", "they are the same tokens")
-        fitted = [
-            self._fit(example.row, part, len(prompt), ids, mask)
-            for part, (ids, mask) in zip(parts, answers, strict=True)
-        ]
-        if _all_equal(fitted):
-            raise RowProblem(
-                "equal after truncation", f"they part beyond cutoff_len {self.policy.cutoff_len}"
-            )
-        return Encoded(
-            example.row, prompt, tuple(Answer(*answer) for answer in fitted), _scores(example)
-        )
-
-    def _fit(
-        self, row: str, part: str, prompt_len: int, ids: np.ndarray, mask: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """An answer cut to the room its prompt leaves. Raises RowProblem if nothing of it could be trained."""
-        self._check_prompt(prompt_len)
-        room = self.policy.cutoff_len - prompt_len
-        if len(ids) > room:
-            if self.policy.truncation in ("drop", "error"):
-                raise RowProblem(
-                    _LONG, f"{prompt_len + len(ids)} tokens, cutoff_len {self.policy.cutoff_len}"
-                )
-            self.tally.truncated.append((row, part))
-            kept = slice(-room, None) if self.policy.truncation == "keep_end" else slice(room)
-            ids, mask = ids[kept], mask[kept]
-        if not mask.any():
-            raise RowProblem("nothing to train", "no token of this row would be in the loss")
-        return ids, mask
-
-    def _measure(self, row: str, **parts: int) -> None:
-        self.tally.lengths.append((row, {**parts, "total": sum(parts.values())}))
-
-    def _check_prompt(self, length: int) -> None:
-        if length >= self.policy.cutoff_len:
-            raise RowProblem(_LONG_PROMPT, f"{length} tokens, cutoff_len {self.policy.cutoff_len}")
-
-    def _opened(self, ids: np.ndarray) -> np.ndarray:
-        """Plain text as the tokenizer opens it (BOS), which its text may already do."""
-        count = len(self.lead)
-        return (
-            ids
-            if count and np.array_equal(ids[:count], self.lead)
-            else np.concatenate([self.lead, ids])
-        )
-
-    def _whole_texts(self, ids: list[list[np.ndarray]]) -> list[np.ndarray]:
-        return [self._opened(np.concatenate(tokens)) for tokens in ids]
-
-    def _count_control_tokens(self, example: Example) -> None:
-        if self.template.count_control_tokens(_contents(example)):
-            self.tally.control_tokens.append(example.row)
-
-
-# --- helpers of single kinds ----------------------------------------------------------------------------------
-
-
-def _plain_sequences(
-    example: Chat | Pair | Ranking | Feedback | Prompt, template: ChatTemplate
-) -> list[list[Span]]:
-    """Raw text, as TRL has it: one string after another, EOS at the end, control tokens acting as written."""
-
-    def text(messages: Sequence[Message]) -> str:
-        return "".join(message.content for message in messages)
-
-    def closed(messages: Sequence[Message]) -> str:
-        content, eos = text(messages), template.tokenizer.eos_token or ""
-        return content if eos and content.endswith(eos) else content + eos
-
-    match example:
-        case Prompt():
-            return [[Span(text(example.messages), trained=False)]]
-        case Chat():
-            *before, last = example.messages
-            spans = [Span(message.content, message.role == "assistant") for message in before]
-            return [[*spans, Span(closed([last]), trained=True)]]
-        case Pair():
-            answers = [example.chosen, example.rejected]
-        case Ranking():
-            answers = list(example.answers)
-        case Feedback():
-            answers = [example.answer]
-    return [
-        [Span(text(example.prompt), trained=False), Span(closed(answer), trained=True)]
-        for answer in answers
-    ]
-
-
-def _share_turns(
-    prompt: Sequence[Message], answers: list[Sequence[Message]]
-) -> tuple[Sequence[Message], list[Sequence[Message]]]:
-    """Move turns that all answers have in common into the prompt, as long as an assistant turn comes next."""
-    shared = 0
-    for number, turns in enumerate(zip(*answers, strict=False)):
-        if any(turn != turns[0] for turn in turns):
-            break
-        following = [answer[number + 1].role for answer in answers if len(answer) > number + 1]
-        if len(following) == len(answers) and all(role == "assistant" for role in following):
-            shared = number + 1
-    return [*prompt, *answers[0][:shared]], [answer[shared:] for answer in answers]
-
-
-def _common_prefix(
-    chosen: np.ndarray, rejected: np.ndarray, template: ChatTemplate
-) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Two whole texts as prompt and answers: their common tokens, back to where a word ends on both sides."""
-    shorter = min(len(chosen), len(rejected))
-    differ = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
-    split = int(differ[0]) if len(differ) else shorter
-    split = min(split, shorter - 1)  # the last token of either side, EOS, stays in the answer
-    tokens = template.tokenizer.convert_ids_to_tokens
-    special = set(template.tokenizer.all_special_ids)
-
-    def opens_word(side: np.ndarray) -> bool:
-        token = tokens(int(side[split]))
-        text = template.tokenizer.decode([int(side[split])])
-        wide = (
-            "\ufffd" not in text and text[:1] >= "\u2e80"
-        )  # Chinese and its neighbours: no spaces between words
-        return token[0] in "Ġ▁Ċĉ \n\t" or token == "<0x0A>" or wide or int(side[split]) in special
-
-    def closes_word() -> bool:
-        token = tokens(int(chosen[split - 1]))
-        return token[-1] in "Ċ\n" or token == "<0x0A>" or int(chosen[split - 1]) in special
-
-    while split and not closes_word() and not (opens_word(chosen) and opens_word(rejected)):
-        split -= 1
-    answers = [(side[split:], np.ones(len(side) - split, bool)) for side in (chosen, rejected)]
-    return chosen[:split], answers
-
-
-def _all_trained(ids: np.ndarray) -> Answer:
-    return Answer(ids, np.ones(len(ids), bool))
-
-
-def _all_equal(answers: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
-    return len(answers) > 1 and all(np.array_equal(ids, answers[0][0]) for ids, _ in answers[1:])
-
-
-def _scores(example: Example) -> tuple[float, ...]:
-    if isinstance(example, Feedback):
-        return (float(example.desirable),)
-    return tuple(example.scores or ()) if isinstance(example, Ranking) else ()
-
-
-def _contents(example: Example) -> Iterator[str]:
-    match example:
-        case Text():
-            yield example.text
-            return
-        case Chat() | Prompt():
-            messages = [example.messages]
-        case Pair():
-            messages = [example.prompt, example.chosen, example.rejected]
-        case Ranking():
-            messages = [example.prompt, *example.answers]
-        case Feedback():
-            messages = [example.prompt, example.answer]
-    yield from (message.content for turns in messages for message in turns)
-
-
-# --- telling ----------------------------------------------------------------------------------------------------
-
-
-def tell(report: DataReport, tally: Tally) -> None:
-    """Put what happened into the data report."""
-    for row, reason, detail in tally.dropped:
-        report.dropped(row, reason, detail)
-    for row, part in tally.truncated:
-        report.truncated(row, part)
-    for row, parts in tally.lengths:
-        report.lengths(row, **parts)
-    for count, what in (
-        (
-            len(tally.chunked),
-            "documents longer than cutoff_len were cut into consecutive pieces; nothing is lost",
-        ),
-        (
-            len(tally.split_turns),
-            "conversations became one example per answer (the template rewrites earlier turns)",
-        ),
-        (len(tally.control_tokens), "rows have control tokens written in their text"),
-    ):
-        if count:
-            report.note(f"{number(count)} {what}")
-
-
-def refuse(tally: Tally, report: DataReport, on_bad_rows: str, truncation: str) -> None:
-    """Raise DataError for rows that the user wants to hear of rather than lose."""
-    if on_bad_rows == "error":
-        report.refuse_bad_rows()
+def refuse(report: DataReport, tallies: Sequence[Tally], on_bad_rows: str, truncation: str) -> None:
+    """Raise DataError for rows that the user wants to hear of rather than lose, or if none are left."""
     if truncation == "error":
         long = [
-            (row, detail)
+            Problem(f"too long: {detail}", where=row)
+            for tally in tallies
             for row, reason, detail in tally.dropped
-            if reason in (_LONG, _LONG_PROMPT)
+            if reason in (TOO_LONG, PROMPT_TOO_LONG)
         ]
-        problems = [Problem(f"too long: {detail}", where=row) for row, detail in long[:_SHOWN]]
-        if len(long) > _SHOWN:
-            problems.append(
-                Problem(f"… and {number(len(long) - _SHOWN)} more rows that are too long")
-            )
-        if problems:
-            raise DataError(problems)
+        if long:
+            more = [Problem(f"… and {number(len(long) - _SHOWN)} more rows that are too long")]
+            raise DataError(long[:_SHOWN] + (more if len(long) > _SHOWN else []))
+    if on_bad_rows == "error":
+        report.refuse_bad_rows()
     report.require_usable()
 
 
-def _say(tally: Tally, template: ChatTemplate) -> None:
-    if tally.split_turns:
-        log.warning(
-            "%d conversations became one example per answer, because the chat template rewrites earlier turns "
-            "(it drops their reasoning). preserve_thinking: true keeps them whole with templates that know it; "
-            "mask_history: true trains their last answer only.",
-            len(tally.split_turns),
+def _load(cfg: RunConfig, cache: _Cache) -> LoadedData:
+    """The examples; none if only the tokenised copy is given (`tokenized_path` without `dataset`)."""
+    if not cfg.data.dataset and cache.exists:
+        return LoadedData([], {name: [] for name in cache.splits if name != "train"}, DataReport())
+    if not cfg.data.dataset:
+        raise ConfigError(
+            "no dataset is given", where="dataset", fix="dataset: NAME or a file's path"
         )
-    if tally.control_tokens:
-        how = "they stay text" if template.split_special_tokens else "they act as control tokens"
-        log.warning(
-            "%d rows have control tokens written in their text (first: %s); %s. split_special_tokens decides.",
-            len(tally.control_tokens), tally.control_tokens[0], how,
-        )  # fmt: skip
+    model = cfg.model
+    tokens = {
+        "huggingface": model.hf_hub_token,
+        "modelscope": model.ms_hub_token,
+        "modelers": model.om_hub_token,
+    }
+    return load_examples(
+        cfg.data.dataset,
+        kind=stage_kind(cfg),  # type: ignore[arg-type]
+        eval_dataset=cfg.data.eval_dataset,
+        dataset_dir=cfg.data.dataset_dir,
+        hub=model.hub,
+        hub_token=tokens[model.hub],
+        cache_dir=model.cache_dir,
+        max_samples=cfg.data.max_samples,
+        val_size=cfg.data.val_size,
+        mix_strategy=cfg.data.mix_strategy,
+        interleave_probs=cfg.data.interleave_probs or None,
+        on_bad_rows=cfg.data.on_bad_rows,
+        seed=cfg.train.seed,
+        eval_wanted=cfg.train.do_eval or cfg.train.eval_strategy != "no",
+        eval_on_each_dataset=cfg.data.eval_on_each_dataset,
+    )
+
+
+class _Cache:
+    """The tokenised copy in `tokenized_path`: a folder for each split, with a note of what it was made from."""
+
+    def __init__(
+        self, cfg: RunConfig, template: ChatTemplate, policy: Policy, tokenizer: Any
+    ) -> None:
+        self.template = template
+        self.policy = policy
+        self.root = Path(cfg.data.tokenized_path) if cfg.data.tokenized_path else None
+        self.exists = (
+            bool(self.root and (self.root / "train").is_dir()) and not cfg.data.overwrite_cache
+        )
+        self.splits = (
+            sorted(p.name for p in self.root.iterdir()) if self.root and self.exists else []
+        )
+        self.facts: dict[str, Any] = {}
+        if self.root:
+            self.facts = {
+                **asdict(policy),
+                "kind of example": stage_kind(cfg),
+                "template": template.fingerprint,
+                "tokenizer": _tokenizer_fingerprint(tokenizer),
+            }
+        self._made_from: dict[str, dict[str, Any]] = {}
+
+    def encode(self, name: str, examples: Sequence[Example]) -> tuple[EncodedDataset, Tally]:
+        """The split `name`, from disk if it is there. Raises ConfigError if that was made from something else."""
+        if not self.root:
+            return encode_examples(examples, self.template, self.policy)
+        facts = {**self.facts, "data": _examples_fingerprint(examples)} if examples else self.facts
+        if self.exists:
+            dataset, about = EncodedDataset.load(self.root / name)
+            self._compare(facts, about["facts"])
+            return dataset, Tally(**about["tally"])
+        self._made_from[name] = facts
+        return encode_examples(examples, self.template, self.policy)
+
+    def save(self, datasets: dict[str, EncodedDataset], tallies: Sequence[Tally]) -> None:
+        """Keep the copy, unless it came from there; the first process of a run writes."""
+        if not self.root or self.exists or os.environ.get("RANK", "0") != "0":
+            return
+        for (name, dataset), tally in zip(datasets.items(), tallies, strict=True):
+            about = {"facts": self._made_from[name], "tally": asdict(tally)}
+            dataset.save(self.root / name, about)
+
+    def _compare(self, now: dict[str, Any], then: dict[str, Any]) -> None:
+        changed = [
+            f"{key} ({then.get(key)} → {value})"
+            if isinstance(value, (int, bool)) or len(value) < 20
+            else key
+            for key, value in now.items()
+            if then.get(key) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"the tokenised data was made with another {', '.join(changed)}",
+                where=f"tokenized_path: {self.root}",
+                fix="set overwrite_cache: true to tokenise again, or name another folder",
+            )
+
+
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _examples_fingerprint(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(example).encode())
+    return digest.hexdigest()

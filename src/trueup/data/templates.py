@@ -495,6 +495,8 @@ class ChatTemplate:
             )
         #: What the generation header says beyond the answer's own header: "<think>\n" for models that always think.
         self._opened = prompt[len(before) :] if prompt.startswith(before) else ""
+        #: Whether an answer without reasoning gets an empty <think> block, as a part of the answer.
+        self.adds_empty_thought = "<think>" in before.removeprefix(prompt) or bool(self._opened)
         closing = self._control.search(self._after)
         self.end = self._after[: closing.end()] if closing else ""
         self.unknown_stops = () if closing else _markers(self._after)
