@@ -1,0 +1,352 @@
+"""The verbs. Each imports its work when it is called, so that help, `version` and a bad config stay instant."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class, shell_complete
+
+from trueup import __version__
+from trueup.console import Session, console
+from trueup.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trueup.config.schema import RunConfig
+
+COMPLETE_VARIABLE = "_TRUEUP_COMPLETE"
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+ALIASES = {"env": "doctor", "api": "serve", "webui": "web", "webchat": "web"}
+
+#: Verbs that users of other tools type and that are still to come: what each is, and what does the job today.
+LATER = {
+    "serve": ("the OpenAI-compatible server", "`trueup chat`, or `vllm serve BASE --enable-lora` with the saved adapter"),
+    "web": ("the studio in a browser", "`trueup train` and `trueup runs`; `report_to: tensorboard` draws live curves"),
+    "export": ("merging and exporting models", "peft's `merge_and_unload()`: what a run saves is a plain peft adapter"),
+    "merge": ("merging adapters", "peft's `merge_and_unload()`: what a run saves is a plain peft adapter"),
+    "eval": ("evaluation", "`trueup train … --do_eval` for held-out loss and accuracy, lm-eval for benchmarks"),
+    "generate": ("batch inference", "`trueup chat … < questions.txt`"),
+    "score": ("reward models", "transformers' AutoModelForSequenceClassification"),
+    "data": ("the data tools", "`trueup check CONFIG`, which prints the data report"),
+}  # fmt: skip
+
+
+class Program(click.Group):
+    """The group of all verbs; every way it can end goes through one `Session`."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+        words = list(sys.argv[1:] if args is None else args)
+        if instruction := os.environ.get(COMPLETE_VARIABLE):
+            sys.exit(shell_complete(self, {}, "trueup", COMPLETE_VARIABLE, instruction))
+        session = Session()
+        sys.exit(session.run(lambda: self._call(words, session)))
+
+    def _call(self, words: list[str], session: Session) -> None:
+        with self.make_context("trueup", words, obj=session) as context:
+            self.invoke(context)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        word = args[0]
+        if self.get_command(ctx, word) is None and not word.startswith("-"):
+            raise click.UsageError(f"there is no verb {word!r}{self._nearest(word)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def _nearest(self, word: str) -> str:
+        if word.lower().endswith(CONFIG_SUFFIXES):
+            return f"; did you mean `trueup train {word}`?"
+        near = difflib.get_close_matches(word, [*self.commands, *ALIASES], n=1)
+        return f"; did you mean `trueup {near[0]}`?" if near else ""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        now = {name: self.commands[name].get_short_help_str(80) for name in self.commands if name not in LATER}
+        for title, verbs in (("Verbs", now), ("To come", {name: what for name, (what, _) in LATER.items()})):
+            with formatter.section(title):
+                formatter.write_dl(list(verbs.items()))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of this file
+
+
+class ConfigCommand(click.Command):
+    """A verb that takes a config file and overrides; words it does not know belong to the config."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [*super().shell_complete(ctx, incomplete), *complete_key(ctx, None, incomplete)]
+
+
+def complete_key(ctx: click.Context, param: click.Parameter | None, incomplete: str) -> list[CompletionItem]:
+    """Config keys as `--key` or `key=`, and files while no `=` is typed."""
+    from trueup.config.schema import FIELDS
+
+    dashes = "--" if incomplete.startswith("--") else ""
+    start = incomplete.removeprefix(dashes)
+    items = [
+        CompletionItem(f"{dashes}{key}" if dashes else f"{key}=", help=FIELDS[key].description)
+        for key in FIELDS
+        if start and key.startswith(start)
+    ]
+    return items if items or dashes else [CompletionItem(incomplete, type="file")]
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+PASS_ON = {**CONTEXT, "ignore_unknown_options": True}
+
+
+def _remember(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            setattr(ctx.find_object(Session), name, True)
+
+    return callback
+
+
+def _flag(name: str, text: str) -> Callable[[Callable], Callable]:
+    return click.option(f"--{name}", is_flag=True, expose_value=False, is_eager=True, help=text, callback=_remember(name))
+
+
+debug_option = _flag("debug", "Show tracebacks.")
+json_option = _flag("json", "Print one JSON object instead of text.")
+config_words = click.argument(
+    "words", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG] [KEY=VALUE | --KEY VALUE]...", shell_complete=complete_key
+)
+
+
+@click.group(cls=Program, context_settings=CONTEXT, no_args_is_help=True, epilog="`trueup help KEY` explains a config key.")
+@click.version_option(__version__, "-V", "--version", message="trueup %(version)s")
+@debug_option
+@json_option
+def main() -> None:
+    """Align language models with people's preferences."""
+
+
+def read_config(words: Sequence[str], **how: Any) -> RunConfig:
+    """The config that a verb's words name: a file first, if the first word is one, then overrides."""
+    from trueup.config.load import load_config
+
+    source, overrides = split_source(words)
+    return load_config(source, overrides, **how)
+
+
+def split_source(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """`(file or None, overrides)`. Only the first word can be the file."""
+    first = words[0] if words else ""
+    is_file = first.lower().endswith(CONFIG_SUFFIXES) and "=" not in first and not first.startswith("--")
+    return (first, list(words[1:])) if is_file else (None, list(words))
+
+
+@main.command(cls=ConfigCommand, context_settings=PASS_ON)
+@config_words
+@debug_option
+@json_option
+@click.pass_obj
+def train(session: Session, words: tuple[str, ...]) -> None:
+    """Train a model as CONFIG says: pt, sft, dpo …
+
+    \b
+    trueup train examples/dpo.yaml
+    trueup train examples/dpo.yaml learning_rate=1e-5 --output_dir saves/second
+    trueup train --stage dpo --model_name_or_path MODEL --dataset dpo_en_demo --output_dir saves/first
+
+    FORCE_TORCHRUN=1 or NPROC_PER_NODE=N starts one process per device; NNODES, NODE_RANK, MASTER_ADDR and
+    MASTER_PORT span machines.
+    """
+    from trueup import launch
+
+    several = launch.is_requested()
+    session.notices.silent = several  # the processes to come say it themselves
+    cfg = read_config(words)
+    if several:
+        raise click.exceptions.Exit(launch.launch(words))
+    session.output_dir = Path(cfg.train.output_dir)
+    from trueup.recipes.offline import run
+
+    with session.result() as result:
+        done = run(cfg)
+        result.data = {"output_dir": str(done.output_dir), "metrics": done.metrics}
+
+
+@main.command(cls=ConfigCommand, context_settings=PASS_ON)
+@config_words
+@debug_option
+@json_option
+@click.pass_obj
+def check(session: Session, words: tuple[str, ...]) -> None:
+    """Say what `train` would do, without loading weights.
+
+    Checks config, data, template and sizes; estimates memory and disk; prints the data report.
+    """
+    cfg = read_config(words)
+    from trueup.recipes.check import check as check_run
+
+    with session.result() as result:
+        report = check_run(cfg)
+        result.data, result.text = report.to_dict(), report.render()
+
+
+@main.command(cls=ConfigCommand, context_settings=PASS_ON)
+@config_words
+@click.option("--compare", is_flag=True, help="Show the base model's answer beside the adapter's.")
+@debug_option
+def chat(words: tuple[str, ...], compare: bool) -> None:
+    """Talk to a model, with or without an adapter.
+
+    \b
+    trueup chat --model_name_or_path MODEL [--adapter_name_or_path DIR] [--template NAME] [--device cpu]
+    """
+    cfg = read_config(words, verb="infer")
+    from trueup.inference.chat import chat as talk
+
+    talk(cfg, compare)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), default=None, required=False)
+@click.option("--stage", default="dpo", show_default=True, help="What to train: pt, sft, dpo …")
+@click.option("--model", default=None, help="Model to start from: a hub name or a directory.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@debug_option
+def init(file: Path | None, stage: str, model: str | None, force: bool) -> None:
+    """Write a commented starter config.
+
+    It goes to FILE, or STAGE.yaml; `-` prints it.
+    """
+    from trueup.config.starter import starter
+
+    text = starter(stage, **({"model": model} if model else {}))
+    if str(file) == "-":
+        return click.echo(text, nl=False)
+    target = file or Path(f"{stage}.yaml")
+    if target.exists() and not force:
+        raise ConfigError(f"{target} exists already", where="init", fix="name another file, or add --force to replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {target}\nnext: trueup check {target}, then trueup train {target}")
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("saves"))
+@debug_option
+@json_option
+@click.pass_obj
+def runs(session: Session, directory: Path) -> None:
+    """List the runs under DIRECTORY (saves)."""
+    from trueup.inference.runs import find_runs, render
+
+    with session.result() as result:
+        found = find_runs(directory)
+        result.data, result.text = [run.to_dict() for run in found], render(found, directory)
+
+
+@main.command(cls=ConfigCommand, context_settings=PASS_ON)
+@config_words
+@debug_option
+@json_option
+@click.pass_obj
+def quickstart(session: Session, words: tuple[str, ...]) -> None:
+    """Align the built-in model and compare its answers."""
+    from trueup.recipes.quickstart import quickstart as run
+
+    with session.result() as result:
+        result.data = run(words)
+
+
+@main.command(context_settings=CONTEXT)
+@debug_option
+@json_option
+@click.pass_obj
+def version(session: Session) -> None:
+    """Print the version."""
+    with session.result() as result:
+        result.data, result.text = {"trueup": __version__}, f"trueup {__version__}"
+
+
+@main.command(context_settings=CONTEXT)
+@debug_option
+@json_option
+@click.pass_obj
+def doctor(session: Session) -> None:
+    """Show versions, devices and what is wrong (env).
+
+    Versions, devices, precision, memory, disk, caches, extras; and what of it will make trouble.
+    """
+    from trueup.inference.doctor import examine, render
+
+    with session.result() as result:
+        found = examine()
+        result.data, result.text = found, render(found)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), required=False)
+def completion(shell: str | None) -> None:
+    """Print a completion script for your shell.
+
+    \b
+    eval "$(trueup completion bash)"        # in ~/.bashrc; zsh alike
+    trueup completion fish > ~/.config/fish/completions/trueup.fish
+    """
+    shell = shell or Path(os.environ.get("SHELL", "bash")).name
+    script = get_completion_class(shell)
+    if script is None:
+        raise click.UsageError(f"no completion for {shell}; there is one for bash, zsh and fish")
+    click.echo(script(main, {}, "trueup", COMPLETE_VARIABLE).source())
+
+
+@main.command("help", context_settings=CONTEXT)
+@click.argument("topic", required=False)
+@click.pass_context
+def help_(context: click.Context, topic: str | None) -> None:
+    """Explain a verb or a config key.
+
+    `trueup help keys` lists all keys.
+    """
+    assert context.parent is not None
+    verb = main.get_command(context, topic) if topic else main
+    if verb is not None:
+        name = f"trueup {topic}" if topic else "trueup"
+        with click.Context(verb, info_name=name, **verb.context_settings) as shown:
+            return click.echo(verb.get_help(shown))
+    console().print(explain(str(topic)), highlight=False, markup=False)
+
+
+def explain(topic: str) -> str:
+    """What a config key means, or the list of all keys."""
+    from trueup.config.schema import FIELDS, SECTION_OF, SECTIONS, default
+
+    if topic == "keys":
+        return "\n".join(
+            line for name, section in SECTIONS.items() for line in (f"{name}:", *(f"  {key}" for key in section.model_fields))
+        )
+    key = topic.removeprefix("--").replace("-", "_")
+    if key not in FIELDS:
+        raise click.UsageError(f"no verb and no key is called {topic!r}{_nearest_key(key, FIELDS)}")
+    value = default(key)
+    return f"{key}  ({SECTION_OF[key]})\n{FIELDS[key].description}\ndefault: {'none' if value is None else value}"
+
+
+def _nearest_key(key: str, keys: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(keys), n=3)
+    return f"; near to it: {', '.join(near)}" if near else ""
+
+
+def _later(name: str) -> click.Command:
+    what, until = LATER[name]
+
+    @click.command(name, context_settings={**PASS_ON, "help_option_names": []}, help=f"To come: {what}.", add_help_option=False)
+    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
+    def verb(words: tuple[str, ...]) -> None:
+        raise ConfigError(f"`trueup {name}` is not there yet; it arrives with {what}", fix=f"until then use {until}")
+
+    return verb
+
+
+for _name in LATER:
+    main.add_command(_later(_name))

@@ -1,0 +1,1 @@
+"""Using models, and looking at runs and machines."""
