@@ -1,7 +1,8 @@
 """Where a training runs: one process, or several that sum their gradients once per step.
 
-Everything a rank tells the others goes through here. Host values (counts, metrics, flags) travel as small
-Python objects in rank order, so their sums do not depend on timing; gradients travel as flat fp32 buckets.
+Everything a rank tells the others goes through here. Host values (counts, metrics, flags) travel as
+small Python objects in rank order, so their sums do not depend on timing; gradients travel as flat
+fp32 buckets.
 """
 
 from __future__ import annotations

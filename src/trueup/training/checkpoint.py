@@ -1,9 +1,9 @@
 """Checkpoints as transactions. Torch-free: what is inside is `state.py`'s business.
 
-Commit: stage `.checkpoint-N.tmp-<pid>` in the run's own directory → write the files → fsync them → write
-`manifest.json` last (name, size, sha256 of each file, format version, config hash, data fingerprint) → fsync
-the directory → rename to `checkpoint-N` → fsync the parent. A reader trusts only a manifest that verifies;
-what does not verify is reported and passed over, never deleted.
+Commit: stage `.checkpoint-N.tmp-<pid>` in the run's own directory → write the files → fsync them →
+write `manifest.json` last (name, size, sha256 of each file, format version, config hash, data
+fingerprint) → fsync the directory → rename to `checkpoint-N` → fsync the parent. A reader trusts
+only a manifest that verifies; what does not verify is reported and passed over, never deleted.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def commit(
     """Save `checkpoint-<step>` under `parent`; `write` puts the files into the directory it is
     given.
 
-    `identity` (config hash, data fingerprint …) goes into the manifest. Raises ResourceError when the disk
-    refuses; then the stage is removed and every older checkpoint is as it was.
+    `identity` (config hash, data fingerprint …) goes into the manifest. Raises ResourceError when
+    the disk refuses; then the stage is removed and every older checkpoint is as it was.
     """
     target = parent / f"checkpoint-{step}"
     stage = parent / f".{target.name}.tmp-{os.getpid()}"
@@ -107,7 +107,8 @@ def commit(
 def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
     """Write a final model into `directory`: staged beside it, then renamed file by file.
 
-    Weights go first and the small JSON files that point to them last. Raises ResourceError as `commit` does.
+    Weights go first and the small JSON files that point to them last. Raises ResourceError as
+    `commit` does.
     """
     stage = directory / f".model.tmp-{os.getpid()}"
     with _staged(stage, f"saving the model to {directory}"):
@@ -136,7 +137,7 @@ def verify(path: Path) -> Checkpoint:
 
 
 def checkpoints(parent: Path) -> list[Path]:
-    """Directories named `checkpoint-N`, newest step first. The number counts; time stamps do not."""
+    """Directories named `checkpoint-N`, newest step first: by number, never by time stamp."""
     if not parent.is_dir():
         return []
     found = [path for path in parent.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -191,8 +192,8 @@ def retain(
     """Remove old checkpoints beyond `limit`, and superseded ones that were saved only for being
     best.
 
-    `valid` have been verified; only these are counted and removed. The last two and the best always stay.
-    Returns those that remain, oldest first.
+    `valid` have been verified; only these are counted and removed. The last two and the best always
+    stay. Returns those that remain, oldest first.
     """
     present = sorted((c for c in valid if c.path.exists()), key=lambda c: c.step)
     kept = {c.step for c in present[-2:]} | {best_step}

@@ -1,7 +1,8 @@
 """What may change between a checkpoint and the configuration that resumes it.
 
-*Free* keys touch nothing that is computed; any other key that is not *refused* is said and taken as it is now;
-*refused* keys make it another experiment, and need to be named in `allow` by who knows better. Torch-free.
+*Free* keys touch nothing that is computed; any other key that is not *refused* is said and taken as
+it is now; *refused* keys make it another experiment, and need to be named in `allow` by who knows
+better. Torch-free.
 """
 
 from __future__ import annotations
@@ -14,29 +15,35 @@ from trueup.errors import CorruptStateError, Problem
 
 _log = logging.getLogger("trueup")
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 #: Logging, saving, display, machine: the numbers stay the same.
 FREE = frozenset(
-    """
-    output_dir overwrite_output_dir resume_from_checkpoint allow_changed new_run run_name project
-    report_to logging_dir logging_strategy logging_steps logging_first_step logging_nan_inf_filter
-    log_level log_level_replica log_on_each_node disable_tqdm plot_loss include_num_input_tokens_seen
-    save_strategy save_steps save_total_limit save_only_model save_on_each_node
-    eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size do_eval do_predict do_train
-    dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataloader_persistent_workers preprocessing_num_workers overwrite_cache cache_dir ddp_timeout
-    push_to_hub hub_model_id hub_strategy hub_private_repo hub_revision
-    trackio_space_id print_param_status skip_memory_metrics
-    """.split()
+    _words("""
+    output_dir overwrite_output_dir resume_from_checkpoint allow_changed new_run run_name
+    project report_to logging_dir logging_strategy logging_steps logging_first_step
+    logging_nan_inf_filter log_level log_level_replica log_on_each_node disable_tqdm
+    plot_loss include_num_input_tokens_seen save_strategy save_steps save_total_limit
+    save_only_model save_on_each_node eval_strategy eval_steps eval_delay eval_on_start
+    per_device_eval_batch_size do_eval do_predict do_train dataloader_num_workers
+    dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers
+    preprocessing_num_workers overwrite_cache cache_dir ddp_timeout push_to_hub hub_model_id
+    hub_strategy hub_private_repo hub_revision trackio_space_id print_param_status
+    skip_memory_metrics
+""")
 )
 
 #: Another experiment.
 REFUSED = frozenset(
-    """
+    _words("""
     seed data_seed model_name_or_path model_revision adapter_name_or_path create_new_adapter
-    template finetuning_type lora_rank lora_alpha lora_target additional_target use_rslora use_dora
-    stage pref_loss ref_model ref_model_adapters reward_model optim dataset
+    template finetuning_type lora_rank lora_alpha lora_target additional_target use_rslora
+    use_dora stage pref_loss ref_model ref_model_adapters reward_model optim dataset
     effective_batch data_fingerprint
-    """.split()
+""")
 )
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -51,8 +58,8 @@ def check_resumable(
 ) -> None:
     """Compare two flat resolved configurations.
 
-    Changes that matter are said once; raises CorruptStateError (all at once) for those that are refused and
-    not named in `allow` ("all" allows everything).
+    Changes that matter are said once; raises CorruptStateError (all at once) for those that are
+    refused and not named in `allow` ("all" allows everything).
     """
     then, now = _with_effective_batch(then), _with_effective_batch(now)
     refused: list[Problem] = []

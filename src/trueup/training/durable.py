@@ -1,8 +1,8 @@
 """Writing files so that a crash leaves either the old bytes or the new ones, never a mixture.
 
-Torch-free. `boundary` is the fault-injection hook of the tests: it does nothing unless the environment
-variable TRUEUP_FAULT_AT names a point, as `POINT:N` (SIGKILL itself at the N-th boundary of that point) or
-`POINT:N:ENOSPC` / `POINT:N:EIO` (raise that OSError there).
+Torch-free. `boundary` is the fault-injection hook of the tests: it does nothing unless the
+environment variable TRUEUP_FAULT_AT names a point, as `POINT:N` (SIGKILL itself at the N-th
+boundary of that point) or `POINT:N:ENOSPC` / `POINT:N:EIO` (raise that OSError there).
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import psutil
 import torch
 
 _PACKAGES = (
-    "trueup torch transformers peft datasets accelerate safetensors tokenizers numpy bitsandbytes "
-    "deepspeed vllm flash-attn"
-).split()
+    *("trueup", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors"),
+    *("tokenizers", "numpy", "bitsandbytes", "deepspeed", "vllm", "flash-attn"),
+)
 
 
 def describe_environment() -> dict[str, Any]:

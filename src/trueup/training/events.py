@@ -1,7 +1,8 @@
 """What happens during a run, as records; and who is told: observers, none of which can hurt the
 training.
 
-metrics.jsonl and status.json are not observers: the loop writes them itself, because they must not fail unseen.
+metrics.jsonl and status.json are not observers: the loop writes them itself, because they must not
+fail unseen.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The training loop, blind to the objective: steps, logs, evaluations, checkpoints, and an orderly
 end.
 
-What a step trains on follows from the number of steps done, so a resume needs no skipping; everything else
-that influences the numbers is in the checkpoint (`state.py`).
+What a step trains on follows from the number of steps done, so a resume needs no skipping;
+everything else that influences the numbers is in the checkpoint (`state.py`).
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ def fit(
     settings          the train section (transformers' TrainingArguments names)
     data_fingerprint  identifies the encoded training data; a resume on other data is refused
 
-    Raises Stopped after a signal (a checkpoint is saved), DivergenceError before a step on numbers that are
-    not finite, ResourceError when the disk refuses, CorruptStateError when the checkpoint does not fit.
+    Raises Stopped after a signal (a checkpoint is saved), DivergenceError before a step on numbers
+    that are not finite, ResourceError when the disk refuses, CorruptStateError when the checkpoint
+    does not fit.
     """
     with StopRequest() as stop, Watchdog(run) as watchdog:
         trainer = Trainer(
@@ -99,7 +100,7 @@ def fit(
 
 
 class Trainer(Generic[B]):
-    """The parts of one run, and the loop over them. All ranks run it in step; only rank 0 writes."""
+    """The parts of one run, and the loop over them. All ranks run it; only rank 0 writes."""
 
     def __init__(
         self,
@@ -134,7 +135,7 @@ class Trainer(Generic[B]):
         self.run_clock = IntervalClock()
 
     def train(self) -> FitResult:
-        """The whole run. Each turn first does what is due after the last step, then the next step."""
+        """The whole run. A turn first does what is due after the last step, then the next step."""
         self._begin()
         plan, progress = self.plan, self.progress
         while True:
@@ -484,7 +485,7 @@ class Trainer(Generic[B]):
 
 
 class IntervalClock:
-    """Seconds and tokens since the last reading, without the time that evaluation and saving take."""
+    """Seconds and tokens since the last reading, without the time of evaluating and saving."""
 
     def __init__(self) -> None:
         self.reset()
@@ -521,7 +522,8 @@ def metric_name(wanted: str | None, row: Mapping[str, float]) -> str:
     """The evaluation's name of `metric_for_best_model`, given with or without `eval_`; default the
     loss.
 
-    With several evaluation sets a bare name means the first set's. Raises ConfigError if there is none.
+    With several evaluation sets a bare name means the first set's. Raises ConfigError if there is
+    none.
     """
     wanted = wanted or "loss"
     if wanted in row:

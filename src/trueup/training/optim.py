@@ -1,9 +1,10 @@
 """The optimizer: it owns fp32 masters, adds gradients up in fp32, and refuses to move on numbers
 that are not finite.
 
-A trained parameter sits in the module in compute dtype; its fp32 master is what the optimizer moves and what
-checkpoints hold (for an fp32 parameter the master is the parameter itself). Gradients live in flat fp32 buckets:
-one all-reduce, one norm, one scaling each, however many small adapters there are.
+A trained parameter sits in the module in compute dtype; its fp32 master is what the optimizer moves
+and what checkpoints hold (for an fp32 parameter the master is the parameter itself). Gradients live
+in flat fp32 buckets: one all-reduce, one norm, one scaling each, however many small adapters there
+are.
 """
 
 from __future__ import annotations
@@ -179,8 +180,8 @@ class _MetricDriven:
 class MasterOptimizer:
     """AdamW or SGD over fp32 masters of `parameters` (stable names → parameters in compute dtype).
 
-    A parameter that no micro-batch reached has gradient zero, on every rank alike, so that the result
-    does not depend on how a step was cut into micro-batches and ranks.
+    A parameter that no micro-batch reached has gradient zero, on every rank alike, so that the
+    result does not depend on how a step was cut into micro-batches and ranks.
     """
 
     def __init__(

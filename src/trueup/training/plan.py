@@ -1,8 +1,8 @@
 """When a run logs, evaluates, saves and ends: plain arithmetic on the step number, so that a resume
 needs no memory.
 
-The keys and their meaning are those of transformers' TrainingArguments: an interval below 1 is a share of all
-steps, `max_steps` overrides epochs, `eval_steps` defaults to `logging_steps`.
+The keys and their meaning are those of transformers' TrainingArguments: an interval below 1 is a
+share of all steps, `max_steps` overrides epochs, `eval_steps` defaults to `logging_steps`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Plan:
         return waited >= self.evaluation_delay and self.evaluation.due(step)
 
     def saves(self, step: int, ending: bool = False) -> bool:
-        """Whether to save after `step`; the last step is saved unless nothing is, or only the best."""
+        """Whether to save after `step`; the last is saved unless nothing is, or only the best."""
         at_end = ending and self.saving.strategy in ("steps", "epoch")
         return step > 0 and (at_end or self.saving.due(step))
 

@@ -1,12 +1,13 @@
 """A run is a directory of plain files; this is the only thing that writes them, and it owns the
 directory's lock.
 
-    run.yaml            every key resolved              environment.json    versions, hardware, git
-    status.json         state, pid, heartbeat, step     metrics.jsonl       one line per logging step
-    trainer_log.jsonl   LLaMA-Factory's keys            data_report.json    kept, dropped, truncated
-    checkpoint-N/       see checkpoint.py               *_results.json, *.png, README.md at the end
+    run.yaml            every key resolved             environment.json   versions, hardware, git
+    status.json         state, pid, heartbeat, step    metrics.jsonl      a line per logging step
+    trainer_log.jsonl   LLaMA-Factory's keys           data_report.json   kept, dropped, truncated
+    checkpoint-N/       see checkpoint.py              *_results.json, *.png, README.md at the end
 
-Torch-free, so that listing runs is quick. Only rank 0 writes; on other ranks the same calls do nothing.
+Torch-free, so that listing runs is quick. Only rank 0 writes; on other ranks the same calls do
+nothing.
 """
 
 from __future__ import annotations
@@ -82,14 +83,16 @@ class RunDirectory:
         """Lock the directory and make it ready. All ranks call this; rank 0 does it and tells the
         others.
 
-        config     flat resolved configuration, for run.yaml and the comparison with the checkpoint's
-        resume     "auto" (newest valid checkpoint, else a fresh start), a checkpoint's path, or None
-        overwrite  move what is there aside first        new_run  use the first free `<path>-2`, `-3` …
+        config     flat resolved configuration, for run.yaml; compared with the checkpoint's
+        resume     "auto" (newest valid checkpoint, else a fresh start), a path, or None
+        overwrite  move what is there aside first
+        new_run    use the first free of `<path>`, `<path>-2`, `<path>-3` …
         join       add to a finished run (evaluation): neither refuse nor move anything
         allow      refused configuration changes to accept
 
-        Raises ConfigError for a directory in use by an earlier run, ResourceError when another process
-        trains there, CorruptStateError for a checkpoint that does not verify or belongs to another run.
+        Raises ConfigError for a directory in use by an earlier run, ResourceError when another
+        process trains there, CorruptStateError for a checkpoint that does not verify or belongs to
+        another run.
         """
         config = plain(config or {})
 
@@ -146,7 +149,7 @@ class RunDirectory:
     # --- writing -----------------------------------------------------------------------------
 
     def status(self, **fields: Any) -> None:
-        """Merge fields into status.json and write it now. A failure to write is said once, no more."""
+        """Merge fields into status.json and write it now. A failure to write is only said, once."""
         if not self.writer:
             return
         self._status.update(fields, heartbeat=time.time())
@@ -199,7 +202,7 @@ class RunDirectory:
             durable.write_text(self.path / name, text)
 
     def write_results(self, split: str, results: Mapping[str, Any]) -> None:
-        """`<split>_results.json`, and the same merged into all_results.json (transformers' names)."""
+        """`<split>_results.json`, merged into all_results.json as well (transformers' names)."""
         if not self.writer:
             return
         self.write_json(f"{split}_results.json", dict(results))
@@ -266,7 +269,7 @@ class RunDirectory:
             self._lock.release()
 
     def _begin(self, resume: str | Path | bool | None, join: bool, allow: Collection[str]) -> None:
-        """Find the checkpoint and write what a run starts with; nothing is written if that fails."""
+        """Find the checkpoint, then write what a run starts with; nothing if the former fails."""
         self.checkpoint = _find_checkpoint(self.path, resume)
         if self.checkpoint:
             _check_config(self.checkpoint, self.config, allow)
@@ -350,7 +353,7 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def boot_id() -> str:
-    """Identifies this machine's current boot, so that a pid from before a reboot is not believed."""
+    """This machine's current boot, so that a pid from before a reboot is not believed."""
     return str(int(psutil.boot_time()) // 10 * 10)
 
 

@@ -12,7 +12,7 @@ from trueup.errors import UserError
 
 
 class Stopped(UserError):
-    """The run was asked to stop, and has saved. `exit_code` is 130 for Ctrl-C and 143 for SIGTERM."""
+    """The run was asked to stop, and has saved. `exit_code`: 130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, signum: int, what: str, *, where: str, fix: str) -> None:
         super().__init__(what, where=where, fix=fix)

@@ -1,10 +1,12 @@
 """Everything a run needs to go on to the bit: which tensors and which JSON a checkpoint holds.
 
-    masters.safetensors     fp32 masters            optimizer.safetensors   exp_avg, exp_avg_sq, step …
-    random.safetensors      torch's generators of every rank (uint8), metric sums in mid-interval (fp64)
-    trainer_state.json      step, position, best metric, counters, Python's and numpy's generators, versions
+    masters.safetensors     fp32 masters
+    optimizer.safetensors   exp_avg, exp_avg_sq, step …
+    random.safetensors      torch's generators of every rank, metric sums in mid-interval (fp64)
+    trainer_state.json      step, best metric, counters, Python's and numpy's generators, versions
 
-No pickle. Floats that must return to the bit are tensors, or JSON written with Python's shortest repr, which is exact.
+No pickle. Floats that must return to the bit are tensors, or JSON written with Python's shortest
+repr, which is exact.
 """
 
 from __future__ import annotations

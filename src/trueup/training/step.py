@@ -3,7 +3,8 @@
     reduce the step's counts → forward and backward each micro-batch → sum gradients over ranks
     → refuse what is not finite → clip, move
 
-The losses are sums divided by counts of the whole step, so micro-batches and ranks do not change the result.
+The losses are sums divided by counts of the whole step, so micro-batches and ranks do not change
+the result.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def train_step(
 ) -> StepResult:
     """Do optimizer step number `steps_done` (from 0) and add its metrics to `sums`.
 
-    Raises DivergenceError, before the optimizer moves, when the loss or a gradient is not finite on any rank.
+    Raises DivergenceError, before the optimizer moves, when the loss or a gradient is not finite on
+    any rank.
     """
     batches = program.micro_batches(*divmod(steps_done, program.steps_per_epoch))
     totals = step_totals(program, batches, backend)
@@ -187,7 +189,7 @@ class NotFinite(DivergenceError):
         more = f" … and {len(rows) - 16} more" if len(rows) > 16 else ""
         super().__init__(
             f"{what} is not finite at step {step} (loss {result.loss}, "
-            f"gradient norm {result.grad_norm}); the weights are those of step {step - 1}, unharmed",
+            f"gradient norm {result.grad_norm}); the weights are still those of step {step - 1}",
             where=f"rows {', '.join(self.rows[:16])}{more}",
             expected="finite numbers",
             fix="look at these rows, lower learning_rate or lengthen the warm-up; "

@@ -1,7 +1,8 @@
 """Notices when a run no longer moves: writes every thread's stack to logs/stall.txt and says
 "stalled" in status.json.
 
-It does not end the process: a slow disk or a huge evaluation may yet come back, and then the state is "running" again.
+It does not end the process: a slow disk or a huge evaluation may yet come back, and then the state
+is "running" again.
 """
 
 from __future__ import annotations

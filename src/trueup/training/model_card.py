@@ -1,0 +1,92 @@
+"""README.md of a trained model: what it is, from what, how, and how well, with the front matter
+hubs read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trueup.training.events import Ended, Event
+from trueup.training.run_directory import RunDirectory, read_metrics
+
+_METHODS = {
+    "pt": "pre-training",
+    "sft": "supervised fine-tuning",
+    "rm": "reward modelling",
+    "dpo": "preference optimisation",
+    "kto": "Kahneman-Tversky optimisation",
+    "ppo": "proximal policy optimisation",
+}
+_HYPERPARAMETERS = (
+    "learning_rate lr_scheduler_type warmup_ratio warmup_steps num_train_epochs max_steps "
+    "per_device_train_batch_size gradient_accumulation_steps optim weight_decay max_grad_norm seed "
+    "cutoff_len lora_rank lora_alpha lora_target pref_beta pref_loss pref_ftx"
+)
+
+
+def model_card(
+    directory: Path, config: Mapping[str, Any], results: Mapping[str, Any], pictures: list[str]
+) -> str:
+    """The card's text. Numbers only where the run measured them."""
+    base = config.get("model_name_or_path") or "unknown"
+    adapter = (directory / "adapter_config.json").exists()
+    datasets = config.get("dataset") or []
+    datasets = [datasets] if isinstance(datasets, str) else list(datasets)
+    stage = str(config.get("stage") or "")
+    front = {
+        "base_model": base,
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [tag for tag in ("trueup", stage, config.get("finetuning_type")) if tag],
+    }
+    method = _METHODS.get(stage, stage or "training")
+    kind = "An adapter for" if adapter else "Trained from"
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
+        f"# {directory.name}",
+        f"{kind} `{base}`, made with [trueup](https://pypi.org/project/trueup/) by {method} "
+        f"on {', '.join(f'`{name}`' for name in datasets) or 'data that the run does not name'}.",
+        "## Results\n" + _table(results, "metric"),
+        "## Hyper-parameters\n"
+        + _table({k: config[k] for k in _HYPERPARAMETERS.split() if config.get(k)}, "key"),
+        "Everything else is in `run.yaml`, `environment.json` and `metrics.jsonl`.",
+    ]
+    parts += [f"![{name}]({name})" for name in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+class ModelCard:
+    """Writes README.md when a run has finished."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+
+    def observe(self, event: Event) -> None:
+        if not isinstance(event, Ended) or event.state != "finished":
+            return
+        rows = [row for row in read_metrics(self.run.path) if "loss" in row]
+        names = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "kl")
+        last = {name: rows[-1][name] for name in names if rows and rows[-1].get(name) is not None}
+        pictures = ["training_loss.png", "training_rewards_accuracies.png"]
+        text = model_card(
+            self.run.path,
+            self.run.config,
+            {**event.results, **last},
+            [name for name in pictures if (self.run.path / name).exists()],
+        )
+        self.run.write_text("README.md", text)
+
+
+def _table(values: Mapping[str, Any], heading: str) -> str:
+    rows = [f"| {key} | {_short(value)} |" for key, value in values.items()]
+    return "\n".join([f"| {heading} | value |", "|---|---|", *rows])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,32 @@
+"""The observers every run has, in the order in which they are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trueup.training.events import Observer
+from trueup.training.health import Health
+from trueup.training.model_card import ModelCard
+from trueup.training.plots import Plots
+from trueup.training.progress import make_display
+from trueup.training.run_directory import RunDirectory
+from trueup.training.trackers import make_trackers
+from trueup.training.trainer_log import TrainerLog
+
+
+def standard_observers(settings: Any, run: RunDirectory, *, quiet: bool = False) -> list[Observer]:
+    """Display, health, trainer_log.jsonl, trackers, pictures and model card, for rank 0.
+
+    settings  the train section (`report_to`, `run_name`)
+    quiet     leave out what writes to standard output
+    """
+    if not run.writer:
+        return []
+    return [
+        *make_display(quiet),
+        Health(lambda text, step: run.warn(text, step)),
+        TrainerLog(run),
+        *make_trackers(settings.report_to),
+        Plots(run),
+        ModelCard(run),
+    ]
