@@ -1,1 +1,1 @@
-"""What a run is told: the only schema behind YAML, flags, help, forms and docs. Nothing here imports torch."""
+"""What a run is told: one schema behind YAML, flags, help, forms and docs. Without torch."""

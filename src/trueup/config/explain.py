@@ -1,4 +1,4 @@
-"""Keys in a reader's words: help on one key, the list of all, and pydantic's errors as plain sentences."""
+"""Keys in a reader's words: help on one key, all their names, errors as plain sentences."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from trueup.config.schema import FIELDS, SECRETS, SECTION_OF, default, json_sche
 
 #: why a range is what it is, where that is not plain from the key.
 REASONS: dict[str, str] = {
-    "pref_beta": "at 0 nothing ties the model to its reference and the loss cannot move",
-    "dpo_label_smoothing": "at 0.5 half of the labels are taken to be wrong, so nothing is left to learn",
+    "pref_beta": "at 0 nothing ties the model to its reference",
+    "dpo_label_smoothing": "at 0.5 half of the labels are taken to be wrong",
     "cutoff_len": "shorter examples have no room for a prompt and an answer",
     "lora_dropout": "at 1 nothing passes through the adapter",
     "val_size": "a share below 1, or a number of rows",
@@ -26,8 +26,15 @@ _LIMITS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "string": "text",
-          "list": "a list, or words between commas", "dict": "a mapping"}  # fmt: skip
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "string": "text",
+    "list": "a list, or words between commas",
+    "dict": "a mapping",
+}
 
 
 def known_keys() -> list[str]:
@@ -62,7 +69,12 @@ def _literals(annotation: Any) -> list[Any]:
 def _literal_values(annotation: Any) -> list[Any]:
     if getattr(annotation, "__origin__", None) is Literal:
         return list(get_args(annotation))
-    return [value for part in get_args(annotation) if part is not None for value in _literal_values(part)]
+    return [
+        value
+        for part in get_args(annotation)
+        if part is not None
+        for value in _literal_values(part)
+    ]
 
 
 def describe_error(key: str, error: Any, value: Any) -> tuple[str, str]:
@@ -122,7 +134,9 @@ def explain(key: str) -> str:
     lines.append(f"  default: {'unset' if default(key) in (None, []) else default(key)}")
     if choices(key):
         later = LATER_VALUES.get(key, {})
-        lines.append("  values: " + ", ".join(f"{v} (not yet)" if later.get(v) else v for v in choices(key)))
+        lines.append(
+            "  values: " + ", ".join(f"{v} (not yet)" if later.get(v) else v for v in choices(key))
+        )
     lines += [f"  acts with {condition_words(*item)}" for item in ACTS_WITH.get(key, {}).items()]
     if key in LATER:
         lines.append(f"  not supported yet; use {LATER[key]}")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from trueup.config import names
-from trueup.config.checks import check, derive, say_what_wins
+from trueup.config.checks import check, derive, say
 from trueup.config.explain import closest_choice, describe_error, explain, known_keys, nearest
 from trueup.config.read import Entry, read_file, read_words
 from trueup.config.schema import (
@@ -64,7 +64,9 @@ def load_config(
         ConfigError: with every problem found, each with its place.
     """
     base, base_problems, base_unknown = _settle(*_entries(source), words=False)
-    over, over_problems, over_unknown = _settle(*read_words(overrides, _stands_alone), words=True, below=base)
+    over, over_problems, over_unknown = _settle(
+        *read_words(overrides, _stands_alone), words=True, below=base
+    )
     settings = {**_environment(), **base, **over}
     cfg, bad, value_problems = _validate(settings)
     cfg = derive(cfg)
@@ -81,7 +83,7 @@ def load_config(
     problems = base_problems + over_problems + value_problems + problems + unused
     if problems:
         raise ConfigError(_in_order(problems))
-    say_what_wins(cfg)
+    say(cfg)
     return cfg
 
 
@@ -105,11 +107,8 @@ def _environment() -> dict[str, Setting]:
     for variable in IDLE_VARIABLES:
         if names.is_on(os.environ.get(variable, "")):
             log.warning("%s is set, but trueup has no such backend: it is ignored", variable)
-    return {
-        "hub": Setting(hub, variable, variable)
-        for variable, hub in HUB_SWITCHES.items()
-        if names.is_on(os.environ.get(variable, ""))
-    }
+    hubs = [name for name in HUB_SWITCHES if names.is_on(os.environ.get(name, ""))]
+    return {"hub": Setting(HUB_SWITCHES[hubs[0]], hubs[0], hubs[0])} if hubs else {}
 
 
 # Names → canonical keys
@@ -122,7 +121,7 @@ def _settle(
     words: bool,
     below: Mapping[str, Setting] | None = None,
 ) -> tuple[dict[str, Setting], list[Problem], list[Problem]]:
-    """Entries of one source under their canonical keys, with problems, and with unknown keys apart."""
+    """One source's entries under their canonical keys, its problems, its unknown keys."""
     settings: dict[str, Setting] = {}
     unknown: list[Problem] = []
     for entry in entries:
@@ -144,7 +143,9 @@ def _settle(
             continue
         value = resolved.value
         if path:
-            value = _merged(settings.get(resolved.key) or (below or {}).get(resolved.key), path, value)
+            value = _merged(
+                settings.get(resolved.key) or (below or {}).get(resolved.key), path, value
+            )
         new = Setting(value, name, where)
         clash = None if path else _clash(resolved.key, settings.get(resolved.key), new, words)
         if clash:
@@ -180,7 +181,7 @@ def _merged(below: Setting | None, path: str, value: Any) -> dict[str, Any]:
 
 
 def _clash(key: str, old: Setting | None, new: Setting, words: bool) -> Problem | None:
-    """Two names of one key with two values are an error; the same flag twice is overruled by the later one."""
+    """Two names of one key with two values are an error; of one flag twice the last counts."""
     if old is None or _same(old.value, new.value):
         return None
     if words and old.name == new.name:
@@ -205,7 +206,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _validate(settings: Mapping[str, Setting]) -> tuple[RunConfig, set[str], list[Problem]]:
-    """The sections, with defaults in place of bad values, the keys of those, and what is wrong with them."""
+    """The sections with defaults in place of bad values, the keys of those, and their problems."""
     given = _given(settings)
     sections, bad, problems = {}, set(), []
     for name, model in SECTIONS.items():
@@ -216,12 +217,14 @@ def _validate(settings: Mapping[str, Setting]) -> tuple[RunConfig, set[str], lis
             wrong = _wrong_values(error, settings)
             problems += wrong.values()
             bad |= wrong.keys()
-            sections[name] = model(**{key: value for key, value in values.items() if key not in wrong})
+            sections[name] = model(
+                **{key: value for key, value in values.items() if key not in wrong}
+            )
     return RunConfig(**sections, explicit=frozenset(given) - bad), bad, problems
 
 
 def _given(settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """The values that were really given: null stands for an unset key, unless the key has a use for it."""
+    """The values really given: null leaves a key unset, unless the key has a use for it."""
     given = {}
     for key, setting in settings.items():
         value = setting.value
@@ -247,7 +250,9 @@ def _wrong_values(error: ValidationError, settings: Mapping[str, Setting]) -> di
         if setting.name != key:
             what = what.replace(f"`{key}`", f"`{setting.name}` (`{key}`)", 1)
         near = closest_choice(key, setting.value)
-        wrong[key] = Problem(what, setting.where, expected, f"did you mean {near}?" if near else None)
+        wrong[key] = Problem(
+            what, setting.where, expected, f"did you mean {near}?" if near else None
+        )
     return wrong
 
 

@@ -2,10 +2,10 @@
 
 Three tables, read by the checker, the help, the docs and the forms:
 
-* `STAGES` and `PREF_LOSSES`: a row with `instead=None` is supported; otherwise the row is known, refused
-  for now, and `instead` names what to use. Supporting one is deleting its `instead`.
+* `STAGES` and `PREF_LOSSES`: a row without `instead` is supported; otherwise it is known and
+  refused for now, and `instead` names what to use. Supporting one is deleting its `instead`.
 * `LATER`, `LATER_VALUES`: keys and values known and not supported yet, with the alternative.
-* `ACTS_WITH`: a key acts only while the conditions in its row hold; set without them, it is an error.
+* `ACTS_WITH`: a key acts only while the conditions in its row hold; set in vain, it is an error.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trueup.config.schema import SECTION_OF, RunConfig, default
+from trueup.config.values import words
 
 DPO_NOW = "stage: dpo, pref_loss: sigmoid"
 
@@ -41,16 +42,26 @@ STAGES: dict[str, Stage] = {
     "pt": Stage("text", "continue pre-training on plain text"),
     "sft": Stage("chat", "learn to give the answers of the data"),
     "dpo": Stage("pair", "prefer the chosen over the rejected answer", reference=True),
-    "rm": Stage("ranking", "train a reward model on rankings", instead=f"{DPO_NOW} on the same pairs"),
-    "ppo": Stage("prompt", "learn from a reward model (PPO)", True, f"{DPO_NOW}, which needs no reward model"),
+    "rm": Stage(
+        "ranking", "train a reward model on rankings", instead=f"{DPO_NOW} on the same pairs"
+    ),
+    "ppo": Stage(
+        "prompt", "learn from a reward model (PPO)", True, f"{DPO_NOW}, which needs no reward model"
+    ),
     "kto": Stage("feedback", "learn from good and bad answers (KTO)", True, f"{DPO_NOW} on pairs"),
-    "orpo": Stage("pair", "SFT and preference in one loss (ORPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"),
+    "orpo": Stage(
+        "pair", "SFT and preference in one loss (ORPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"
+    ),
     "simpo": Stage("pair", "preference without a reference (SimPO)", instead=DPO_NOW),
     "cpo": Stage("pair", "contrastive preference (CPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"),
-    "grpo": Stage("prompt", "learn from rewards of answer groups (GRPO)", True, f"{DPO_NOW} on ranked samples"),
-    "rloo": Stage("prompt", "learn from rewards, leave-one-out (RLOO)", True, f"{DPO_NOW} on ranked samples"),
+    "grpo": Stage(
+        "prompt", "learn from rewards of answer groups (GRPO)", True, f"{DPO_NOW} on ranked samples"
+    ),
+    "rloo": Stage(
+        "prompt", "learn from rewards, leave-one-out (RLOO)", True, f"{DPO_NOW} on ranked samples"
+    ),
     "online_dpo": Stage("prompt", "DPO on judged samples", True, f"{DPO_NOW} on judged samples"),
-}  # fmt: skip
+}
 
 PREF_LOSSES: dict[str, PrefLoss] = {
     "sigmoid": PrefLoss("DPO"),
@@ -80,6 +91,8 @@ _DDP = "one process per device with torchrun"
 
 LATER: dict[str, str] = {
     # model
+    "allow_pickle_weights": "safetensors: convert once with transformers' save_pretrained",
+    "resize_vocab": "a model saved after transformers' resize_token_embeddings",
     "adapter_folder": "full paths in adapter_name_or_path",
     "train_from_scratch": "a directory that holds a freshly initialised model",
     "new_special_tokens_config": "add_special_tokens",
@@ -95,7 +108,7 @@ LATER: dict[str, str] = {
     "print_param_status": "nothing: the header counts trained weights",
     "quantization_bit": _BF16_LORA,
     "quantization_device_map": _BF16_LORA,
-    "ref_model_quantization_bit": "precompute_ref_log_probs: true, which keeps no reference in memory",
+    "ref_model_quantization_bit": "precompute_ref_log_probs: true",
     "reward_model_quantization_bit": _BF16_LORA,
     "vllm_config": "infer_backend: huggingface",
     # data
@@ -127,10 +140,11 @@ LATER: dict[str, str] = {
     "torch_compile": "nothing: the default kernels",
     "torch_compile_backend": "nothing: the default kernels",
     "torch_compile_mode": "nothing: the default kernels",
-    "auto_find_batch_size": "a smaller per_device_train_batch_size with more gradient_accumulation_steps",
+    "auto_find_batch_size": "per_device_train_batch_size: 1 with more gradient_accumulation_steps",
     "profile": "the tokens/s of the log",
     "compute_accuracy": "the evaluation loss",
     "optim_args": "the adam_… keys",
+    "num_beams": "num_beams: 1 with sampling",
     "push_to_hub": "uploading output_dir with the hub's own tool",
     "deepspeed": _DDP,
     "fsdp": _DDP,
@@ -142,16 +156,22 @@ LATER: dict[str, str] = {
     "task": "do_eval on a held-out dataset",
 }
 
-OPTIMISERS = {"adamw_torch": None, "adamw_torch_fused": None} | dict.fromkeys(
-    """adafactor adamw_anyprecision adamw_torch_4bit adamw_torch_8bit adamw_torch_xla adamw_torch_npu_fused
-    ademamix sgd adagrad adamw_bnb_8bit adamw_8bit ademamix_8bit lion_8bit lion_32bit paged_adamw_32bit
-    paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit rmsprop
-    rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit galore_adamw galore_adamw_8bit galore_adafactor
-    galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw
-    schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise
-    stable_adamw muon""".split(),
-    "adamw_torch",
+_OTHER_OPTIMISERS = words(
+    """
+    adafactor adamw_anyprecision adamw_torch_4bit adamw_torch_8bit adamw_torch_xla
+    adamw_torch_npu_fused ademamix adagrad adamw_bnb_8bit adamw_8bit ademamix_8bit lion_8bit
+    lion_32bit paged_adamw_32bit paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit
+    paged_lion_32bit paged_lion_8bit rmsprop rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit
+    galore_adamw galore_adamw_8bit galore_adafactor galore_adamw_layerwise
+    galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw
+    schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw
+    apollo_adamw_layerwise stable_adamw muon
+    """
 )
+OPTIMISERS: dict[str, str | None] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "sgd")),
+    **dict.fromkeys(_OTHER_OPTIMISERS, "adamw_torch"),
+}
 #: key → its values, each with what to use instead (None: supported).
 LATER_VALUES: dict[str, dict[str, str | None]] = {
     "stage": {name: stage.instead for name, stage in STAGES.items()},
@@ -161,8 +181,25 @@ LATER_VALUES: dict[str, dict[str, str | None]] = {
     "lr_scheduler_type": {"reduce_lr_on_plateau": "cosine", "greedy": "cosine"},
     "infer_backend": dict.fromkeys(("vllm", "sglang", "ktransformers"), "huggingface"),
     "booster": {"liger": "auto"},
-    "train_sampling_strategy": {"batch_rebalance": "group_by_length"},
+    "train_sampling_strategy": {
+        "sequential": "disable_shuffling: true",
+        "group_by_length": "train_sampling_strategy: random",
+        "batch_rebalance": "train_sampling_strategy: random",
+    },
 }
+
+#: keys that change no result, accepted before they act: a run says so once.
+NOT_ACTING_YET = frozenset(
+    words(
+        """
+        tf32 torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory
+        dataloader_persistent_workers dataloader_prefetch_factor ddp_backend low_cpu_mem_usage
+        use_reentrant_gc gradient_checkpointing_kwargs preprocessing_batch_size
+        preprocessing_num_workers data_shared_file_system ignore_pad_token_for_loss eval_num_beams
+        neat_packing
+        """
+    )
+)
 
 SET = object()
 """A condition that holds when the other key has a value at all."""
@@ -177,59 +214,99 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("pref_loss", {"stage": ("dpo",)}),
     ("pref_beta", {"stage": _PREFERENCE}),
     ("pref_ftx", {"stage": ("dpo", "kto")}),
-    ("dpo_label_smoothing", {"stage": ("dpo",), "pref_loss": ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")}),
+    (
+        "dpo_label_smoothing",
+        {"stage": ("dpo",), "pref_loss": ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")},
+    ),
     ("pref_bco_weight ld_alpha knowledge_weight", {"stage": ("dpo",)}),
     ("simpo_gamma", {"stage": ("dpo", "simpo"), "pref_loss": ("simpo",)}),
     ("kto_chosen_weight kto_rejected_weight", {"stage": ("kto",)}),
     ("ref_model precompute_ref_log_probs", {"stage": _REFERENCE, "pref_loss": _REFERENCE_LOSSES}),
     ("ref_model_adapters ref_model_quantization_bit", {"ref_model": SET}),
     ("reward_model", {"stage": _ONLINE}),
-    ("reward_model_adapters reward_model_quantization_bit reward_model_type", {"reward_model": SET}),
-    ("ppo_buffer_size ppo_epochs ppo_kl_coeff ppo_clip_ratio ppo_score_norm ppo_target ppo_whiten_rewards",
-     {"stage": ("ppo",)}),
+    (
+        "reward_model_adapters reward_model_quantization_bit reward_model_type",
+        {"reward_model": SET},
+    ),
+    (
+        "ppo_buffer_size ppo_epochs ppo_kl_coeff ppo_clip_ratio ppo_score_norm ppo_target "
+        "ppo_whiten_rewards",
+        {"stage": ("ppo",)},
+    ),
     ("train_on_prompt mask_history predict_with_generate compute_accuracy", {"stage": ("sft",)}),
     ("use_dft_loss use_asft_loss use_eaft_loss", {"stage": ("sft",)}),
     ("asft_alpha", {"use_asft_loss": (True,)}),
     ("eaft_alpha", {"use_eaft_loss": (True,)}),
-    ("lora_rank lora_alpha lora_dropout lora_target use_rslora use_dora loraplus_lr_ratio pissa_init", _LORA),
+    (
+        "lora_rank lora_alpha lora_dropout lora_target use_rslora use_dora loraplus_lr_ratio "
+        "pissa_init",
+        _LORA,
+    ),
     ("loraplus_lr_embedding", {"loraplus_lr_ratio": SET}),
     ("pissa_iter pissa_convert", {"pissa_init": (True,)}),
     ("additional_target create_new_adapter", {"finetuning_type": ("lora", "oft")}),
-    ("freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro",
-     {"finetuning_type": ("freeze",)}),
+    (
+        "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro",
+        {"finetuning_type": ("freeze",)},
+    ),
     ("module_dropout oft_rank oft_block_size oft_target", {"finetuning_type": ("oft",)}),
-    ("galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise",
-     {"use_galore": (True,)}),
-    ("apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj apollo_proj_type "
-     "apollo_scale_type apollo_layerwise apollo_scale_front", {"use_apollo": (True,)}),
-    ("interleave_probs", {"mix_strategy": ("interleave_under", "interleave_over", "interleave_once")}),
-    ("quantization_type double_quantization quantization_device_map quantization_method", {"quantization_bit": SET}),
+    (
+        "galore_target galore_rank galore_update_interval galore_scale galore_proj_type "
+        "galore_layerwise",
+        {"use_galore": (True,)},
+    ),
+    (
+        "apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj "
+        "apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front",
+        {"use_apollo": (True,)},
+    ),
+    (
+        "interleave_probs",
+        {"mix_strategy": ("interleave_under", "interleave_over", "interleave_once")},
+    ),
+    (
+        "quantization_type double_quantization quantization_device_map quantization_method",
+        {"quantization_bit": SET},
+    ),
     ("new_special_tokens_config init_special_tokens", {"add_special_tokens": SET}),
-]  # fmt: skip
+]
 
-#: The same for keys that steer the run rather than the method: set in vain, they are only said to be so.
+#: The same for keys that steer the run, not the method: set in vain, they are only said to be so.
 _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("logging_steps", {"logging_strategy": ("steps",)}),
     ("eval_steps", {"eval_strategy": ("steps",)}),
     ("eval_delay eval_on_start", {"eval_strategy": ("steps", "epoch")}),
     ("save_steps", {"save_strategy": ("steps",)}),
+    ("length_penalty", {"num_beams": tuple(range(2, 100))}),
     ("buffer_size", {"streaming": (True,)}),
     ("gradient_checkpointing_kwargs", {"gradient_checkpointing": (True,)}),
-    ("optim_target_modules", {"optim": tuple(name for name in OPTIMISERS if "galore" in name or "apollo" in name)}),
-    ("default_system tool_format enable_thinking preserve_thinking template",
-     {"stage": tuple(name for name in STAGES if name != "pt")}),
-    ("hub_model_id hub_private_repo hub_revision hub_strategy hub_always_push", {"push_to_hub": (True,)}),
-    ("vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config", {"infer_backend": ("vllm",)}),
-    ("export_quantization_dataset export_quantization_nsamples export_quantization_maxlen",
-     {"export_quantization_bit": SET}),
+    (
+        "optim_target_modules",
+        {"optim": tuple(name for name in OPTIMISERS if "galore" in name or "apollo" in name)},
+    ),
+    (
+        "default_system tool_format enable_thinking preserve_thinking template",
+        {"stage": tuple(name for name in STAGES if name != "pt")},
+    ),
+    (
+        "hub_model_id hub_private_repo hub_revision hub_strategy hub_always_push",
+        {"push_to_hub": (True,)},
+    ),
+    (
+        "vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config",
+        {"infer_backend": ("vllm",)},
+    ),
+    (
+        "export_quantization_dataset export_quantization_nsamples export_quantization_maxlen",
+        {"export_quantization_bit": SET},
+    ),
     ("task_dir batch_size lang n_shot save_dir download_mode", {"task": SET}),
-    ("trackio_space_id", {"report_to": ("trackio", "all")}),
     ("ray_num_workers", {"ray_init_kwargs": SET}),
-]  # fmt: skip
+]
 
-ACTS_WITH: dict[str, dict[str, Any]] = {key: needs for row, needs in _ROWS for key in row.split()}
-QUIET: frozenset[str] = frozenset(key for row, _ in _QUIET_ROWS for key in row.split())
-ACTS_WITH |= {key: needs for row, needs in _QUIET_ROWS for key in row.split()}
+ACTS_WITH: dict[str, dict[str, Any]] = {key: needs for row, needs in _ROWS for key in words(row)}
+QUIET: frozenset[str] = frozenset(key for row, _ in _QUIET_ROWS for key in words(row))
+ACTS_WITH |= {key: needs for row, needs in _QUIET_ROWS for key in words(row)}
 
 
 def stage_kind(cfg: RunConfig) -> str:
@@ -253,10 +330,13 @@ def _holds(value: Any, allowed: Any) -> bool:
 
 
 def missing_condition(key: str, cfg: RunConfig) -> tuple[str, Any] | None:
-    """Why `key` does nothing under `cfg`: the key it depends on and the values it would need; None if it acts."""
+    """Why `key` does nothing under `cfg`: a key it depends on and the values that would need.
+
+    None if it acts.
+    """
     for other, allowed in ACTS_WITH.get(key, {}).items():
         if other == "pref_loss" and cfg.objective.stage != "dpo":
-            continue  # only stage dpo chooses a loss; the stage's own condition has decided already
+            continue  # only stage dpo chooses a loss
         if not _holds(cfg[other], allowed):
             return other, allowed
     return None

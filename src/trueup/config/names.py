@@ -1,7 +1,8 @@
 """Names that are not ours: synonyms of other tools' keys, and keys we know and do not take.
 
-A synonym resolves to one canonical key, and the user is told so in one line. A refused key is an error
-with its reason, unless it is set to what happens anyway. An idle key is accepted, and said to be idle.
+A synonym resolves to one canonical key, and the user is told so in one line. A refused key is an
+error with its reason, unless it is set to what happens anyway. An idle key is accepted, and said to
+be idle.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trueup.config.values import OFF_WORDS
+from trueup.config.values import OFF_WORDS, words
 
 #: our name: the names other tools give it.
 _SAME: dict[str, str] = {
@@ -51,6 +52,8 @@ _SAME: dict[str, str] = {
     "per_device_eval_batch_size": "per_gpu_eval_batch_size eval_batch_size",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "use_cpu": "no_cuda",
+    "allow_changed": "allow",
     "lr_scheduler_type": "lr_scheduler",
     "optim": "optimizer",
     "eval_strategy": "evaluation_strategy",
@@ -69,10 +72,7 @@ SYNONYMS: dict[str, str] = {other: key for key, others in _SAME.items() for othe
 SWITCHES: dict[str, tuple[str, Any]] = {
     "load_in_4bit": ("quantization_bit", 4),
     "load_in_8bit": ("quantization_bit", 8),
-    "use_cpu": ("device", "cpu"),
-    "no_cuda": ("device", "cpu"),
     "use_mps_device": ("device", "mps"),
-    "disable_gradient_checkpointing": ("gradient_checkpointing", False),
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
     "adafactor": ("optim", "adafactor"),
     "use_swanlab": ("report_to", ["swanlab"]),
@@ -86,20 +86,43 @@ SWITCHES: dict[str, tuple[str, Any]] = {
 
 #: canonical key → other names of its values, as their tools or their readers write them.
 VALUE_SYNONYMS: dict[str, dict[str, str]] = {
-    "stage": {"pretrain": "pt", "pretraining": "pt", "rlhf": "ppo", "reward": "rm", "reward_model": "rm"},
+    "stage": {
+        "pretrain": "pt",
+        "pretraining": "pt",
+        "rlhf": "ppo",
+        "reward": "rm",
+        "reward_model": "rm",
+    },
     "pref_loss": {"dpo": "sigmoid", "slic": "hinge", "cdpo": "sigmoid"},
     "lora_target": {"all-linear": "all", "all_linear": "all", "value": "v_proj"},
     "oft_target": {"all-linear": "all", "all_linear": "all"},
     "hub": {"hf": "huggingface", "ms": "modelscope", "openmind": "modelers", "om": "modelers"},
-    "optim": {"adamw_hf": "adamw_torch", "adamw": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused"},
-    "flash_attn": {"flash_attention_2": "fa2", "flash_attention_3": "fa3", "eager": "disabled", "flashattn2": "fa2",
-                   "off": "disabled", "false": "disabled", "none": "disabled", "true": "auto"},
-    "booster": {"flashattn2": "flash_attn", "liger_kernel": "liger", "off": "none", "false": "none"},
+    "optim": {
+        "adamw_hf": "adamw_torch",
+        "adamw": "adamw_torch",
+        "adamw_apex_fused": "adamw_torch_fused",
+    },
+    "flash_attn": {
+        "flash_attention_2": "fa2",
+        "flash_attention_3": "fa3",
+        "eager": "disabled",
+        "flashattn2": "fa2",
+        "off": "disabled",
+        "false": "disabled",
+        "none": "disabled",
+        "true": "auto",
+    },
+    "booster": {
+        "flashattn2": "flash_attn",
+        "liger_kernel": "liger",
+        "off": "none",
+        "false": "none",
+    },
     "infer_backend": {"hf": "huggingface"},
     "quantization_method": {"bitsandbytes": "bnb"},
     "truncation": {"start": "keep_start", "end": "keep_end"},
     "infer_dtype": {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"},
-}  # fmt: skip
+}
 
 _MULTIMODAL = "trueup trains on text only"
 _DERIVED = "the program works this out itself"
@@ -109,13 +132,16 @@ _KT = "KTransformers is no backend of trueup"
 _SGLANG = "SGLang is no engine of trueup; the built-in engine or vLLM is"
 _HYPER = "HyperParallel is no backend of trueup"
 _BADAM = "BAdam is not kept up; LoRA, or finetuning_type: freeze, trains in as little memory"
-_SWANLAB = "SwanLab reads it from its own environment variables (SWANLAB_API_KEY, SWANLAB_WORKSPACE …)"
+_SWANLAB = (
+    "SwanLab reads it from its own environment variables (SWANLAB_API_KEY, SWANLAB_WORKSPACE …)"
+)
+_TRACKIO = "Trackio reads it from its own environment variables (TRACKIO_SPACE_ID …)"
 _PROFILER = "profile: true is planned; torch's own profiler can wrap `python -m trueup`"
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A key we know and do not take; `neutral` is the value at which it asks for what happens anyway."""
+    """A key we know and do not take; at the value `neutral` it asks for what happens anyway."""
 
     reason: str
     neutral: Any = None
@@ -129,67 +155,128 @@ REFUSED: dict[str, Refused] = {
     **_refuse(
         _MULTIMODAL,
         "media_dir image_do_pan_and_scan crop_to_patches use_audio_in_video freeze_language_model",
-        image_max_pixels=768 * 768, image_min_pixels=32 * 32, video_max_pixels=256 * 256, video_min_pixels=16 * 16,
-        video_fps=2.0, video_maxlen=128, audio_sampling_rate=16000, freeze_vision_tower=True,
+        image_max_pixels=768 * 768,
+        image_min_pixels=32 * 32,
+        video_max_pixels=256 * 256,
+        video_min_pixels=16 * 16,
+        video_fps=2.0,
+        video_maxlen=128,
+        audio_sampling_rate=16000,
+        freeze_vision_tower=True,
         freeze_multi_modal_projector=True,
     ),
     **_refuse(_DERIVED, "compute_dtype device_map block_diag_attn"),
     **_refuse(
         _MEGATRON,
-        """use_mca use_megatron_bridge megatron_bridge_args virtual_pipeline_model_parallel_size sequence_parallel
-        recompute_granularity recompute_method recompute_num_layers account_for_embedding_in_pipeline_split
-        account_for_loss_in_pipeline_split bias_activation_fusion apply_rope_fusion masked_softmax_fusion
-        cross_entropy_loss_fusion moe_grouped_gemm moe_token_dispatcher_type calculate_per_token_loss
-        use_packed_sequences megatron_pretrained_checkpoint export_hf_on_finish extra_config""",
-        tensor_model_parallel_size=1, pipeline_model_parallel_size=1, expert_model_parallel_size=1,
-        context_parallel_size=1, use_distributed_optimizer=True, overlap_param_gather=True,
-        overlap_grad_reduce=True, mixed_precision="bf16_mixed",
+        """
+        use_mca use_megatron_bridge megatron_bridge_args virtual_pipeline_model_parallel_size
+        sequence_parallel recompute_granularity recompute_method recompute_num_layers
+        account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
+        bias_activation_fusion apply_rope_fusion masked_softmax_fusion cross_entropy_loss_fusion
+        moe_grouped_gemm moe_token_dispatcher_type calculate_per_token_loss use_packed_sequences
+        megatron_pretrained_checkpoint export_hf_on_finish extra_config
+        """,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        expert_model_parallel_size=1,
+        context_parallel_size=1,
+        use_distributed_optimizer=True,
+        overlap_param_gather=True,
+        overlap_grad_reduce=True,
+        mixed_precision="bf16_mixed",
     ),
     **_refuse(
         _KT,
-        """use_kt kt_cpu_activation kt_weight_path kt_non_expert_weight_path kt_expert_checkpoint_path
-        kt_use_lora_experts kt_lora_expert_num kt_lora_expert_intermediate_size""",
+        """
+        use_kt kt_cpu_activation kt_weight_path kt_non_expert_weight_path kt_expert_checkpoint_path
+        kt_use_lora_experts kt_lora_expert_num kt_lora_expert_intermediate_size
+        """,
     ),
-    **_refuse(_SGLANG, "sglang_config", sglang_maxlen=4096, sglang_mem_fraction=0.7, sglang_tp_size=-1,
-              sglang_lora_backend="triton"),
+    **_refuse(
+        _SGLANG,
+        "sglang_config",
+        sglang_maxlen=4096,
+        sglang_mem_fraction=0.7,
+        sglang_tp_size=-1,
+        sglang_lora_backend="triton",
+    ),
     **_refuse(_HYPER, "use_hyper_parallel hyper_parallel_args", hyper_parallel_cp_size=1),
-    **_refuse(_BADAM, "use_badam badam_start_block badam_verbose", badam_mode="layer", badam_switch_mode="ascending",
-              badam_switch_interval=50, badam_update_ratio=0.05, badam_mask_mode="adjacent"),
-    **_refuse(_SWANLAB, "swanlab_workspace swanlab_api_key swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret",
-              swanlab_mode="cloud"),
-    **_refuse(_PROFILER, "enable_torch_profiler profiler_output_dir profile_modules", profiler_wait_steps=1,
-              profiler_warmup_steps=1, profiler_active_steps=1, profiler_repeat=1, profiler_record_shapes=True,
-              profiler_profile_memory=True, profiler_with_stack=True),
-    **_refuse("bf16 is the shortest format trueup trains in", "fp8_enable_fsdp_float8_all_gather", fp8_backend="auto"),
+    **_refuse(
+        _BADAM,
+        "use_badam badam_start_block badam_verbose",
+        badam_mode="layer",
+        badam_switch_mode="ascending",
+        badam_switch_interval=50,
+        badam_update_ratio=0.05,
+        badam_mask_mode="adjacent",
+    ),
+    **_refuse(
+        _SWANLAB,
+        "swanlab_workspace swanlab_api_key swanlab_logdir "
+        "swanlab_lark_webhook_url swanlab_lark_secret",
+        swanlab_mode="cloud",
+    ),
+    **_refuse(
+        _PROFILER,
+        "enable_torch_profiler profiler_output_dir profile_modules",
+        profiler_wait_steps=1,
+        profiler_warmup_steps=1,
+        profiler_active_steps=1,
+        profiler_repeat=1,
+        profiler_record_shapes=True,
+        profiler_profile_memory=True,
+        profiler_with_stack=True,
+    ),
+    **_refuse(
+        "bf16 is the shortest format trueup trains in",
+        "fp8_enable_fsdp_float8_all_gather",
+        fp8_backend="auto",
+    ),
     **_refuse("it rewrites the architecture; export such a model first", "mixture_of_depths"),
     **_refuse("trueup's own kernels are always on", "use_v1_kernels"),
     **_refuse("weights are saved as safetensors, never pickled", "", save_safetensors=True),
-    **_refuse("set cutoff_len and truncation: prompt and answer share one length", "max_prompt_length"),
+    **_refuse(
+        "set cutoff_len and truncation: prompt and answer share one length", "max_prompt_length"
+    ),
     **_refuse("set cutoff_len", "max_target_length"),
     **_refuse("torchrun and its environment variables say it", "master_addr master_port"),
     **_refuse(_TPU, "tpu_num_cores tpu_metrics_debug"),
-    **_refuse("no longer part of transformers; set device", "use_ipex jit_mode_eval", past_index=-1),
-    **_refuse("device, bf16 and torchrun say how a run computes", "mp_parameters accelerator_config parallelism_config"),
+    **_refuse(
+        "no longer part of transformers; set device", "use_ipex jit_mode_eval", past_index=-1
+    ),
+    **_refuse(
+        "device, bf16 and torchrun say how a run computes",
+        "mp_parameters accelerator_config parallelism_config",
+    ),
     **_refuse("hub_model_id names the organisation too", "push_to_hub_organization"),
-    **_refuse("trackio_space_id alone decides", "trackio_bucket_id trackio_static_space_id"),
+    **_refuse(
+        "Trackio reads it from its own environment variables (TRACKIO_SPACE_ID …)",
+        "trackio_space_id trackio_bucket_id trackio_static_space_id",
+    ),
     **_refuse("fsdp_config holds it", "fsdp_transformer_layer_cls_to_wrap", fsdp_min_num_params=0),
     **_refuse("set do_sample, temperature … directly", "generation_config"),
     **_refuse("resuming is always exact", "ignore_data_skip"),
     **_refuse("log-probs and losses report non-finite values at once", "debug"),
     **_refuse("set booster", "liger_kernel_config"),
     **_refuse("YAML merge keys are not read; write the keys out", "<<"),
-}  # fmt: skip
+}
 
 #: accepted and without effect, because what they ask for always holds or has no counterpart here.
-IDLE: frozenset[str] = frozenset(
-    """average_tokens_across_devices batch_eval_metrics data_seed_worker dataloader_in_order
-    dataloader_multiprocessing_context ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
-    ddp_static_graph dispatch_batches enable_jit_checkpoint eval_accumulation_steps eval_do_concat_batches
-    eval_use_gather_object fp16_backend fp16_opt_level half_precision_backend include_effective_tokens_per_second
-    include_for_metrics include_inputs_for_metrics include_num_input_tokens_seen include_tokens_per_second
-    label_names length_column_name local_rank log_level_replica log_on_each_node logging_nan_inf_filter
-    prediction_loss_only ray_scope remove_unused_columns restore_callback_states_from_checkpoint save_on_each_node
-    skip_memory_metrics sortish_sampler split_batches use_cache use_legacy_prediction_loop""".split()
+IDLE = frozenset(
+    words(
+        """
+        average_tokens_across_devices batch_eval_metrics bf16_full_eval dataloader_in_order
+        dataloader_multiprocessing_context ddp_broadcast_buffers ddp_bucket_cap_mb
+        ddp_find_unused_parameters ddp_static_graph dispatch_batches enable_jit_checkpoint
+        eval_accumulation_steps eval_do_concat_batches eval_use_gather_object fp16_backend
+        fp16_full_eval fp16_opt_level half_precision_backend include_effective_tokens_per_second
+        include_for_metrics include_inputs_for_metrics include_num_input_tokens_seen
+        include_tokens_per_second label_names length_column_name local_rank log_level_replica
+        log_on_each_node logging_dir logging_nan_inf_filter prediction_loss_only ray_scope
+        remove_unused_columns restore_callback_states_from_checkpoint save_on_each_node
+        skip_memory_metrics sortish_sampler split_batches use_cache use_legacy_prediction_loop
+        """
+    )
 )
 
 
@@ -204,7 +291,11 @@ class Resolved:
 
 def is_on(value: Any) -> bool:
     """Whether a switch of another tool is set."""
-    return value.strip().lower() not in OFF_WORDS | {"0", "f", "n"} if isinstance(value, str) else bool(value)
+    return (
+        value.strip().lower() not in OFF_WORDS | {"0", "f", "n"}
+        if isinstance(value, str)
+        else bool(value)
+    )
 
 
 def resolve(name: str, value: Any) -> Resolved:
@@ -252,5 +343,3 @@ def asks_for_nothing(refused: Refused, value: Any) -> bool:
         return isinstance(refused.neutral, int | float) and float(value) == refused.neutral
     except (TypeError, ValueError):
         return False
-
-

@@ -1,8 +1,8 @@
 """Config files and command-line words → (key, value, where) entries. No key is looked up here.
 
-YAML is read as its 1.2 core schema: `5e-7` is a number; `no`, `on`, `off` and `1:30` are words, whose
-meaning the key decides. Only the node graph of the safe loader is used: no object is ever constructed
-from a tag.
+YAML is read as its 1.2 core schema: `5e-7` is a number; `no`, `on`, `off` and `1:30` are words,
+whose meaning the key decides. Only the node graph of the safe loader is used: no object is ever
+constructed from a tag.
 """
 
 from __future__ import annotations
@@ -21,7 +21,23 @@ from trueup.errors import Problem
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000
 MAX_DEPTH = 20
-_BOOLEAN_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0", "y", "n", "t", "f", "auto", "none", "null"}
+_BOOLEAN_WORDS = {
+    "true",
+    "false",
+    "yes",
+    "no",
+    "on",
+    "off",
+    "1",
+    "0",
+    "y",
+    "n",
+    "t",
+    "f",
+    "auto",
+    "none",
+    "null",
+}
 _ASSIGNMENT = re.compile(r"^([A-Za-z_<][\w.<-]*)=(.*)$", re.DOTALL)
 
 
@@ -44,7 +60,11 @@ for _tag, _pattern, _first in [
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
     ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
-    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
+        list("-+.0123456789"),
+    ),
     ("float", r"^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$", list("-+.")),
 ]:
     _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
@@ -62,10 +82,26 @@ def read_file(path: Path) -> tuple[list[Entry], list[Problem]]:
     """The keys of a YAML or JSON file, with what is wrong with it as a file."""
     name = str(path)
     if not path.is_file():
-        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.y*ml"))[:5]) if path.parent.is_dir() else ""
-        return [], [Problem(f"no such config file ({path.absolute()})", name, fix=f"there is: {near}" if near else None)]
+        near = (
+            ", ".join(sorted(str(p) for p in path.parent.glob("*.y*ml"))[:5])
+            if path.parent.is_dir()
+            else ""
+        )
+        return [], [
+            Problem(
+                f"no such config file ({path.absolute()})",
+                name,
+                fix=f"there is: {near}" if near else None,
+            )
+        ]
     if path.stat().st_size > MAX_BYTES:
-        return [], [Problem(f"{path.stat().st_size:,} bytes is no config file", name, f"at most {MAX_BYTES:,} bytes")]
+        return [], [
+            Problem(
+                f"{path.stat().st_size:,} bytes is no config file",
+                name,
+                f"at most {MAX_BYTES:,} bytes",
+            )
+        ]
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -76,7 +112,14 @@ def read_file(path: Path) -> tuple[list[Entry], list[Problem]]:
 def _read_yaml(text: str, name: str) -> tuple[list[Entry], list[Problem]]:
     for number, line in enumerate(text.splitlines(), 1):
         if re.match(r" *\t", line) and line.strip():
-            return [], [Problem("tab used for indentation", f"{name}:{number}", "spaces", "replace the tab by spaces")]
+            return [], [
+                Problem(
+                    "tab used for indentation",
+                    f"{name}:{number}",
+                    "spaces",
+                    "replace the tab by spaces",
+                )
+            ]
     try:
         root = yaml.compose(text, Loader=_CoreLoader)
         return _entries(root, name)
@@ -104,7 +147,11 @@ def _entries(root: yaml.Node | None, name: str) -> tuple[list[Entry], list[Probl
         key = read.key(key_node)
         if key in seen:
             problems.append(
-                Problem(f"`{key}` is given twice; line {seen[key]} has it already", f"{name}:{line + 1}", fix="keep one")
+                Problem(
+                    f"`{key}` is given twice; line {seen[key]} has it already",
+                    f"{name}:{line + 1}",
+                    fix="keep one",
+                )
             )
             continue
         seen[key] = line + 1
@@ -137,7 +184,7 @@ class _Reader:
         if self.nodes > MAX_NODES or depth > MAX_DEPTH:
             raise _Refusal(
                 node.start_mark.line,
-                f"more than {MAX_NODES:,} values or {MAX_DEPTH} levels once aliases are written out",
+                f"more than {MAX_NODES:,} values or {MAX_DEPTH} levels, aliases written out",
                 "write the values out without aliases",
             )
         self._check_tag(node)
@@ -156,7 +203,9 @@ class _Reader:
     @staticmethod
     def _check_tag(node: yaml.Node) -> None:
         if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-            raise _Refusal(node.start_mark.line, f"tag {node.tag} is not read", "write a plain value")
+            raise _Refusal(
+                node.start_mark.line, f"tag {node.tag} is not read", "write a plain value"
+            )
 
 
 def _scalar(node: yaml.Node) -> Any:
@@ -184,7 +233,10 @@ def _read_json(text: str, name: str) -> tuple[list[Entry], list[Problem]]:
         return dict(pairs)
 
     def line_of(key: str, nth: int = 0) -> int:
-        hits = [m.start() for m in re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)]
+        hits = [
+            m.start()
+            for m in re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
+        ]
         return text.count("\n", 0, hits[min(nth, len(hits) - 1)]) + 1 if hits else 1
 
     try:
@@ -196,17 +248,23 @@ def _read_json(text: str, name: str) -> tuple[list[Entry], list[Problem]]:
     if not isinstance(content, dict):
         return [], [Problem("a config file is one JSON object", name)]
     problems = [
-        Problem(f"`{key}` is given twice; line {line_of(key)} has it already", f"{name}:{line_of(key, 1)}", fix="keep one")
+        Problem(
+            f"`{key}` is given twice; line {line_of(key)} has it already",
+            f"{name}:{line_of(key, 1)}",
+            fix="keep one",
+        )
         for key in twice
     ]
     return [Entry(key, value, f"{name}:{line_of(key)}") for key, value in content.items()], problems
 
 
-def read_words(words: Sequence[str], is_flag: Callable[[str], bool]) -> tuple[list[Entry], list[Problem]]:
+def read_words(
+    words: Sequence[str], is_flag: Callable[[str], bool]
+) -> tuple[list[Entry], list[Problem]]:
     """`key=value`, `--key value`, `--key=value`, `--flag` and `--no-flag` words, in order.
 
-    `is_flag(key)` tells whether a key means true when it stands alone; such a key takes the next word
-    only if that is a boolean.
+    `is_flag(key)` tells whether a key means true when it stands alone; such a key takes the next
+    word only if that is a boolean.
     """
     entries: list[Entry] = []
     problems: list[Problem] = []
@@ -245,7 +303,7 @@ def _snake(key: str) -> str:
 
 
 def _word_value(key: str, text: str) -> Any:
-    """Lists, mappings and parts of mappings (`key.name=1e-6`) in YAML or JSON; else the word itself."""
+    """Lists, mappings and parts of mappings (`key.name=1e-6`) as YAML; else the word itself."""
     if "." not in key and not text.strip().startswith(("[", "{")):
         return text
     try:

@@ -33,8 +33,12 @@ SECRETS = frozenset({"hf_hub_token", "ms_hub_token", "om_hub_token"})
 REDACTED = "<redacted>"
 
 #: key → the section it is in, and its field.
-SECTION_OF: dict[str, str] = {key: name for name, model in SECTIONS.items() for key in model.model_fields}
-FIELDS: dict[str, FieldInfo] = {key: SECTIONS[name].model_fields[key] for key, name in SECTION_OF.items()}
+SECTION_OF: dict[str, str] = {
+    key: name for name, model in SECTIONS.items() for key in model.model_fields
+}
+FIELDS: dict[str, FieldInfo] = {
+    key: SECTIONS[name].model_fields[key] for key, name in SECTION_OF.items()
+}
 
 
 def kinds(annotation: Any) -> Iterator[Any]:
@@ -66,7 +70,7 @@ def default(key: str) -> Any:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is told, checked. `explicit` is what the user set, under its canonical names."""
+    """Everything a run is told, checked. `explicit`: what the user set, by canonical name."""
 
     model: ModelSection
     data: DataSection
@@ -83,7 +87,7 @@ class RunConfig:
         return getattr(getattr(self, SECTION_OF[key]), key)
 
     def replace(self, **changes: Any) -> RunConfig:
-        """A copy with some keys changed. Values are taken as they are: they come from code, not from a user."""
+        """A copy with some keys changed. Values come from code and are taken as they are."""
         sections = {name: getattr(self, name) for name in SECTIONS}
         for key, value in changes.items():
             name = SECTION_OF[key]
@@ -121,7 +125,7 @@ def dump_yaml(cfg: RunConfig) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of the flat file: for editors, forms and docs. `x-section` tells a key's group."""
+    """JSON Schema of the flat file, for editors, forms and docs. `x-section` is a key's group."""
     properties: dict[str, Any] = {}
     for name, model in SECTIONS.items():
         for key, rule in model.model_json_schema()["properties"].items():

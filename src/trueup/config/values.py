@@ -16,8 +16,13 @@ EMPTY_WORDS = {"", "none", "null", "~"}
 OFF_WORDS = {"no", "off", "false", "none", "null", ""}
 
 
+def words(text: str) -> list[str]:
+    """The words of a text: long lists of names read better so."""
+    return text.split()
+
+
 class Section(BaseModel):
-    """A group of keys. The docstring under a field is its help: on the terminal, in docs and forms."""
+    """A group of keys. The docstring under a field is its help, in docs and forms too."""
 
     model_config = ConfigDict(
         extra="forbid",

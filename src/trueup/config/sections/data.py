@@ -1,4 +1,4 @@
-"""Keys about the data: which rows, how they become tokens, and what happens to those that do not fit."""
+"""Keys about the data: which rows, how they become tokens, what happens to misfits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class DataSection(Section):
     eval_on_each_dataset: bool = False
     """Evaluate on each dataset by itself."""
     mix_strategy: Annotated[Mixing, Lower] = "concat"
-    """How several datasets are mixed: one after another, or interleaved (until the first or the last runs out, or once)."""
+    """How several datasets are mixed: one after another, or interleaved (until the first or the
+    last runs out, or once)."""
     interleave_probs: Numbers = []
     """How often each dataset is drawn from when interleaving."""
     streaming: bool = False
@@ -53,7 +54,8 @@ class DataSection(Section):
     cutoff_len: Annotated[Positive, Field(ge=8)] = 2048
     """Longest example in tokens, prompt and answer together."""
     truncation: Annotated[Truncation, Lower] = "keep_start"
-    """A longer example loses its answer's end (keep_start) or its prompt's beginning (keep_end), is left out (drop), or stops the run (error)."""
+    """A longer example loses its answer's end (keep_start) or its prompt's beginning (keep_end),
+    is left out (drop), or stops the run (error)."""
     train_on_prompt: bool = False
     """Train on the prompt's tokens too."""
     mask_history: bool = False
@@ -63,13 +65,15 @@ class DataSection(Section):
 
     # batches and caches
     packing: bool | None = None
-    """Several short examples in one row. Batches here are never padded, so this costs and changes nothing."""
+    """Several short examples in one row. Batches here are never padded, so this costs and changes
+    nothing."""
     neat_packing: bool = False
     """Packing without attention between examples; always so here."""
     batch_tokens: Positive | None = None
-    """Tokens of a micro-batch, instead of a fixed number of rows; examples per step stay the same."""
+    """Tokens of a micro-batch, instead of a number of rows; examples per step stay the same."""
     tokenized_path: str | None = None
-    """Folder to keep the tokenised data in; used again only while data, template and lengths are unchanged."""
+    """Folder to keep the tokenised data in; used again only while data, template and lengths are
+    unchanged."""
     overwrite_cache: bool = False
     """Tokenise again even when the cache fits."""
     preprocessing_batch_size: Positive = 1000

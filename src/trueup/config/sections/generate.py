@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trueup.config.values import Bits, Float, Lower, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from trueup.config.values import (
+    Bits,
+    Float,
+    Lower,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
 
 class GenerateSection(Section):

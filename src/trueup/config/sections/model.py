@@ -37,7 +37,8 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for repositories you have read."""
     allow_pickle_weights: bool = False
-    """Read weights that exist only as pickled .bin files (restricted unpickling; saved back as safetensors)."""
+    """Read weights that exist only as pickled .bin files (restricted unpickling; saved back as
+    safetensors)."""
     train_from_scratch: bool = False
     """Start from random weights of this model's shape."""
 
@@ -78,6 +79,8 @@ class ModelSection(Section):
     """LongLoRA's shifted sparse attention."""
     moe_aux_loss_coef: NonNegativeFloat | None = None
     """Weight of the router's balancing loss in a mixture of experts."""
+    disable_gradient_checkpointing: bool = False
+    """Keep all activations; the same as gradient_checkpointing: false."""
     use_reentrant_gc: bool = True
     """Kind of gradient checkpointing; results are the same."""
     upcast_layernorm: bool = False
@@ -88,7 +91,9 @@ class ModelSection(Section):
     """List every parameter with its type and whether it trains."""
 
     # quantised base
-    quantization_method: Annotated[Literal["bnb", "bitsandbytes", "hqq", "eetq", "torchao", "gptq", "awq"], Lower] = "bnb"
+    quantization_method: Annotated[
+        Literal["bnb", "bitsandbytes", "hqq", "eetq", "torchao", "gptq", "awq"], Lower
+    ] = "bnb"
     """Library that quantises the base while loading."""
     quantization_bit: Bits | None = None
     """Quantise the frozen base to this many bits while loading (QLoRA: 4)."""
@@ -100,7 +105,9 @@ class ModelSection(Section):
     """Spread a quantised model over the devices."""
 
     # inference
-    infer_backend: Annotated[Literal["huggingface", "hf", "vllm", "sglang", "ktransformers"], Lower] = "huggingface"
+    infer_backend: Annotated[
+        Literal["huggingface", "hf", "vllm", "sglang", "ktransformers"], Lower
+    ] = "huggingface"
     """Engine that generates text."""
     infer_dtype: Annotated[Literal["auto", "float16", "bfloat16", "float32"], Lower] = "auto"
     """Number format at inference and export."""

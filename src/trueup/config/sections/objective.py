@@ -6,12 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trueup.config.values import Bits, Fraction, Lower, Names, NonNegativeFloat, Positive, PositiveFloat, Section
+from trueup.config.values import (
+    Bits,
+    Fraction,
+    Lower,
+    Names,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
 
 class ObjectiveSection(Section):
     stage: Annotated[str, Lower] = "sft"
-    """What to do: pt (plain text), sft (answers), dpo (preferred over rejected answers), rm, ppo, kto …"""
+    """What to do: pt (plain text), sft (answers), dpo (preferred over rejected answers), rm, ppo,
+    kto …"""
 
     # preference losses
     pref_loss: Annotated[str, Lower] = "sigmoid"

@@ -62,11 +62,14 @@ class TrainSection(Section):
     predict_with_generate: bool = False
     """Evaluate SFT by generated answers too."""
     resume_from_checkpoint: Resume = None
-    """Go on from a checkpoint: a path, or auto for the newest valid one (start afresh when there is none)."""
+    """Go on from a checkpoint: a path, or auto for the newest valid one (start afresh when there
+    is none)."""
     new_run: bool = False
     """When output_dir holds a run, train in a numbered directory beside it."""
     overwrite_output_dir: bool = False
     """When output_dir holds a run, move it aside and start afresh."""
+    allow_changed: Names = []
+    """Keys that may differ from the checkpoint a run goes on from, or all."""
     strict: bool = False
     """Stop at anything worth a warning."""
     on_unused_keys: Annotated[Literal["error", "warn"], Lower] = "error"
@@ -131,16 +134,13 @@ class TrainSection(Section):
     """Compute in bf16. Unset: wherever the hardware has it; fp32 elsewhere."""
     fp16: AutoFlag = None
     """Compute in fp16 with loss scaling (GPU)."""
-    bf16_full_eval: bool = False
-    """Evaluate in bf16."""
-    fp16_full_eval: bool = False
-    """Evaluate in fp16."""
     tf32: AutoFlag = None
     """Let a GPU shorten fp32 products to tf32."""
     fp8: bool = False
     """Compute in fp8."""
     gradient_checkpointing: AutoFlag = None
-    """Recompute activations instead of keeping them: less memory, more time. Unset: as memory asks for."""
+    """Recompute activations instead of keeping them: less memory, more time. Unset: as memory asks
+    for."""
     gradient_checkpointing_kwargs: Mapping = {}
     """Further settings of gradient checkpointing."""
     torch_compile: bool = False
@@ -163,14 +163,10 @@ class TrainSection(Section):
     """Log every so many steps; below 1 a share of all steps."""
     logging_first_step: bool = False
     """Log the first step too."""
-    logging_dir: str | None = None
-    """Folder of tensorboard's files; inside output_dir when unset."""
     report_to: Annotated[list[Tracker], Split] = []
     """Trackers: tensorboard, wandb, trackio, mlflow, swanlab, or none."""
     project: str = "trueup"
     """Project name in trackers."""
-    trackio_space_id: str | None = None
-    """Space that trackio shows the run in."""
     plot_loss: bool = False
     """Draw the curves as PNG files."""
     disable_tqdm: bool | None = None
@@ -215,12 +211,16 @@ class TrainSection(Section):
     """Whether that repository is private."""
     hub_revision: str | None = None
     """Branch to upload to."""
-    hub_strategy: Annotated[Literal["end", "every_save", "checkpoint", "all_checkpoints"], Lower] = "every_save"
+    hub_strategy: Annotated[
+        Literal["end", "every_save", "checkpoint", "all_checkpoints"], Lower
+    ] = "every_save"
     """When to upload."""
     hub_always_push: bool = False
     """Upload even while the last upload runs."""
 
     # the machine
+    use_cpu: bool = False
+    """Compute on the CPU; the same as device: cpu."""
     dataloader_num_workers: NonNegative = 0
     """Processes that prepare batches."""
     dataloader_pin_memory: bool = True
@@ -231,7 +231,10 @@ class TrainSection(Section):
     """Batches each of them prepares ahead."""
     ddp_timeout: Positive = 1800
     """Seconds a process waits for the others."""
-    ddp_backend: Annotated[Literal["nccl", "gloo", "mpi", "xccl", "hccl", "ccl", "cncl", "mccl"], Lower] | None = None
+    ddp_backend: (
+        Annotated[Literal["nccl", "gloo", "mpi", "xccl", "hccl", "ccl", "cncl", "mccl"], Lower]
+        | None
+    ) = None
     """How processes talk; the device's own when unset."""
     deepspeed: Mapping | str | None = None
     """DeepSpeed settings, a JSON file."""

@@ -6,14 +6,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trueup.config.values import Int, Lower, Names, NonNegativeFloat, Patterns, Positive, PositiveFloat, Section
+from trueup.config.values import (
+    Int,
+    Lower,
+    Names,
+    NonNegativeFloat,
+    Patterns,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
 FinetuningType = Literal["lora", "full", "freeze", "oft"]
 
 
 class TuningSection(Section):
     finetuning_type: Annotated[FinetuningType, Lower] = "lora"
-    """What trains: lora (small added matrices), full (every weight), freeze (the last layers), oft."""
+    """What trains: lora (small added matrices), full (every weight), freeze (the last layers),
+    oft."""
     additional_target: Names = []
     """Whole modules that train and are saved beside the adapter, e.g. embed_tokens."""
     create_new_adapter: bool = False
@@ -29,7 +39,8 @@ class TuningSection(Section):
     lora_dropout: Annotated[NonNegativeFloat, Field(lt=1)] = 0.0
     """Share of the adapter's input dropped while training."""
     lora_target: Patterns = ["all"]
-    """Layers that get an adapter: all linear ones, names like q_proj,v_proj, or a regular expression."""
+    """Layers that get an adapter: all linear ones, names like q_proj,v_proj, or a regular
+    expression."""
     loraplus_lr_ratio: PositiveFloat | None = None
     """Learning rate of LoRA's second matrix over the first's (LoRA+)."""
     loraplus_lr_embedding: PositiveFloat = 1e-6

@@ -1,0 +1,190 @@
+"""What cannot be meant together: keys that exclude or need each other, keys that are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Keys that exclude or need each other. `broken` sees all keys as attributes."""
+
+    keys: tuple[str, ...]
+    broken: Callable[[Any], Any]
+    what: str
+    fix: str
+
+
+def _not_multiple(c: Any) -> bool:
+    if not c.load_best_model_at_end or c.eval_strategy != "steps" or c.save_strategy != "steps":
+        return False
+    if c.eval_steps < 1 or c.save_steps < 1:
+        return (c.eval_steps < 1) != (c.save_steps < 1) or abs(
+            c.save_steps / c.eval_steps % 1
+        ) > 1e-6
+    return bool(c.save_steps % c.eval_steps)
+
+
+RULES = [
+    Rule(
+        ("bf16", "fp16"),
+        lambda c: c.bf16 and c.fp16,
+        "`bf16` and `fp16` exclude each other: a run computes in one format",
+        "drop one of them; bf16 needs no loss scaling",
+    ),
+    Rule(
+        ("quantization_bit", "finetuning_type"),
+        lambda c: c.quantization_bit and c.finetuning_type not in ("lora", "oft"),
+        "a quantised base cannot be trained itself: "
+        "`quantization_bit` excludes `finetuning_type: full` and `freeze`",
+        "drop quantization_bit, or set finetuning_type: lora",
+    ),
+    Rule(
+        ("resume_from_checkpoint", "new_run"),
+        lambda c: c.resume_from_checkpoint and c.new_run,
+        "`resume_from_checkpoint` goes on with a run and `new_run` starts one",
+        "drop one of them",
+    ),
+    Rule(
+        ("resume_from_checkpoint", "overwrite_output_dir"),
+        lambda c: c.resume_from_checkpoint == "auto" and c.overwrite_output_dir,
+        "`resume_from_checkpoint: auto` goes on with a run, `overwrite_output_dir` moves it aside",
+        "drop one of them",
+    ),
+    Rule(
+        ("new_run", "overwrite_output_dir"),
+        lambda c: c.new_run and c.overwrite_output_dir,
+        "`new_run` keeps the run that `overwrite_output_dir` moves aside",
+        "drop one of them",
+    ),
+    Rule(
+        ("warmup_steps", "warmup_ratio"),
+        lambda c: c.warmup_steps and c.warmup_ratio,
+        "`warmup_steps` and `warmup_ratio` say the same thing twice",
+        "drop one of them",
+    ),
+    Rule(
+        ("use_galore", "use_apollo", "use_adam_mini", "use_muon"),
+        lambda c: c.use_galore + c.use_apollo + c.use_adam_mini + c.use_muon > 1,
+        "one run has one optimizer",
+        "keep one of use_galore, use_apollo, use_adam_mini, use_muon",
+    ),
+    Rule(
+        ("load_best_model_at_end", "eval_strategy"),
+        lambda c: c.load_best_model_at_end and c.eval_strategy == "no",
+        "`load_best_model_at_end` needs evaluations while training",
+        "set eval_strategy: steps (or epoch)",
+    ),
+    Rule(
+        ("load_best_model_at_end", "save_strategy", "eval_strategy"),
+        lambda c: (
+            c.load_best_model_at_end
+            and c.eval_strategy != "no"
+            and c.save_strategy not in ("best", c.eval_strategy)
+        ),
+        "`load_best_model_at_end` needs a checkpoint at each evaluation: "
+        "`save_strategy` and `eval_strategy` differ",
+        "give save_strategy and eval_strategy the same value",
+    ),
+    Rule(
+        ("load_best_model_at_end", "save_steps", "eval_steps"),
+        _not_multiple,
+        "`load_best_model_at_end` needs an evaluation at each checkpoint: "
+        "`save_steps` is no multiple of `eval_steps`",
+        "make save_steps a multiple of eval_steps",
+    ),
+    Rule(
+        ("early_stopping_steps", "eval_strategy"),
+        lambda c: c.early_stopping_steps and c.eval_strategy == "no",
+        "`early_stopping_steps` counts evaluations, and there are none",
+        "set eval_strategy: steps (or epoch)",
+    ),
+    Rule(
+        ("eval_dataset", "val_size"),
+        lambda c: c.eval_dataset and c.val_size,
+        "`eval_dataset` and `val_size` both say what to evaluate on",
+        "drop one of them",
+    ),
+    Rule(
+        ("val_size",),
+        lambda c: c.val_size > 1 and c.val_size % 1,
+        "`val_size` is a share below 1 or a whole number of rows",
+        "round it",
+    ),
+    Rule(
+        ("use_cpu", "device"),
+        lambda c: c.use_cpu and c.device not in ("auto", "cpu"),
+        "`use_cpu` and `device` name different devices",
+        "drop use_cpu",
+    ),
+    Rule(
+        ("disable_gradient_checkpointing", "gradient_checkpointing"),
+        lambda c: c.disable_gradient_checkpointing and c.gradient_checkpointing,
+        "`disable_gradient_checkpointing` and `gradient_checkpointing` contradict each other",
+        "keep gradient_checkpointing",
+    ),
+    Rule(
+        ("interleave_probs", "dataset"),
+        lambda c: c.interleave_probs and c.dataset and len(c.interleave_probs) != len(c.dataset),
+        "`interleave_probs` needs one number for each dataset",
+        "give as many as there are datasets",
+    ),
+    Rule(
+        ("interleave_probs",),
+        lambda c: (
+            c.interleave_probs and (min(c.interleave_probs) < 0 or sum(c.interleave_probs) <= 0)
+        ),
+        "`interleave_probs` are shares: none is negative and not all are 0",
+        "give each dataset a share",
+    ),
+    Rule(
+        ("mix_strategy", "dataset"),
+        lambda c: c.mix_strategy != "concat" and len(c.dataset) == 1,
+        "`mix_strategy` needs two datasets to mix",
+        "drop mix_strategy, or name a second dataset",
+    ),
+    Rule(
+        ("do_train", "do_eval", "do_predict"),
+        lambda c: not (c.do_train or c.do_eval or c.do_predict),
+        "nothing to do: `do_train`, `do_eval` and `do_predict` are all false",
+        "set one of them",
+    ),
+    Rule(
+        ("streaming", "max_steps"),
+        lambda c: c.streaming and c.do_train and c.max_steps <= 0,
+        "`streaming` does not know how long an epoch is",
+        "set max_steps",
+    ),
+    Rule(
+        ("freeze_trainable_layers", "finetuning_type"),
+        lambda c: (
+            c.finetuning_type == "freeze"
+            and c.freeze_trainable_layers == 0
+            and not c.freeze_extra_modules
+        ),
+        "`freeze_trainable_layers: 0` trains nothing",
+        "set it to the number of last layers to train",
+    ),
+    Rule(
+        ("model_name_or_path",),
+        lambda c: not c.model_name_or_path,
+        "`model_name_or_path` is missing",
+        "name a model: a directory, a hub id, or builtin:sql-tiny",
+    ),
+    Rule(
+        ("dataset",),
+        lambda c: c.do_train and not c.dataset,
+        "`dataset` is missing",
+        "name a dataset of dataset_info.json, a built-in sample such as dpo_en_demo, or a file",
+    ),
+    Rule(
+        ("dataset", "eval_dataset"),
+        lambda c: (
+            not c.do_train and (c.do_eval or c.do_predict) and not (c.dataset or c.eval_dataset)
+        ),
+        "`eval_dataset` is missing: there is nothing to evaluate on",
+        "name a dataset",
+    ),
+]
