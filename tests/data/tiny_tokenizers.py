@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 from tokenizers import (
@@ -107,7 +108,9 @@ def _sentencepiece_like(special: tuple[str, ...]) -> str:
     )  # fmt: skip
     words = [word for text in TEXTS for word in text.replace("\n", " ").split(" ")]
     tokenizer.train_from_iterator(words, trainer)
-    return tokenizer.to_str()
+    state = json.loads(tokenizer.to_str())  # byte tokens are vocabulary, not added tokens
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in byte_tokens]
+    return json.dumps(state)
 
 
 def make_tokenizer(
@@ -134,5 +137,6 @@ def make_tokenizer(
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad,
+        unk_token="<unk>" if "<unk>" in special else None,
         additional_special_tokens=[t for t in special if t not in (bos, eos, pad)], clean_up_tokenization_spaces=False,
     )  # fmt: skip
