@@ -8,7 +8,7 @@ from pathlib import PurePath
 from types import SimpleNamespace
 from typing import Any
 
-from trueup.config.explain import closest_choice, condition_words
+from trueup.config.explain import alternative, closest_choice, condition_words
 from trueup.config.methods import (
     ACTS_WITH,
     LATER,
@@ -93,7 +93,7 @@ def check(
 
 
 def _broken(cfg: RunConfig, place: Place, bad: set[str], rules: list[Rule]) -> list[Problem]:
-    view = SimpleNamespace(**cfg.resolved())
+    view = SimpleNamespace(**{key: cfg[key] for key in SECTION_OF})
     found = []
     for rule in rules:
         if not bad.intersection(rule.keys) and rule.broken(view):
@@ -135,7 +135,7 @@ def _not_yet(cfg: RunConfig, place: Place, training: bool) -> list[Problem]:
 
 
 def _later(what: str, where: str | None, instead: str | None) -> Problem:
-    return Problem(what, where, fix=f"use {instead}")
+    return Problem(what, where, fix=alternative(instead or ""))
 
 
 def _without_effect(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem]:

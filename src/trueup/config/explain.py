@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from trueup.config.methods import ACTS_WITH, LATER, LATER_VALUES, SET
 from trueup.config.names import IDLE, REFUSED, SWITCHES, SYNONYMS
-from trueup.config.schema import FIELDS, SECRETS, SECTION_OF, default, json_schema, kinds
+from trueup.config.schema import FIELDS, SECRETS, SECTION_OF, default, kinds
 
 #: why a range is what it is, where that is not plain from the key.
 REASONS: dict[str, str] = {
@@ -82,7 +82,7 @@ def describe_error(key: str, error: Any, value: Any) -> tuple[str, str]:
     kind = error["type"]
     shown = "this value" if key in SECRETS else repr(value)
     expected = _expected(key, kind, error.get("ctx", {}))
-    if key in REASONS and REASONS[key] != expected:
+    if key in REASONS and kind in _LIMITS:
         expected += f" ({REASONS[key]})"
     return f"`{key}` cannot be {shown}", expected
 
@@ -116,6 +116,11 @@ def condition_words(other: str, allowed: Any) -> str:
     return f"`{other}: {' | '.join(shown)}`"
 
 
+def alternative(instead: str) -> str:
+    """What to do in place of something not supported yet."""
+    return instead if instead.startswith("drop it") else f"use {instead}"
+
+
 def explain(key: str) -> str:
     """Help on a key: what it does, its values, its default, when it acts, what others call it."""
     key = SYNONYMS.get(key, key)
@@ -129,8 +134,7 @@ def explain(key: str) -> str:
     if key not in FIELDS:
         near = nearest(key)
         return f"{key}: unknown" + (f"; did you mean {near}?" if near else "")
-    rule = json_schema()["properties"][key]
-    lines = [f"{key} ({SECTION_OF[key]}): {rule.get('description', '')}"]
+    lines = [f"{key} ({SECTION_OF[key]}): {FIELDS[key].description}"]
     lines.append(f"  default: {'unset' if default(key) in (None, []) else default(key)}")
     if choices(key):
         later = LATER_VALUES.get(key, {})
@@ -139,7 +143,7 @@ def explain(key: str) -> str:
         )
     lines += [f"  acts with {condition_words(*item)}" for item in ACTS_WITH.get(key, {}).items()]
     if key in LATER:
-        lines.append(f"  not supported yet; use {LATER[key]}")
+        lines.append(f"  not supported yet; {alternative(LATER[key])}")
     others = [name for name, ours in SYNONYMS.items() if ours == key]
     if others:
         lines.append("  also: " + ", ".join(others))

@@ -63,7 +63,10 @@ def load_config(
     Raises:
         ConfigError: with every problem found, each with its place.
     """
-    base, base_problems, base_unknown = _settle(*_entries(source), words=False)
+    entries, unreadable = _entries(source)
+    if unreadable and not entries:
+        raise ConfigError(unreadable)
+    base, base_problems, base_unknown = _settle(entries, unreadable, words=False)
     over, over_problems, over_unknown = _settle(
         *read_words(overrides, _stands_alone), words=True, below=base
     )

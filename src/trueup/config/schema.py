@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -31,6 +30,10 @@ SECTIONS: dict[str, type[Section]] = {
 }
 SECRETS = frozenset({"hf_hub_token", "ms_hub_token", "om_hub_token"})
 REDACTED = "<redacted>"
+#: how a run is started, not what it is.
+OF_THE_COMMAND = frozenset(
+    {"resume_from_checkpoint", "new_run", "overwrite_output_dir", "allow_changed"}
+)
 
 #: key → the section it is in, and its field.
 SECTION_OF: dict[str, str] = {
@@ -39,6 +42,8 @@ SECTION_OF: dict[str, str] = {
 FIELDS: dict[str, FieldInfo] = {
     key: SECTIONS[name].model_fields[key] for key, name in SECTION_OF.items()
 }
+for _field in FIELDS.values():
+    _field.description = " ".join((_field.description or "").split())
 
 
 def kinds(annotation: Any) -> Iterator[Any]:
@@ -95,29 +100,27 @@ class RunConfig:
         return RunConfig(**sections, explicit=self.explicit)
 
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, flat."""
-        return dict(self._flat)
+        """The run as flat keys, for run.yaml: those that act or were changed, without secrets.
 
-    @cached_property
-    def _flat(self) -> dict[str, Any]:
-        return {key: self[key] for key in SECTION_OF}
+        Loading it again gives an equal config. Keys of the one command (whether to resume, to
+        overwrite …) are no part of the run.
+        """
+        from trueup.config.methods import missing_condition
+
+        return {
+            key: REDACTED if key in SECRETS and self[key] else self[key]
+            for key in SECTION_OF
+            if key not in OF_THE_COMMAND
+            and (self[key] != default(key) or missing_condition(key, self) is None)
+        }
 
 
 def dump_yaml(cfg: RunConfig) -> str:
-    """The config as YAML, by section, secrets left out; loading it again gives an equal config.
-
-    Keys without effect under this config are not written, unless they were set.
-    """
-    from trueup.config.methods import missing_condition
-
+    """`resolved()` as YAML, by section."""
     flat = cfg.resolved()
     parts = []
-    for name, model in SECTIONS.items():
-        lines = {
-            key: REDACTED if key in SECRETS and flat[key] else flat[key]
-            for key in model.model_fields
-            if flat[key] != default(key) or missing_condition(key, cfg) is None
-        }
+    for name in SECTIONS:
+        lines = {key: value for key, value in flat.items() if SECTION_OF[key] == name}
         if lines:
             body = yaml.safe_dump(lines, sort_keys=False, allow_unicode=True, width=1000)
             parts.append(f"# {name}\n{body}")
@@ -129,7 +132,7 @@ def json_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, model in SECTIONS.items():
         for key, rule in model.model_json_schema()["properties"].items():
-            properties[key] = {"x-section": name, **rule}
+            properties[key] = {**rule, "description": FIELDS[key].description, "x-section": name}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "trueup run",

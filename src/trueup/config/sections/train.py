@@ -107,7 +107,7 @@ class TrainSection(Section):
     warmup_steps: NonNegativeFloat = 0
     """Steps in which the learning rate rises; below 1 a share of all steps."""
     warmup_ratio: Annotated[NonNegativeFloat, Field(lt=1)] = 0.0
-    """The same as a share of all steps."""
+    """Share of all steps in which the learning rate rises."""
     optim: Annotated[str, Lower] = "adamw_torch"
     """Optimizer."""
     optim_args: str | None = None

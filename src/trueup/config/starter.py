@@ -1,0 +1,85 @@
+"""A commented config to start from: the keys people change, with the schema's help beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from trueup.config.explain import alternative
+from trueup.config.methods import STAGES
+from trueup.config.names import VALUE_SYNONYMS
+from trueup.config.schema import FIELDS
+from trueup.errors import ConfigError
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+_COLUMN = 32
+
+_METHOD: dict[str, dict[str, Any]] = {
+    "pt": {},
+    "sft": {},
+    "dpo": {"pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0},
+}
+_DATASET = {"pt": "pretrain_demo", "sft": "alpaca_en_demo", "dpo": "dpo_en_demo"}
+_RATE = {"pt": 1e-4, "sft": 1e-4, "dpo": 1e-5}
+
+
+def starter(stage: str = "dpo", model: str = DEFAULT_MODEL) -> str:
+    """The text of a YAML file that trains `model` at `stage`, and loads without a problem.
+
+    Raises:
+        ConfigError: the stage is unknown or not supported yet.
+    """
+    name = stage.strip().lower()
+    stage = VALUE_SYNONYMS["stage"].get(name, name)
+    if stage not in STAGES:
+        raise ConfigError(f"no stage is called '{stage}'", expected="one of " + ", ".join(STAGES))
+    if STAGES[stage].instead:
+        fix = alternative(STAGES[stage].instead or "")
+        raise ConfigError(f"`stage: {stage}` is not supported yet", fix=fix)
+    blocks = "\n".join(_block(title, keys) for title, keys in _sections(stage, model).items())
+    return f"# {STAGES[stage].help}\n# trueup check FILE, then trueup train FILE\n\n{blocks}"
+
+
+def _sections(stage: str, model: str) -> dict[str, dict[str, Any]]:
+    return {
+        "model": {"model_name_or_path": model, "adapter_name_or_path": []},
+        "method": {
+            "stage": stage,
+            "finetuning_type": "lora",
+            "lora_rank": 8,
+            "lora_target": "all",
+            **_METHOD[stage],
+        },
+        "data": {"dataset": _DATASET[stage], "cutoff_len": 2048, "val_size": 0.1},
+        "training": {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 8,
+            "learning_rate": _RATE[stage],
+            "num_train_epochs": 3.0,
+            "lr_scheduler_type": "cosine",
+            "warmup_ratio": 0.1,
+        },
+        "watching": {
+            "logging_steps": 5,
+            "eval_strategy": "steps",
+            "eval_steps": 50,
+            "save_steps": 100,
+            "plot_loss": True,
+        },
+        "output": {"output_dir": _output_dir(model, stage)},
+    }
+
+
+def _output_dir(model: str, stage: str) -> str:
+    return f"saves/{model.rstrip('/').replace('builtin:', '').split('/')[-1]}/lora/{stage}"
+
+
+def _block(title: str, keys: dict[str, Any]) -> str:
+    return f"### {title}\n" + "".join(_line(key, value) for key, value in keys.items())
+
+
+def _line(key: str, value: Any) -> str:
+    text = yaml.safe_dump({key: value}, allow_unicode=True).strip()
+    comment = str(FIELDS[key].description).split(";")[0].rstrip(".")
+    return f"{text:<{_COLUMN}}  # {comment}\n"
