@@ -55,7 +55,7 @@ def shape_only(cfg: RunConfig) -> PreTrainedModel:
 
 def estimate(cfg: RunConfig, micro_batch_tokens: int) -> Estimate:
     """Estimate a run whose longest micro-batch holds so many tokens in the shared layout."""
-    device = pick_device(cfg.model.device, cfg.train.use_cpu)
+    device = pick_device(cfg.model.device)
     dtype = pick_dtype(device, cfg.train.bf16, cfg.train.fp16)
     width = dtype.itemsize
     base = shape_only(cfg).requires_grad_(False)
@@ -76,7 +76,7 @@ def estimate(cfg: RunConfig, micro_batch_tokens: int) -> Estimate:
         dtype=str(dtype).removeprefix("torch."),
         weights=parameters * width,
         optimizer=trainable * 4 * FP32,
-        activations=_activations(text, micro_batch_tokens, width, wants_checkpointing(cfg.model, cfg.train, device)),
+        activations=_activations(text, micro_batch_tokens, width, wants_checkpointing(cfg.train, device)),
         head=2 * CHUNK * text.vocab_size * FP32,
         checkpoint=saved * FP32 + 3 * trainable * FP32,
     )

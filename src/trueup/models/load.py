@@ -24,12 +24,10 @@ def hub_access(model: ModelSection) -> HubAccess:
     return HubAccess(model.hub, model.model_revision, token[model.hub], model.cache_dir)
 
 
-def pick_device(wanted: str, use_cpu: bool = False) -> torch.device:
+def pick_device(wanted: str) -> torch.device:
     """The device asked for, or the nearest that exists, said once."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     best = "cuda" if cuda else "mps" if mps else "cpu"
-    if use_cpu:
-        return torch.device("cpu")
     if wanted == "auto":
         wanted = best
     kind, _, index = wanted.partition(":")
@@ -168,7 +166,7 @@ def load_policy(
     Raises:
         ModelError: the model, an adapter or the tokenizer does not fit (C10, C11, C17).
     """
-    device = device or pick_device(model.device, train.use_cpu)
+    device = device or pick_device(model.device)
     dtype = pick_dtype(device, train.bf16, train.fp16)
     access = hub_access(model)
     name, location, starts = resolve_model(model.model_name_or_path, model.adapter_name_or_path, access)
@@ -187,15 +185,13 @@ def load_policy(
     note = policy.verify_layout()
     if note:
         log.warning("prompts are not shared between answers on this architecture: %s", note)
-    if wants_checkpointing(model, train, device):
+    if wants_checkpointing(train, device):
         policy.base.gradient_checkpointing_enable({"use_reentrant": False})
     return Loaded(policy, adapters, name, starts, device, dtype, note)
 
 
-def wants_checkpointing(model: ModelSection, train: TrainSection, device: torch.device) -> bool:
+def wants_checkpointing(train: TrainSection, device: torch.device) -> bool:
     """Activation checkpointing: as asked; unset means on for accelerators (memory binds), off for CPUs (time binds)."""
-    if model.disable_gradient_checkpointing:
-        return False
     return device.type != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing
 
 
@@ -290,6 +286,6 @@ def load_frozen(
 
 def load_for_inference(model: ModelSection, train: TrainSection) -> Policy:
     """The config's model and adapters, frozen, on its device."""
-    device = pick_device(model.device, train.use_cpu)
+    device = pick_device(model.device)
     dtype = pick_dtype(device, train.bf16, train.fp16)
     return load_frozen(model, model.model_name_or_path, model.adapter_name_or_path, device, dtype)

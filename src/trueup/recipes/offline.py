@@ -21,17 +21,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trueup.config.schema import RunConfig
-from trueup.data.encode import EncodedDataset
+from trueup.data.encode import EncodedDataset, Prepared, prepare
 from trueup.data.forest import BatchPlan, build_forest, num_predictions
 from trueup.errors import ConfigError
 from trueup.models.adapters import Adapters
-from trueup.models.load import Loaded, load_frozen, load_policy, load_tokenizer
+from trueup.models.load import Loaded, load_frozen, load_policy, load_tokenizer, pick_device
 from trueup.models.logprobs import sum_by_sequence
 from trueup.models.policy import Policy
 from trueup.models.reference import LiveReference, ReferenceTable, table_path
 from trueup.objectives import OBJECTIVES, Objective, pairwise
 from trueup.training.backend import Backend, make_backend
 from trueup.training.loop import fit
+from trueup.training.observers import standard_observers
 from trueup.training.run_directory import RunDirectory, check_target
 from trueup.types import Forest, Metrics, PairLogps, TokenLogps
 
@@ -120,7 +121,7 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
     target = dict(resume=cfg.train.resume_from_checkpoint, overwrite=cfg.train.overwrite_output_dir,
                   new_run=cfg.train.new_run, join=not cfg.train.do_train)  # fmt: skip
     check_target(cfg.train.output_dir, **target)
-    backend = make_backend(pick_device(cfg.model.device, cfg.train.use_cpu), cfg.train.ddp_timeout)
+    backend = make_backend(pick_device(cfg.model.device), cfg.train.ddp_timeout)
     try:
         tokenizer = load_tokenizer(cfg.model)
         prepared = prepare(cfg, tokenizer)
@@ -128,7 +129,9 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device)
         console.print(prepared.report.render(), markup=False, highlight=False)
         console.print(header(cfg, loaded, prepared, arithmetic), markup=False, highlight=False)
-        with open_run(cfg, backend, target) as directory:
+        with RunDirectory.open(
+            cfg.train.output_dir, cfg.resolved(), allow=cfg.train.allow_changed, backend=backend, **target
+        ) as directory:
             directory.write_json("data_report.json", prepared.report.to_dict())
             datasets = {"train": prepared.train, **prepared.eval}
             objective = objective_of(cfg)
@@ -140,29 +143,12 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
                 backend.rank, backend.world_size,
             )  # fmt: skip
             result = fit(
-                program, cfg.train, directory, backend, default_observers(cfg.train, directory, console),
+                program, cfg.train, directory, backend, standard_observers(cfg.train, directory, quiet=console.quiet),
                 data_fingerprint=prepared.train.fingerprint,
             )  # fmt: skip
             return RunResult(directory.path, {**result.train, **result.evaluation})
     finally:
         backend.close()
-
-
-def open_run(cfg: RunConfig, backend: Backend, target: dict[str, Any]) -> RunDirectory:
-    """The output directory, locked; rank 0 opens it first, for it may move an old run aside."""
-    opened: list[RunDirectory] = []
-
-    def open_here() -> None:
-        opened.append(
-            RunDirectory.open(
-                cfg.train.output_dir, cfg.resolved(), allow=cfg.train.allow_changed, rank=backend.rank, **target
-            )
-        )
-
-    backend.on_first(open_here)
-    if not opened:
-        open_here()
-    return opened[0]
 
 
 def header(cfg: RunConfig, loaded: Loaded, prepared: Prepared, arithmetic: Arithmetic) -> str:
