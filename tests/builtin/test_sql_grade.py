@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+
 from trueup.builtin.sql import grade, is_commented, is_formatted, make_tasks, same_result
 from trueup.builtin.sql.grade import run_query
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from trueup.builtin import BUILTIN_DATA
 from trueup.builtin.sql import make_tasks, read_tasks, write_pairs
 from trueup.builtin.sql.tasks import split_of

@@ -1,4 +1,4 @@
-"""What comes with the package: the tiny model `builtin:sql-tiny`, its task, and sample data. Torch-free."""
+"""Comes with the package: the tiny model `builtin:sql-tiny`, its task, sample data. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_builtin(name: str) -> bool:
 
 
 def builtin_path(name: str) -> Path:
-    """The directory of a built-in model, in transformers' format. Raises ModelError if there is none."""
+    """The directory of a built-in model, in transformers' format. ModelError if there is none."""
     if name not in BUILTIN_MODELS:
         raise ModelError(
             f"there is no built-in model called {name!r}",
