@@ -1,7 +1,9 @@
-"""A small plain-torch program for the engine's tests, also runnable: `python toy_program.py DIRECTORY JSON`.
+"""A small plain-torch program for the engine's tests, also runnable: `python toy_program.py
+DIRECTORY JSON`.
 
-An embedding, dropout and two layers (about 50 k parameters) learn to tell two made-up classes of token rows
-apart; the loss is a sum over rows divided by the step's row count, as objectives of this project are.
+An embedding, dropout and two layers (about 50 k parameters) learn to tell two made-up classes of
+token rows apart; the loss is a sum over rows divided by the step's row count, as objectives of this
+project are.
 """
 
 from __future__ import annotations
@@ -82,7 +84,9 @@ class Rows:
 
 
 class ToyProgram:
-    """Rows of an epoch are a permutation from (seed, epoch), cut into steps, micro-batches and ranks."""
+    """Rows of an epoch are a permutation from (seed, epoch), cut into steps, micro-batches and
+    ranks.
+    """
 
     def __init__(
         self,
