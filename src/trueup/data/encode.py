@@ -75,6 +75,8 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
         tell(report, tally)
         tallies.append(tally)
     refuse(report, tallies, cfg.data.on_bad_rows, cfg.data.truncation)
+    if cfg.data.dataset:
+        report.require_usable()
     cache.save(encoded, tallies)
     report.splits = {name: len(dataset) for name, dataset in encoded.items()}
     return Prepared(encoded.pop("train"), encoded, report, template)
@@ -116,14 +118,16 @@ def encode_dataset(
     """
     policy = Policy(cutoff_len, truncation, train_on_prompt, mask_history)
     dataset, tally = encode_examples(examples, template, policy)
-    report = DataReport() if report is None else report
-    tell(report, tally)
-    refuse(report, [tally], on_bad_rows, truncation)
+    known = report or DataReport()
+    tell(known, tally)
+    refuse(known, [tally], on_bad_rows, truncation)
+    if report:
+        report.require_usable()
     return dataset
 
 
 def refuse(report: DataReport, tallies: Sequence[Tally], on_bad_rows: str, truncation: str) -> None:
-    """Raise DataError for rows that the user wants to hear of rather than lose, or if none are left."""
+    """Raise DataError for rows that the user wants to hear of rather than lose."""
     if truncation == "error":
         long = [
             Problem(f"too long: {detail}", where=row)
@@ -136,7 +140,6 @@ def refuse(report: DataReport, tallies: Sequence[Tally], on_bad_rows: str, trunc
             raise DataError(long[:_SHOWN] + (more if len(long) > _SHOWN else []))
     if on_bad_rows == "error":
         report.refuse_bad_rows()
-    report.require_usable()
 
 
 def _load(cfg: RunConfig, cache: _Cache) -> LoadedData:

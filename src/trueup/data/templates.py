@@ -159,6 +159,7 @@ class ChatTemplate:
         self.preserve_thinking = preserve_thinking
         self.split_special_tokens = split_special_tokens
         self._variables = {"bos_token": "", "eos_token": "", **tokenizer.special_tokens_map}
+        self._variables.pop("pad_token", None)  # ours to choose, and no template's business
         self._set_source(jinja)
         self._adapt()
         self._control = any_of(self._control_tokens())
