@@ -1,6 +1,6 @@
 """Makes `builtin:sql-tiny` from nothing: data, tokenizer, random weights, pt, sft, grade, install.
 
-    make builtin-model        (python recipes/builtin_model/build.py)
+    make builtin-model        (python -m trueup.builtin.build)
 
 Some eight minutes on two CPU cores. Every step is seeded; the card beside the model keeps the
 figures. The pairs that come with the package are written too.
@@ -17,7 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from data import (
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from trueup.builtin import BUILTIN_DATA, builtin_path
+from trueup.builtin.recipe.chats import (
     PT_CHATS,
     PT_FORMATTED,
     PT_SEED,
@@ -28,14 +32,10 @@ from data import (
     make_chats,
     write_jsonl,
 )
-from model import END, new_model, save, train_tokenizer
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-
-from trueup.builtin import BUILTIN_DATA, builtin_path
+from trueup.builtin.recipe.untrained import END, new_model, save, train_tokenizer
 from trueup.builtin.sql import Grade, Task, grade, make_tasks, write_pairs
 
-HERE = Path(__file__).parent
+RECIPE = Path(__file__).parent / "recipe"
 PAIRS, PAIRS_SEED = 960, 4
 EVAL_PAIRS, EVAL_SEED = 100, 6
 GRADED, GRADED_SEED = 200, 5
@@ -57,8 +57,8 @@ def main() -> None:
     write_data(work)
     write_pairs(make_tasks(PAIRS, PAIRS_SEED), BUILTIN_DATA / "sql_pairs.jsonl")
     write_pairs(make_tasks(EVAL_PAIRS, EVAL_SEED, "heldout"), BUILTIN_DATA / "sql_heldout.jsonl")
-    trueup("train", HERE / "pt.yaml", *paths(work, "init", "pt"))
-    trueup("train", HERE / "sft.yaml", *paths(work, "pt", "sft"))
+    trueup("train", RECIPE / "pt.yaml", *paths(work, "init", "pt"))
+    trueup("train", RECIPE / "sft.yaml", *paths(work, "pt", "sft"))
     found = grade_model(work / "sft", make_tasks(GRADED, GRADED_SEED, "heldout"))
     print(f"held-out: {found}")
     if found.right < 0.97 or found.formatted > 0.05:
@@ -136,7 +136,7 @@ def install(source: Path, target: Path, found: Grade) -> None:
     tensors = load_file(source / "model.safetensors")
     halves = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     save_file(halves, target / "model.safetensors", metadata={"format": "pt"})
-    card = (HERE / "card.md").read_text(encoding="utf-8")
+    card = (RECIPE / "card.md").read_text(encoding="utf-8")
     shares = {name: f"{100 * share:.1f} %" for name, share in asdict(found).items()}
     (target / "README.md").write_text(
         card.format(**shares | {"count": found.count}), encoding="utf-8"
