@@ -186,7 +186,7 @@ def load_policy(
     if note:
         log.warning("prompts are not shared between answers on this architecture: %s", note)
     if wants_checkpointing(train, device):
-        policy.base.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.base.activation_checkpointing_enable({"use_reentrant": False})
     return Loaded(policy, adapters, name, starts, device, dtype, note)
 
 
