@@ -37,7 +37,7 @@ INFERENCE_SECTIONS = ("model", "data", "generate", "export")
 def derive(cfg: RunConfig) -> RunConfig:
     """Fill in what other keys imply: the jobs, the directory, LoRA's scale, evaluation."""
     changes: dict[str, Any] = {}
-    if cfg.tuning.lora_alpha is None:
+    if cfg.tuning.finetuning_type == "lora" and cfg.tuning.lora_alpha is None:
         changes["lora_alpha"] = 2 * cfg.tuning.lora_rank
     if 0 < cfg.train.warmup_steps < 1:
         changes |= {"warmup_steps": 0, "warmup_ratio": cfg.train.warmup_steps}

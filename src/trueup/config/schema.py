@@ -132,7 +132,11 @@ def json_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, model in SECTIONS.items():
         for key, rule in model.model_json_schema()["properties"].items():
-            properties[key] = {**rule, "description": FIELDS[key].description, "x-section": name}
+            properties[key] = {
+                **_standard(rule),
+                "description": FIELDS[key].description,
+                "x-section": name,
+            }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "trueup run",
@@ -140,3 +144,20 @@ def json_schema() -> dict[str, Any]:
         "properties": properties,
         "additionalProperties": False,
     }
+
+
+#: pydantic keeps its own names for limits behind a validator.
+_LIMITS = {
+    "gt": "exclusiveMinimum",
+    "ge": "minimum",
+    "lt": "exclusiveMaximum",
+    "le": "maximum",
+}
+
+
+def _standard(rule: Any) -> Any:
+    if isinstance(rule, list):
+        return [_standard(item) for item in rule]
+    if not isinstance(rule, dict):
+        return rule
+    return {_LIMITS.get(name, name): _standard(value) for name, value in rule.items()}

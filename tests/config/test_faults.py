@@ -1,0 +1,242 @@
+"""Rows C1 to C6 and C15 of the fault catalogue: the message, the place, exit code 2."""
+
+from __future__ import annotations
+
+import pytest
+
+from trueup.config.load import load_config
+from trueup.errors import ConfigError
+
+BASE = {"model_name_or_path": "m", "dataset": "d"}
+
+
+def problems(source=None, *words, **how):
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, words, **how)
+    assert caught.value.exit_code == 2
+    return caught.value.problems
+
+
+def write(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_unknown_key_has_its_line_and_the_nearest_key(tmp_path):
+    path = write(tmp_path, "model_name_or_path: m\ndataset: d\n\nleraning_rate: 1e-5\n")
+    (problem,) = problems(path)
+    assert str(problem) == (f"{path}:4: unknown key 'leraning_rate'; did you mean 'learning_rate'?")
+
+
+def test_unknown_key_near_a_synonym_names_the_canonical_key():
+    assert "did you mean 'pref_beta'?" in problems(BASE, "--dpo_bata", "0.1")[0].what
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("learning_rate", "no", "a number"),
+        ("learning_rate", True, "a number"),
+        ("lora_rank", "eight", "a whole number"),
+        ("lora_rank", 2.5, "a whole number"),
+        ("bf16", "maybe", "true or false"),
+        ("stage", "dpoo", "one of pt, sft, dpo"),
+        ("eval_strategy", "step", "one of no, steps, epoch"),
+        ("report_to", "wandbb", "one of all, tensorboard"),
+        ("lr_scheduler_type", "cosin", "one of linear, cosine"),
+        ("optim", "adamv", "one of adamw_torch"),
+        ("device", "gpu", "auto, cpu, cuda, cuda:N or mps"),
+        ("run_name", ["a"], "text"),
+        ("lr_scheduler_kwargs", 3, "a mapping"),
+        ("learning_rate", "nan", "greater than 0"),
+        ("learning_rate", "inf", "a finite number"),
+    ],
+)
+def test_wrong_type_or_word_names_key_value_and_what_was_expected(key, value, said):
+    (problem,) = problems({**BASE, key: value})
+    assert f"`{key}" in problem.what and said in (problem.expected or "")
+
+
+@pytest.mark.parametrize(
+    "text, line, said",
+    [
+        ("seed: 1\nseed: 2\n", 2, "given twice"),
+        ("seed: 1\n\tdataset: d\n", 2, "tab used for indentation"),
+        ("seed: [1, 2\nx: 1", 2, "not YAML"),
+        ("seed: !!python/object:os.system x\n", 1, "tag"),
+        ("a: &a [1]\nb: *c\n", 2, "not YAML"),
+        ("- a\n- b\n", 1, "`key: value`"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}\n", 1, "given twice"),
+        ("? [a, b]\n: 1\n", 1, "a key is one word"),
+    ],
+)
+def test_broken_yaml_has_its_line(tmp_path, text, line, said):
+    path = write(tmp_path, text)
+    first = problems(path)[0]
+    assert first.where.startswith(f"{path}:{line}") and said in first.what
+
+
+def test_anchor_bombs_end_quickly(tmp_path):
+    levels = "\n".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9)}]" for n in range(1, 30))
+    path = write(tmp_path, f"k0: &k0 [x]\n{levels}\n")
+    assert "aliases" in problems(path)[0].what
+    loop = write(tmp_path, "lr_scheduler_kwargs: &a {b: *a}\n")
+    assert "levels" in problems(loop)[0].what
+    deep = write(tmp_path, "dataset: " + "[" * 5000)
+    assert problems(deep)
+
+
+def test_files_that_are_no_config(tmp_path):
+    assert "no such config file" in problems(tmp_path / "absent.yaml")[0].what
+    (tmp_path / "big.yaml").write_text("a: " + "x" * 1_000_001)
+    assert "bytes" in problems(tmp_path / "big.yaml")[0].what
+    (tmp_path / "latin.yaml").write_bytes("dataset: dé".encode("latin-1"))
+    assert "not UTF-8" in problems(tmp_path / "latin.yaml")[0].what
+    (tmp_path / "c.json").write_text('{"seed": 1,}')
+    assert problems(tmp_path / "c.json")[0].where.startswith(f"{tmp_path}/c.json:1")
+    (tmp_path / "d.json").write_text('{"seed": 1,\n"seed": 2}')
+    assert problems(tmp_path / "d.json")[0].where == f"{tmp_path}/d.json:2"
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"bf16": True, "fp16": True}, ("`bf16`", "`fp16`")),
+        ({"load_in_4bit": True, "finetuning_type": "full"}, ("`quantization_bit`", "full")),
+        ({"warmup_steps": 10, "warmup_ratio": 0.1}, ("`warmup_steps`", "`warmup_ratio`")),
+        ({"new_run": True, "overwrite": True}, ("`new_run`", "`overwrite_output_dir`")),
+        ({"resume": True, "new_run": True}, ("`resume_from_checkpoint`", "`new_run`")),
+        ({"load_best_model_at_end": True}, ("evaluations",)),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 30},
+            ("multiple",),
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "epoch"},
+            ("save_strategy", "eval_strategy"),
+        ),
+        ({"early_stopping_steps": 3}, ("evaluations",)),
+        ({"val_size": 0.1, "eval_dataset": "e"}, ("`val_size`", "`eval_dataset`")),
+        ({"use_galore": True, "use_muon": True}, ("one optimizer",)),
+        ({"use_cpu": True, "device": "cuda"}, ("`device`",)),
+        ({"interleave_probs": "1,2", "mix_strategy": "interleave_over", "dataset": "a,b,c"},
+         ("`interleave_probs`",)),
+        ({"do_train": False}, ("nothing to do",)),
+        ({"dpo_beta": 0.1, "pref_beta": 0.2, "stage": "dpo"}, ("`dpo_beta`", "`pref_beta`")),
+    ],
+)  # fmt: skip
+def test_options_that_exclude_each_other(keys, said):
+    found = problems({**BASE, **keys})
+    assert any(all(word in p.what for word in said) and p.fix for p in found), found
+
+
+def test_exclusive_options_name_both_places(tmp_path):
+    path = write(tmp_path, "model_name_or_path: m\ndataset: d\nbf16: true\n")
+    (problem,) = problems(path, "--fp16")
+    assert problem.where == f"{path}:3 and --fp16"
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("pref_beta", 0, "greater than 0"),
+        ("pref_beta", -0.1, "greater than 0"),
+        ("dpo_label_smoothing", 0.5, "less than 0.5"),
+        ("dpo_label_smoothing", -0.1, "at least 0"),
+        ("learning_rate", 0, "greater than 0"),
+        ("per_device_train_batch_size", 0, "greater than 0"),
+        ("lora_dropout", 1, "less than 1"),
+        ("max_steps", -2, "at least -1"),
+        ("top_p", 1.5, "at most 1"),
+        ("cutoff_len", 2, "at least 8"),
+        ("val_size", -1, "at least 0"),
+    ],
+)
+def test_out_of_range_names_the_range(key, value, expected):
+    (problem,) = problems({**BASE, "stage": "dpo", key: value})
+    assert problem.what == f"`{key}` cannot be {value!r}" and problem.expected.startswith(expected)
+
+
+def test_a_bad_value_under_a_synonym_shows_both_names():
+    assert problems({**BASE, "stage": "dpo"}, "--dpo_beta", "0")[0].what.startswith(
+        "`dpo_beta` (`pref_beta`)"
+    )
+
+
+def test_missing_keys_are_named():
+    assert {p.what for p in problems({})} == {
+        "`model_name_or_path` is missing",
+        "`dataset` is missing",
+    }
+    (problem,) = problems({}, verb="infer")
+    assert "model_name_or_path" in problem.what
+
+
+@pytest.mark.parametrize(
+    "keys, what",
+    [
+        ({"stage": "dpo", "simpo_gamma": 0.5}, ("simpo_gamma", "`pref_loss: sigmoid`")),
+        ({"stage": "sft", "pref_beta": 0.1}, ("pref_beta", "`stage: sft`")),
+        ({"stage": "pt", "mask_history": True}, ("mask_history", "`stage: pt`")),
+        ({"stage": "dpo", "train_on_prompt": True}, ("train_on_prompt", "`stage: dpo`")),
+        ({"finetuning_type": "full", "lora_rank": 8}, ("lora_rank", "`finetuning_type: full`")),
+        ({"freeze_trainable_layers": 2}, ("freeze_trainable_layers", "`finetuning_type: lora`")),
+        ({"stage": "dpo", "ref_model_adapters": "a"}, ("ref_model_adapters", "no `ref_model`")),
+        ({"stage": "dpo", "kto_chosen_weight": 2.0}, ("kto_chosen_weight", "`stage: dpo`")),
+        ({"ref_model": "r"}, ("ref_model", "`stage: sft`")),
+    ],
+)  # fmt: skip
+def test_an_option_without_effect_is_an_error(keys, what):
+    (problem,) = problems({**BASE, **keys})
+    key, now = what
+    assert problem.what == f"`{key}` has no effect with {now}" and "it acts with" in problem.fix
+
+
+def test_options_set_to_off_are_no_error():
+    off = {"stage": "sft", "pref_ftx": 0.0, "ppo_score_norm": False, "mask_history": False,
+           "ref_model": None, "use_galore": False, "ld_alpha": None}  # fmt: skip
+    assert load_config({**BASE, **off, "stage": "pt"})
+
+
+def test_unused_keys_can_be_let_pass(caplog, monkeypatch):
+    keys = {**BASE, "simpo_gamma": 0.5, "no_such_thing": 1}
+    assert len(problems(keys)) == 2
+    assert load_config({**keys, "on_unused_keys": "warn"})
+    assert [r.levelname for r in caplog.records] == ["WARNING", "WARNING"]
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    assert load_config(keys)
+
+
+def test_keys_of_the_schedule_without_effect_are_only_said(caplog):
+    with caplog.at_level("INFO", "trueup"):
+        load_config({**BASE, "eval_steps": 10})
+    assert "`eval_steps` has no effect with `eval_strategy: no`" in caplog.text
+
+
+def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
+    path = write(
+        tmp_path,
+        "stage: dpo\ndataset: d\nleraning_rate: 1\npref_beta: 0\nbf16: true\nfp16: true\n"
+        "use_galore: true\nimage_max_pixels: 1\n",
+    )
+    found = problems(path, "--lora_rank", "x", "stray")
+    assert [p.where for p in found] == [
+        f"{path}:3", f"{path}:4", f"{path}:5 and {path}:6", f"{path}:7", f"{path}:8",
+        "--lora_rank", None, None,
+    ]  # fmt: skip
+
+
+def test_a_bad_value_is_not_reported_twice():
+    assert len(problems({**BASE, "load_best_model_at_end": True, "eval_strategy": "x"})) == 1
+
+
+def test_words_that_are_no_keys():
+    assert "'stray' is no key" in problems(BASE, "stray")[0].what
+    assert problems(BASE, "--seed")[0].what == "a value is missing"
+    assert problems(BASE, "--seed", "--plot_loss")[0].where == "--seed"
+
+
+def test_tokens_are_never_shown():
+    (problem,) = problems({**BASE, "hf_hub_token": ["hf_secret"]})
+    assert "hf_secret" not in str(problem)
