@@ -337,7 +337,7 @@ def _ranking(read: _Reader, row: str) -> Ranking:
     if scores:
         # Stable: answers of equal score stay in the order given.
         order = sorted(range(len(answers)), key=lambda i: -scores[i])
-        answers, scores = [answers[i] for i in order], [scores[i] for i in order]
+        answers, scores = [answers[i] for i in order], sorted(scores, reverse=True)
     return Ranking(
         prompt,
         tuple(answers),

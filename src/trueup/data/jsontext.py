@@ -14,19 +14,25 @@ from typing import Any
 
 from rich.cells import cell_len
 
-_skip_space = re.compile(r"[ \t\n\r]*").match
+_space = re.compile(r"[ \t\n\r]*")
 _cut_literal = re.compile(r"[\w.+-]*\s*").fullmatch
 _EXCERPT = 60  # characters of a line shown around a fault
 
 
 class JsonFault(Exception):
-    """`message` at `offset` characters; `truncated` if the text ends inside a value."""
+    """`message` at `offset` characters.
 
-    def __init__(self, message: str, offset: int, truncated: bool = False) -> None:
+    `truncated`: the text ends inside a value. `complete`: sound, but a key is given twice.
+    """
+
+    def __init__(
+        self, message: str, offset: int, *, truncated: bool = False, complete: bool = False
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.offset = offset
         self.truncated = truncated
+        self.complete = complete
 
 
 class _DuplicateKey(Exception):
@@ -55,12 +61,13 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
     except json.JSONDecodeError as error:
         message = re.sub(r"( starting)? at$", "", error.msg)
         raise JsonFault(
-            message[0].lower() + message[1:], error.pos, _ends_at(text, error)
+            message[0].lower() + message[1:], error.pos, truncated=_ends_at(text, error)
         ) from None
     except _DuplicateKey as error:
         raise JsonFault(
             f"key {json.dumps(error.key, ensure_ascii=False)} is given twice in one object",
             _second_occurrence(text, start, error.key),
+            complete=True,
         ) from None
     except RecursionError:
         raise JsonFault("nested too deeply", start) from None
@@ -68,66 +75,71 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
 
 def decode_all(text: str) -> Any:
     """The one value that `text` holds. Raises JsonFault."""
-    value, end = decode(text, _skip_space(text).end())
+    value, end = decode(text, _skip_space(text))
     _expect_end(text, end)
     return value
 
 
 def array_elements(text: str, start: int) -> Iterator[tuple[Any, int]]:
     """(element, offset) of the array whose `[` stands at `start`. Raises JsonFault."""
-    position = _skip_space(text, start + 1).end()
+    position = _skip_space(text, start + 1)
     if text[position : position + 1] == "]":
         _expect_end(text, position + 1)
         return
     while True:
         value, end = decode(text, position)
         yield value, position
-        end = _skip_space(text, end).end()
+        end = _skip_space(text, end)
         mark = text[end : end + 1]
         if mark == "]":
             _expect_end(text, end + 1)
             return
         if mark != ",":
             raise JsonFault("expecting ',' or ']' between elements", end, truncated=not mark)
-        position = _skip_space(text, end + 1).end()
+        position = _skip_space(text, end + 1)
 
 
 def successive_values(text: str, start: int = 0) -> Iterator[tuple[Any, int]]:
     """(value, offset) of values one after another, separated by white space or commas. Raises
     JsonFault.
     """
-    position = _skip_space(text, start).end()
+    position = _skip_space(text, start)
     while position < len(text):
         value, end = decode(text, position)
         yield value, position
-        position = _skip_space(text, end).end()
+        position = _skip_space(text, end)
         if text[position : position + 1] == ",":
-            position = _skip_space(text, position + 1).end()
+            position = _skip_space(text, position + 1)
 
 
 def object_members(text: str) -> Iterator[tuple[str, Any, int]]:
     """(key, value, offset of the key) of the object that `text` holds. Raises JsonFault."""
-    position = _skip_space(text).end()
+    position = _skip_space(text)
     if text[position : position + 1] != "{":
         raise JsonFault("expecting an object", position)
-    position = _skip_space(text, position + 1).end()
+    position = _skip_space(text, position + 1)
     while text[position : position + 1] != "}":
         key, end = decode(text, position)
         if not isinstance(key, str):
             raise JsonFault("expecting a name in double quotes", position)
-        end = _skip_space(text, end).end()
+        end = _skip_space(text, end)
         if text[end : end + 1] != ":":
             raise JsonFault("expecting ':' after the name", end)
-        value, after = decode(text, _skip_space(text, end + 1).end())
+        value, after = decode(text, _skip_space(text, end + 1))
         yield key, value, position
-        after = _skip_space(text, after).end()
+        after = _skip_space(text, after)
         if text[after : after + 1] == "}":
             position = after
             break
         if text[after : after + 1] != ",":
             raise JsonFault("expecting ',' or '}' between members", after)
-        position = _skip_space(text, after + 1).end()
+        position = _skip_space(text, after + 1)
     _expect_end(text, position + 1)
+
+
+def _skip_space(text: str, position: int = 0) -> int:
+    found = _space.match(text, position)
+    return found.end() if found else position
 
 
 def line_and_column(text: str, offset: int) -> tuple[int, int]:
@@ -149,7 +161,7 @@ def caret(text: str, offset: int) -> str:
 
 
 def _expect_end(text: str, position: int) -> None:
-    position = _skip_space(text, position).end()
+    position = _skip_space(text, position)
     if position != len(text):
         raise JsonFault("extra data after the end", position)
 

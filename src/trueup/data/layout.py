@@ -152,7 +152,7 @@ def _assign(spec: DatasetSpec, found: Sequence[str]) -> dict[str, str]:
     """role → column that is there: as registered, else by its usual name unless that column is
     taken.
     """
-    columns = {role: name for role, name in spec.columns.items() if name in found}
+    columns = {role: name for role, name in spec.columns.items() if name and name in found}
     taken = set(columns.values())
     for role, names in USUAL_NAMES.items():
         # A registered name that is not there is not replaced by a guess, unless it is a mere

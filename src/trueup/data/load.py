@@ -5,16 +5,18 @@ every row.
 from __future__ import annotations
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from trueup.config.methods import stage_kind
 from trueup.config.schema import RunConfig
-from trueup.data.examples import Example, Kind
+from trueup.data.examples import Chat, Example, Kind
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
 from trueup.data.layout import choose_layout
 from trueup.data.registry import DatasetSpec, resolve_datasets
@@ -26,6 +28,7 @@ log = logging.getLogger("trueup")
 
 HELD_OUT = 0.05  # share held out when evaluation is asked for without data to evaluate on
 _SHOWN = 10
+_PLACEHOLDER = re.compile(r"\{\{ *(name|author) *\}\}")
 _TOKENS = {
     "huggingface": "hf_hub_token",
     "modelscope": "ms_hub_token",
@@ -165,7 +168,25 @@ def _parse(
             faults[problem.column, problem.found, problem.expected].append(index)
     if faults:
         raise DataError(_shape_problems(spec, rows, faults, len(chosen)))
+    _tell_placeholders(result, report)
     return result
+
+
+def _tell_placeholders(data: _Dataset, report: DataReport) -> None:
+    """`identity` sets are handed around as forms; a model learns blanks as they stand."""
+    blanks = [
+        example.row
+        for example in data.examples.values()
+        if isinstance(example, Chat)
+        and any("{{" in m.content and _PLACEHOLDER.search(m.content) for m in example.messages)
+    ]
+    if blanks:
+        note = (
+            f"{data.name}: {number(len(blanks))} rows hold a placeholder such as {{{{name}}}} "
+            f"(first {blanks[0]}); replace it before training"
+        )
+        log.warning(note)
+        report.note(note)
 
 
 def _shape_problems(
@@ -277,7 +298,7 @@ def load_examples_for(cfg: RunConfig) -> LoadedData:
     data, model, train = cfg.data, cfg.model, cfg.train
     return load_examples(
         data.dataset,
-        kind=stage_kind(cfg),
+        kind=cast(Kind, stage_kind(cfg)),
         eval_dataset=data.eval_dataset,
         dataset_dir=data.dataset_dir,
         hub=model.hub,

@@ -336,7 +336,10 @@ def _from_entry(name: str, entry: _Entry, hub: str) -> DatasetSpec:
         given = value.get(key)
         if given is None:
             continue
-        if not isinstance(given, kind) or (kind is int and (isinstance(given, bool) or given < 1)):
+        fits = isinstance(given, kind)
+        if kind is int:
+            fits = fits and not isinstance(given, bool) and int(given) >= 1
+        if not fits:
             wrong(f"`{key}` is {given!r}", expected)
     formatting = value.get("formatting") or "auto"
     if isinstance(formatting, str) and formatting not in (*FORMATS, "auto"):

@@ -276,7 +276,7 @@ class DataReport:
         for d in self.datasets.values():
             cut = len({row for row, _ in self._truncated if row.rpartition(":")[0] == d.name})
             table.add_row(
-                d.name,
+                RichText(d.name),
                 *(number(n) for n in (d.available, d.read, d.kept)),
                 _flag(d.num_dropped),
                 _flag(cut),
@@ -292,7 +292,10 @@ class DataReport:
             losses: dict[str, Rows] = d.dropped if attribute == "dropped" else d.truncated
             for reason, rows in _largest(losses):
                 name = reason if len(self.datasets) == 1 else f"{d.name}: {reason}"
-                table.add_row(name, number(rows.count), _short_ids(rows), rows.excerpt)
+                # As Text, because what data say is never markup.
+                table.add_row(
+                    *map(RichText, (name, number(rows.count), _short_ids(rows), rows.excerpt))
+                )
         which, first = table.columns[2:]
         which.no_wrap = first.no_wrap = True
         first.overflow, first.ratio, table.expand = "ellipsis", 1, True

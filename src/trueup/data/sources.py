@@ -360,27 +360,29 @@ def _read_json(label: str, text: str) -> Part:
 
 
 def _is_one_object_a_line(text: str) -> bool:
-    """Whether one of the first lines that begin an object also ends it. (A faulty line must not
-    decide.)
-    """
-    position, tried = 0, 0
-    while position < len(text) and tried < 5:
+    """Whether a line that begins an object also ends it; one faulty line must not decide."""
+    first: list[str] = []
+    position = 0
+    while position < len(text) and len(first) < 5:
         end = text.find("\n", position)
         end = len(text) if end < 0 else end
-        line = text[position:end]
-        if line.startswith("{"):
-            tried += 1
-            try:
-                jsontext.decode_all(line)
-                return True
-            except JsonFault as fault:
-                if "given twice" in fault.message:
-                    return True
+        if text.startswith("{", position):
+            first.append(text[position:end].rstrip())
         position = end + 1
-    # No good line at all. Lines that all begin with a brace are meant as JSONL, faulty as they are.
-    lines = [line for line in text[:_SAMPLE].split("\n") if line.strip()]
-    whole = all(line.startswith("{") and line.rstrip()[1:] for line in lines)
-    return len(lines) > 1 and whole and not lines[0].rstrip().endswith(",")
+    if any(line.endswith("},") and _is_whole(line[:-1]) for line in first):
+        return False  # objects one after another, with commas between them
+    # Lines that all hold more than a brace are meant as JSONL, faulty as they are.
+    head = [line for line in text[:_SAMPLE].split("\n") if line.strip()]
+    meant = len(head) > 1 and all(line.startswith("{") and line.rstrip()[1:] for line in head)
+    return meant or any(_is_whole(line) for line in first)
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        jsontext.decode_all(line)
+    except JsonFault as fault:
+        return fault.complete
+    return True
 
 
 def _read_jsonl(label: str, text: str) -> Part:
