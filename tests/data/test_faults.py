@@ -284,7 +284,7 @@ def test_d20_an_unknown_name_lists_the_known_ones(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "kind", "words"),
     [
-        (pairs(2), "feedback", "trueup data unpair"),
+        (pairs(2), "feedback", "write each pair as two rows"),
         (pairs(2), "chat", "stage: dpo"),
         ([{"text": "a document"}], "chat", "stage: pt"),
         ([{"instruction": "a", "output": "b"}], "pair", "stage: sft"),

@@ -219,3 +219,75 @@ def test_entries_nobody_asks_for_are_not_judged(tmp_path):
     write_registry(tmp_path, {"odd": {"nonsense": 1}, "mine": {"file_name": "a.json"}})
     assert resolve_datasets(["mine"], tmp_path)[0].name == "mine"
     assert list(registered(tmp_path)) == ["odd", "mine"]
+
+
+GUIDES = {
+    "rankings without columns": (
+        {"ranking": True},
+        {"instruction": "q", "output": [{"content": "best"}, {"content": "worse"}]},
+        "pair",
+    ),
+    "rankings for a reward model": (
+        {"ranking": True},
+        {"instruction": "q", "output": [{"content": "best"}, {"content": "worse"}]},
+        "ranking",
+    ),
+    "pairs with columns": (
+        {
+            "ranking": True,
+            "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
+        },
+        {"instruction": "q", "chosen": "good", "rejected": "bad"},
+        "pair",
+    ),
+    "pre-training": ({"columns": {"text": "text"}, "type": "pretrain"}, {"text": "t"}, "text"),
+    "sft": (
+        {
+            "columns": {"instruction": "instruction", "input": "input", "output": "output"},
+            "type": "sft",
+        },
+        {"instruction": "q", "input": "", "output": "a"},
+        "chat",
+    ),
+    "three ranked texts": (
+        {
+            "columns": {"instruction": "instruction", "input": "input", "output": "output"},
+            "type": "rm",
+        },
+        {"instruction": "q", "input": "", "output": ["best", "second", "worst"]},
+        "ranking",
+    ),
+    "dpo by type": (
+        {
+            "columns": {
+                "instruction": "instruction",
+                "input": "input",
+                "chosen": "chosen",
+                "rejected": "rejected",
+            },
+            "type": "dpo",
+        },
+        {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
+        "pair",
+    ),
+    "ppo prompts from sft data": (
+        {"type": "sft"},
+        {"instruction": "q", "input": "", "output": "a"},
+        "prompt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("style", ["array", "lines", "one after another"])
+def test_registrations_of_published_guides_work_as_they_stand(tmp_path, name, style):
+    entry, row, kind = GUIDES[name]
+    rows = [json.loads(json.dumps(row).replace('"q"', f'"q{i}"')) for i in range(3)]
+    text = {
+        "array": json.dumps(rows),
+        "lines": "\n".join(map(json.dumps, rows)),
+        "one after another": "\n".join(json.dumps(r, indent=1) for r in rows),
+    }[style]
+    (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+    write_registry(tmp_path, {"mine": {"file_name": "rows.json", **entry}})
+    assert len(load_examples(["mine"], kind=kind, dataset_dir=tmp_path).train) == 3

@@ -268,7 +268,7 @@ def _say_what_was_guessed(
 def _wrong_kind(spec: DatasetSpec, want: Kind, have: str) -> Problem:
     fix = f"use it with {_STAGES[have]}, or choose a dataset of {_NOUNS[want]}"
     if want == "feedback" and have in ("pair", "ranking"):
-        fix += "; pairs become labelled answers with `trueup data unpair`"
+        fix += "; or write each pair as two rows: chosen with label true, rejected with false"
     if want == "text":
         fix += '; to train on one column as text, register `columns: {"text": …}`'
     return Problem(
@@ -297,7 +297,7 @@ def _missing_columns(
         return Problem(
             f"dataset {spec.name!r}: its columns ({', '.join(found)}) do not hold {_NOUNS[want]}",
             where=spec.origin,
-            fix=f"see `trueup data preview {spec.name}` and the formats in docs/data.md",
+            fix="say which column is which: `columns: {…}` in dataset_info.json",
         )
     names = [
         spec.columns.get(role) or (role if role in found else USUAL_NAMES[role][0])

@@ -107,8 +107,7 @@ def load_examples(
     report.compare_rows(e for d in loaded.values() for e in d.examples.values())
     report.compare_splits(train, (e for examples in splits.values() for e in examples))
     report.splits = {"train": len(train), **{name: len(e) for name, e in splits.items()}}
-    for warning in report.warnings():
-        log.warning(warning)
+    report.tell()
     return LoadedData(train, splits, report)
 
 

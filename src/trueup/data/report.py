@@ -8,6 +8,7 @@ evaluation) is still one row: saying the same thing about it again changes nothi
 from __future__ import annotations
 
 import io
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from rich.text import Text as RichText
 
 from trueup.data.examples import Chat, Example, Feedback, Messages, Pair, Prompt, Ranking, Text
 from trueup.errors import DataError, Problem
+
+log = logging.getLogger("trueup")
 
 _KEPT_IDS = 20  # row ids kept per reason; the count is exact
 _SHOWN_IDS = 4
@@ -102,6 +105,7 @@ class DataReport:
         self.reversed_pairs = Rows()
         self.overlap = Rows()  # evaluation rows whose prompt is trained on as well
         self.notes: list[str] = []
+        self._said: set[str] = set()
         self._dropped: set[str] = set()
         self._truncated: set[tuple[str, str]] = set()
         self._measured: set[str] = set()
@@ -234,6 +238,13 @@ class DataReport:
         ):
             if rows.count:
                 yield f"{number(rows.count)} {what}: {some_ids(rows)} ({rows.excerpt})"
+
+    def tell(self) -> None:
+        """Log every warning that has not been logged as it now stands."""
+        for warning in self.warnings():
+            if warning not in self._said:
+                self._said.add(warning)
+                log.warning(warning)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as stable JSON."""
