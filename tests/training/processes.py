@@ -1,4 +1,4 @@
-"""Running a toy training in forked children: quick, because torch is already imported, and safe to kill."""
+"""Running a toy training in forked children: quick, as torch is imported, and safe to kill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks children,
 
 
 def fork(action: Callable[[], Any], **environment: str) -> int:
-    """Start a child that runs `action` and exits 0, or with its error's exit code, or 1. Returns its pid."""
+    """Start a child that runs `action`; it exits 0, with its error's exit code, or 1."""
     pid = os.fork()
     if pid:
         return pid

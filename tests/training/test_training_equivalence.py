@@ -47,7 +47,7 @@ def test_micro_batches_do_not_change_loss_and_gradients(micro, accumulate):
 
 @needs_fork
 def test_two_processes_are_one_even_when_a_rank_has_no_micro_batch(tmp_path):
-    # 11 rows at 4 a step: the last step has 3, i.e. two micro-batches; with 3 rows a step one rank has less
+    # 9 rows at 8 a step: the last step has one micro-batch, so one of the ranks has none
     keys = dict(optim="sgd", learning_rate=1.0, max_grad_norm=None, logging_steps=1)
     keys |= dict(eval_strategy="epoch", lr_scheduler_type="constant")
     program = dict(rows=9, micro=2, dropout=0.0)
@@ -124,9 +124,7 @@ def test_a_parameter_out_of_reach_has_gradient_zero():
 
 def test_clipping_is_by_the_global_norm():
     a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-    optimizer = MasterOptimizer(
-        {"a": a, "b": b}, optim="sgd", learning_rate=1.0, max_grad_norm=1.0
-    )
+    optimizer = MasterOptimizer({"a": a, "b": b}, optim="sgd", learning_rate=1.0, max_grad_norm=1.0)
     optimizer.backward((3 * a + 4 * b).sum())
     norm = optimizer.gradient_norm()
     optimizer.step(norm, 1)

@@ -10,14 +10,14 @@ import shutil
 import pytest
 import torch
 from processes import needs_fork, run_ranks
-from toy_program import run_toy
+from toy_program import ToyProgram, run_toy, settings
 
 from trueup.errors import CorruptStateError
-from trueup.training.backend import make_backend
-from trueup.training.loop import WALL_CLOCK
-from trueup.training.run_directory import read_metrics
+from trueup.training.backend import Single, make_backend
+from trueup.training.loop import WALL_CLOCK, fit
+from trueup.training.run_directory import RunDirectory, read_metrics
 
-# 44 rows at 8 a step: six steps an epoch, the last with half the micro-batches; 2.5 epochs are 15 steps
+# 44 rows at 8 a step: six steps an epoch, the last with half the micro-batches; 15 steps in all
 KEYS = dict(
     num_train_epochs=2.5,
     save_strategy="steps",
@@ -30,7 +30,7 @@ LAST = 15
 
 
 def fingerprint(directory, last=LAST):
-    """Hashes of the final weights, optimizer and generators, and metrics without what the clock decides."""
+    """Hashes of weights, optimizer and generators, and metrics without the clock's fields."""
     state = directory / f"checkpoint-{last}"
     names = ["model.safetensors", "optimizer.safetensors", "random.safetensors"]
     hashes = {name: hashlib.sha256((state / name).read_bytes()).hexdigest() for name in names}
@@ -106,9 +106,7 @@ def test_another_thread_count_is_said(tmp_path, caplog):
     run_toy(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1)
     torch.set_num_threads(2)
     with caplog.at_level(logging.WARNING, "trueup"):
-        run_toy(
-            tmp_path / "run", resume="auto", max_steps=3, save_strategy="steps", save_steps=1
-        )
+        run_toy(tmp_path / "run", resume="auto", max_steps=3, save_strategy="steps", save_steps=1)
     assert "threads was 1, is 2" in caplog.text
     assert "not exact to the bit" in caplog.text
 
@@ -121,7 +119,9 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path, caplog):
     assert "max_steps was 4, is 6" in caplog.text
 
 
-@pytest.mark.parametrize("change", [{"seed": 8}, {"config": {"lora_rank": 16}}, {"config": {"pref_loss": "ipo"}}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 8}, {"config": {"lora_rank": 16}}, {"config": {"pref_loss": "ipo"}}]
+)
 def test_another_experiment_is_refused_unless_allowed(tmp_path, change):
     keys = dict(max_steps=2, save_strategy="steps", save_steps=1)
     run_toy(tmp_path / "run", config={"lora_rank": 8, "pref_loss": "sigmoid"}, **keys)
@@ -135,22 +135,16 @@ def test_another_experiment_is_refused_unless_allowed(tmp_path, change):
 
 
 def test_a_model_that_does_not_fit_the_checkpoint_is_refused(tmp_path):
-    from safetensors.torch import save_file
+    class OtherModel(ToyProgram):
+        def __init__(self):
+            super().__init__()
+            self.trainable = {"other": torch.nn.Parameter(torch.zeros(2))}
 
-    from trueup.training import checkpoint, durable
-
-    run_toy(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
-    path = tmp_path / "run" / "checkpoint-1"
-    save_file({"other": torch.zeros(2)}, path / "masters.safetensors")
-    manifest = durable.read_json(path / "manifest.json")
-    for entry in manifest["files"]:
-        if entry["name"] == "masters.safetensors":
-            file = path / "masters.safetensors"
-            entry |= {"size": file.stat().st_size, "sha256": durable.sha256(file)}
-    durable.write_json(path / "manifest.json", manifest)
-    checkpoint.verify(path)
-    with pytest.raises(CorruptStateError, match="trained parameters differ"):
-        run_toy(tmp_path / "run", resume="auto", max_steps=2)
+    run = tmp_path / "run"
+    run_toy(run, max_steps=1, save_strategy="steps", save_steps=1)
+    with RunDirectory.open(run, resume=str(run / "checkpoint-1")) as opened:
+        with pytest.raises(CorruptStateError, match="trained parameters differ"):
+            fit(OtherModel(), settings(max_steps=2), opened, Single())
 
 
 @needs_fork

@@ -1,5 +1,4 @@
-"""A small plain-torch program for the engine's tests, also runnable: `python toy_program.py
-DIRECTORY JSON`.
+"""A small plain-torch program for the engine's tests.
 
 An embedding, dropout and two layers (about 50 k parameters) learn to tell two made-up classes of
 token rows apart; the loss is a sum over rows divided by the step's row count, as objectives of this
@@ -8,8 +7,6 @@ project are.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,28 +183,3 @@ def run_toy(
     ) as run:
         result = fit(toy, settings(**changes), run, backend, observers, data_fingerprint="toy")
     return result, toy
-
-
-def main() -> None:
-    """`DIRECTORY {"resume": "auto", "program": {…}, …keys}`; exits as the command line would."""
-    from trueup.errors import UserError
-    from trueup.training.backend import make_backend
-
-    torch.set_num_threads(1)
-    options = json.loads(sys.argv[2])
-    backend = make_backend("cpu", 60)
-    program = options.pop("program", {})
-    program |= {"rank": backend.rank, "world_size": backend.world_size}
-    if dtype := program.pop("dtype", None):
-        program["dtype"] = getattr(torch, dtype)
-    try:
-        run_toy(sys.argv[1], backend=backend, program=program, **options)
-    except UserError as error:
-        print(error, file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    finally:
-        backend.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -54,9 +54,9 @@ class Checkpoint:
         return str(self.manifest["reason"])
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """A hash of the resolved configuration, whatever the order of its keys."""
-    text = json.dumps(config, sort_keys=True, ensure_ascii=False, default=str)
+def json_hash(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys and its layout."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
@@ -91,6 +91,7 @@ def commit(
             **(identity or {}),
             "files": files,
         }
+        manifest["manifest_sha256"] = json_hash(manifest)
         durable.write_json(stage / MANIFEST, manifest)
         boundary(_POINT)
         durable.sync_directory(stage)
@@ -283,9 +284,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             expected=f"format version {FORMAT_VERSION}",
             fix="resume it with the version of trueup that wrote it (see environment.json)",
         )
-    required = {"step", "files", "resumable", "reason"}
-    if not required <= manifest.keys():
-        raise CorruptStateError("the manifest is incomplete", where=str(path / MANIFEST))
+    written = manifest.get("manifest_sha256")
+    digest = json_hash({k: v for k, v in manifest.items() if k != "manifest_sha256"})
+    if digest != written:
+        raise CorruptStateError(
+            f"the manifest is not the one that was written: its contents have sha256 {digest}",
+            where=str(path / MANIFEST),
+            expected=f"sha256 {written}",
+            fix="resume from another checkpoint, or resume_from_checkpoint: auto",
+        )
     return manifest
 
 

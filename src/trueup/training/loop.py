@@ -123,13 +123,15 @@ class Trainer(Generic[B]):
         self.sums = MetricSums(backend.device)
         self.progress = Progress()
         self.identity = {
-            "config_hash": checkpoints.config_hash(run.config),
+            "config_hash": checkpoints.json_hash(run.config),
             "data_fingerprint": data_fingerprint,
             "world_size": backend.world_size,
         }
         self.saved: list[Checkpoint] = []  # verified by this process; rank 0 only
         self.saved_step = -1
         self.begun_at = 0
+        self.last_step: StepResult | None = None
+        self.learning_rate = self.optimizer.learning_rate  # of the last step
         self.last_evaluation: dict[str, float] = {}
         self.clock = IntervalClock()
         self.run_clock = IntervalClock()
@@ -141,6 +143,8 @@ class Trainer(Generic[B]):
         while True:
             improved = progress.evaluation_due and self._evaluate()
             ending = progress.early_stopped or progress.step >= plan.total_steps
+            if ending:
+                self._log_the_rest()
             if plan.saves(progress.step, ending):
                 self._save("schedule")
             elif improved and plan.saves_best:
@@ -148,11 +152,10 @@ class Trainer(Generic[B]):
             if ending and not progress.evaluation_due:
                 return self._finish()
             self._stop_if_asked()
-            rate = self.optimizer.learning_rate
-            result = self._step()
-            progress.evaluation_due = plan.evaluates(progress.step)
+            self._step()
             if plan.logs(progress.step):
-                self._log(result, rate)
+                self._log()
+            progress.evaluation_due = plan.evaluates(progress.step)
 
     def tell_end(self, state: str, results: Mapping[str, float] | None = None) -> None:
         """Tell the observers that it is over."""
@@ -211,8 +214,9 @@ class Trainer(Generic[B]):
 
     # --- a step ------------------------------------------------------------------------------
 
-    def _step(self) -> StepResult:
+    def _step(self) -> None:
         progress = self.progress
+        self.learning_rate = self.optimizer.learning_rate
         try:
             result = train_step(
                 self.program, self.optimizer, self.backend, progress.step, self.sums
@@ -227,17 +231,23 @@ class Trainer(Generic[B]):
         self.run_clock.count(result.tokens)
         self.watchdog.beat()
         self.run.heartbeat(step=progress.step, epoch=self.plan.epoch(progress.step))
+        self.last_step = result
         self.observers.tell(Stepped(progress.step))
-        return result
 
-    def _log(self, result: StepResult, learning_rate: float) -> None:
+    def _log_the_rest(self) -> None:
+        """After an early stop: the steps since the last row."""
+        if self.sums and self.last_step and self.plan.logging.strategy != "no":
+            self._log()
+
+    def _log(self) -> None:
+        assert self.last_step is not None
         metrics = means(self.backend.sum_metrics(self.sums.read()))
         self.sums.clear()
         row = {
             **self._where(),
             "loss": metrics.pop("loss"),
-            "grad_norm": result.grad_norm,
-            "learning_rate": learning_rate,
+            "grad_norm": self.last_step.grad_norm,
+            "learning_rate": self.learning_rate,
             **metrics,
             "num_tokens": self.progress.num_tokens,
             **self.clock.lap(),
