@@ -1,4 +1,4 @@
-"""From examples to ids: what is trained, what is cut, what is dropped, and what is said about it."""
+"""From examples to ids: what is trained, cut, dropped, and what is said about it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def text_of(template, ids):
     return template.tokenizer.decode(ids)
 
 
-# --- kinds ----------------------------------------------------------------------------------------------------
+# --- kinds ------------------------------------------------------------------------------
 
 
 def test_a_pair_shares_its_prompt_and_its_sides_end_with_the_turn(template):
@@ -130,7 +130,7 @@ def test_tools_without_a_place_in_the_template_drop_the_row(template):
     assert report.dataset("d").dropped["the chat template has no tools"].ids == ["d:0"]
 
 
-# --- plain text -----------------------------------------------------------------------------------------------
+# --- plain text -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
@@ -179,7 +179,7 @@ def test_plain_text_does_not_get_bos_or_eos_twice():
     assert example.answers[0].ids.tolist().count(tokenizer.eos_token_id) == 1
 
 
-# --- documents ------------------------------------------------------------------------------------------------
+# --- documents --------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
@@ -213,7 +213,7 @@ def test_control_tokens_in_a_document_are_text_and_counted(template, caplog):
     assert end not in example.answers[0].ids and "control tokens" in caplog.text
 
 
-# --- lengths --------------------------------------------------------------------------------------------------
+# --- lengths ----------------------------------------------------------------------------
 
 LONG = "word " * 60
 
@@ -315,7 +315,7 @@ def test_whatever_is_kept_fits_and_trains_something(texts, cutoff_len, truncatio
             assert answer.mask.any()
 
 
-# --- the dataset ----------------------------------------------------------------------------------------------
+# --- the dataset ------------------------------------------------------------------------
 
 
 def small_dataset(template):
@@ -376,7 +376,7 @@ def test_changed_bytes_are_noticed(template, tmp_path):
         EncodedDataset.load(tmp_path / "train")
 
 
-# --- the whole data half --------------------------------------------------------------------------------------
+# --- the whole data half ----------------------------------------------------------------
 
 
 @pytest.fixture(name="rows")

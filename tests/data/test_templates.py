@@ -1,4 +1,4 @@
-"""Chat templates: what they render, where their answers begin and end, and what may not become a control token."""
+"""Chat templates: what they render, where answers begin and end, what stays text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trueup.data.templates import (
 )
 from trueup.errors import ConfigError, ModelError
 
-KINDS = ("byte_level", "sentencepiece")
+KINDS = ("byte_level", "sentencepiece", "metaspace")
 #: Templates that cut white space off the contents, as the published ones do.
 TRIMMING = ("llama2", "llama3", "gemma")
 
@@ -71,7 +71,7 @@ def all_ids(template, spans):
     return [int(i) for tokens in template.spans.encode([spans])[0] for i in tokens]
 
 
-# --- what the shipped templates render: the published formats, written out ------------------------------------
+# --- what the shipped templates render: the published formats --- --------------
 
 S, Q, A, Q2 = "SYS", "Q1", "A1", "Q2"
 ALPACA = (
@@ -85,19 +85,23 @@ VICUNA = (
 QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 PUBLISHED = {  # name: (with a system message, without)
     "qwen": (
-        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1"
+        "<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
-        f"<|im_start|>system\n{QWEN}<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>system\n{QWEN}<|im_end|>\n<|im_start|>user\nQ1"
+        f"<|im_end|>\n<|im_start|>assistant\n"
         "A1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
     ),
     "qwen3": (
-        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1"
+        "<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
     ),
     "chatml": (
-        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1"
+        "<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
@@ -140,19 +144,25 @@ PUBLISHED = {  # name: (with a system message, without)
         "<reserved_106>Q1<reserved_107>A1<reserved_106>Q2<reserved_107>",
     ),
     "phi": (
-        "<|system|>\nSYS<|end|>\n<|user|>\nQ1<|end|>\n<|assistant|>\nA1<|end|>\n<|user|>\nQ2<|end|>\n<|assistant|>\n",
+        "<|system|>\nSYS<|end|>\n<|user|>\nQ1<|end|>\n<|assistant|>\nA1"
+        "<|end|>\n<|user|>\nQ2<|end|>\n<|assistant|>\n",
         "<|user|>\nQ1<|end|>\n<|assistant|>\nA1<|end|>\n<|user|>\nQ2<|end|>\n<|assistant|>\n",
     ),
     "deepseek": (
-        "<｜begin▁of▁sentence｜>SYS\n\nUser: Q1\n\nAssistant: A1<｜end▁of▁sentence｜>User: Q2\n\nAssistant:",
-        "<｜begin▁of▁sentence｜>User: Q1\n\nAssistant: A1<｜end▁of▁sentence｜>User: Q2\n\nAssistant:",
+        "<｜begin▁of▁sentence｜>SYS\n\nUser: Q1\n\nAssistant: A1"
+        "<｜end▁of▁sentence｜>User: Q2\n\nAssistant:",
+        "<｜begin▁of▁sentence｜>User: Q1\n\nAssistant: A1"
+        "<｜end▁of▁sentence｜>User: Q2\n\nAssistant:",
     ),
     "deepseek3": (
-        "<｜begin▁of▁sentence｜>SYS<｜User｜>Q1<｜Assistant｜>A1<｜end▁of▁sentence｜><｜User｜>Q2<｜Assistant｜>",
-        "<｜begin▁of▁sentence｜><｜User｜>Q1<｜Assistant｜>A1<｜end▁of▁sentence｜><｜User｜>Q2<｜Assistant｜>",
+        "<｜begin▁of▁sentence｜>SYS<｜User｜>Q1<｜Assistant｜>A1"
+        "<｜end▁of▁sentence｜><｜User｜>Q2<｜Assistant｜>",
+        "<｜begin▁of▁sentence｜><｜User｜>Q1<｜Assistant｜>A1"
+        "<｜end▁of▁sentence｜><｜User｜>Q2<｜Assistant｜>",
     ),
     "alpaca": (
-        "<s>SYS\n\n### Instruction:\nQ1\n\n### Response:\nA1</s>\n\n### Instruction:\nQ2\n\n### Response:\n",
+        "<s>SYS\n\n### Instruction:\nQ1\n\n### Response:\nA1"
+        "</s>\n\n### Instruction:\nQ2\n\n### Response:\n",
         f"<s>{ALPACA}\n\n### Instruction:\nQ1\n\n### Response:\nA1</s>\n\n"
         "### Instruction:\nQ2\n\n### Response:\n",
     ),
@@ -178,7 +188,7 @@ def test_a_shipped_template_renders_the_published_format(name):
     assert template.render(turns, None, True) == without
 
 
-# --- masks ----------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -195,10 +205,10 @@ def test_trained_tokens_are_the_answers_and_what_ends_them(name, kind, conversat
     for text, answer in zip(trained, answers, strict=True):
         assert answer in text
         around = text.replace(answer, "", 1).strip()
-        ends = [template.end.strip(), template.final, ""]
+        ends = [template.ends.end.strip(), template.ends.final, ""]
         decoded = [template.tokenizer.decode(template.tokenizer.encode(e)) for e in ends if e]
         assert around.replace("▁", " ") in [e.replace("▁", " ") for e in [*ends, *decoded]]
-    if template.end or template.final:
+    if template.ends.end or template.ends.final:
         last = all_ids(template, template.chat_spans(messages)[-1])[-1]
         assert last == template.stop_ids[0]
 
@@ -218,7 +228,7 @@ def test_ids_are_those_of_the_whole_conversation_in_one_piece(name, kind, conver
     )
     sequences = template.chat_spans(messages)
     ids = all_ids(template, sequences[-1])
-    if template.final:
+    if template.ends.final:
         ids.pop()  # the end that the template leaves to the next turn
     if name == "empty" and kind == "byte_level":
         # Nothing stands between the turns, so a tokenizer merges across them; ours must not.
@@ -301,7 +311,7 @@ def test_any_text_survives_as_the_trained_tokens(answers):
     assert trained == [normal(text.replace(BREAK, "")) + "<|im_end|>" for text in answers]
 
 
-# --- reasoning ------------------------------------------------------------------------------------------------
+# --- reasoning --------------------------------------------------------------------------
 
 THOUGHT = "<think>\nhmm\n</think>\n\nyes"
 REASONED = (user("a"), assistant(THOUGHT), user("b"), assistant("<think>\nwell\n</think>\n\nno"))
@@ -354,11 +364,15 @@ def test_both_sides_of_a_pair_stand_after_one_header():
     assert rejected[1].text == "<think>\n\n</think>\n\nno<|im_end|>"
 
 
-R1 = (  # as the R1 distillations: history and even the newest answer lose their reasoning, the header opens one
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
+# As the R1 distillations: even the newest answer loses its reasoning, and the header opens a thought.
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '"
+    "<｜User｜>' + m['content'] }}"
     "{% elif m['role'] == 'assistant' %}{% set c = m['content'] %}{% if '</think>' in c %}"
-    "{% set c = c.split('</think>')[-1] %}{% endif %}{{ '<｜Assistant｜>' + c + '<｜end▁of▁sentence｜>' }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+    "{% set c = c.split('</think>')[-1] %}{% endif %}{{ '"
+    "<｜Assistant｜>' + c + '<｜end▁of▁sentence｜>' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '"
+    "<｜Assistant｜><think>\\n' }}{% endif %}"
 )
 
 
@@ -373,9 +387,12 @@ def test_a_header_that_opens_a_thought_is_followed_by_the_content_itself():
     assert len(template.chat_spans(REASONED)) == 2
 
 
-# --- the tokenizer's own templates ----------------------------------------------------------------------------
+# --- the tokenizer's own templates ------------------------------------------------------
 
-CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+)
 HEADER = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 
 
@@ -388,7 +405,7 @@ def own(source, family="chatml", **options):
 def test_the_tokenizers_own_template_comes_first():
     template = own(CHATML + HEADER)
     assert template.name == "tokenizer" and template.jinja == CHATML + HEADER
-    assert template.end == "<|im_end|>"
+    assert template.ends.end == "<|im_end|>"
     eos = template.tokenizer.eos_token_id
     assert template.stop_ids == (template.tokenizer.convert_tokens_to_ids("<|im_end|>"), eos)
 
@@ -401,14 +418,13 @@ def test_a_template_without_generation_header_gets_one():
 
 
 NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    + CHATML
-    + HEADER
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System"
+    " role not supported') }}{% endif %}" + CHATML + HEADER
 )
 IGNORES_SYSTEM = (
     "{% for m in messages %}{% if m['role'] != 'system' %}"
-    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
-    + HEADER
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '"
+    "<|im_end|>\\n' }}{% endif %}{% endfor %}" + HEADER
 )
 
 
@@ -428,7 +444,8 @@ def test_a_template_that_closes_with_eos_after_the_turn_ends_at_the_turn():
 
 def test_generation_marks_of_a_template_are_heeded():
     source = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role']"
+        " + '\\n' }}{% if m['role'] == 'assistant' %}"
         "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\\n' }}"
         "{% else %}{{ m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}" + HEADER
     )
@@ -477,7 +494,7 @@ def test_a_refused_conversation_is_a_row_problem_with_a_reason():
         template.chat_spans((user("a"), Message("tool", "b"), assistant("c")))
 
 
-# --- names ----------------------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------
 
 
 def test_aliases_lead_to_templates():
@@ -497,7 +514,7 @@ def test_unknown_names_are_refused_with_the_nearest_and_a_way_out():
 def test_a_template_may_be_a_file(tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text(CHATML + HEADER, encoding="utf-8")
-    assert load_template(make_tokenizer("chatml"), str(path)).end == "<|im_end|>"
+    assert load_template(make_tokenizer("chatml"), str(path)).ends.end == "<|im_end|>"
     with pytest.raises(ConfigError, match="cannot be read"):
         load_template(make_tokenizer("chatml"), str(tmp_path / "absent.jinja"))
 
@@ -517,7 +534,7 @@ def test_a_template_that_is_not_the_tokenizers_own_is_said(caplog):
     assert not caplog.records  # another text, the same rendering
     with caplog.at_level(logging.WARNING, "trueup"):
         load_template(tokenizer, "qwen")
-    assert "not the tokenizer's own" in caplog.text and "First difference" in caplog.text
+    assert "not the tokenizer's own" in caplog.text and "first difference" in caplog.text
 
 
 def test_end_markers_that_are_no_tokens_are_said_and_eos_ends_answers(caplog):
@@ -535,7 +552,7 @@ def test_tool_format_cannot_contradict_the_template():
     load_template(make_tokenizer("qwen"), "qwen", tool_format="qwen")
 
 
-# --- system messages, tools, BOS, padding ---------------------------------------------------------------------
+# --- system messages, tools, BOS, padding -----------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama3", "gemma", "vicuna", "chatml"])
@@ -621,7 +638,7 @@ def test_padding_is_a_token_without_another_use_if_there_is_one(family, pad):
     assert tokenizer.pad_token == pad
 
 
-# --- control tokens in people's text (D23) --------------------------------------------------------------------
+# --- control tokens in people's text (D23) ----------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -666,7 +683,7 @@ def test_reasoning_and_tool_tags_stay_tokens_in_answers():
     assert tokenizer.convert_tokens_to_ids("</think>") in ids
 
 
-# --- small things ---------------------------------------------------------------------------------------------
+# --- small things -----------------------------------------------------------------------
 
 
 def test_the_fingerprint_tells_templates_and_their_settings_apart():
@@ -695,4 +712,4 @@ def test_each_distinct_string_is_tokenised_once(monkeypatch):
 
 def test_templates_can_be_made_without_a_name_table():
     tokenizer = make_tokenizer("chatml")
-    assert ChatTemplate(tokenizer, "mine", CHATML + HEADER).end == "<|im_end|>"
+    assert ChatTemplate(tokenizer, "mine", CHATML + HEADER).ends.end == "<|im_end|>"

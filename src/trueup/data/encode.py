@@ -1,7 +1,7 @@
 """The data half of a run in one call: names of datasets in, token ids and the data report out.
-
-`encoder.py` turns examples into ids; here are the refusals, the report, and the copy on disk (`tokenized_path`), which
-is used again only for the same data, template, tokenizer, lengths and policies.
+ `encoder.py` turns examples into ids; here are the refusals, the report, and the copy on disk
+(`tokenized_path`), which is used again only for the same data, template, tokenizer, lengths and
+policies.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Prepared:
 def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     """Read, parse, split, mix and encode the data of a run.
 
-    Raises ConfigError, DataError or ModelError with every problem of a step; rows that are left out are in the
-    report.
+    Raises ConfigError, DataError or ModelError with every problem of a step; rows that are left out
+    are in the report.
     """
     template = run_template(cfg, tokenizer)
     policy = Policy(
@@ -113,8 +113,8 @@ def encode_dataset(
 ) -> EncodedDataset:
     """Encode examples of any kinds, counting in `report` what became of every row.
 
-    Raises DataError for rows that are refused (`on_bad_rows: error`, `truncation: error`) and when a dataset that
-    `report` knows has no usable row left.
+    Raises DataError for rows that are refused (`on_bad_rows: error`, `truncation: error`) and when
+    a dataset that `report` knows has no usable row left.
     """
     policy = Policy(cutoff_len, truncation, train_on_prompt, mask_history)
     dataset, tally = encode_examples(examples, template, policy)
@@ -143,7 +143,7 @@ def refuse(report: DataReport, tallies: Sequence[Tally], on_bad_rows: str, trunc
 
 
 def _load(cfg: RunConfig, cache: _Cache) -> LoadedData:
-    """The examples; none if only the tokenised copy is given (`tokenized_path` without `dataset`)."""
+    """Examples; none if only a tokenised copy is given (`tokenized_path` without `dataset`)."""
     if not cfg.data.dataset and cache.exists:
         return LoadedData([], {name: [] for name in cache.splits if name != "train"}, DataReport())
     if not cfg.data.dataset:
@@ -176,7 +176,9 @@ def _load(cfg: RunConfig, cache: _Cache) -> LoadedData:
 
 
 class _Cache:
-    """The tokenised copy in `tokenized_path`: a folder for each split, with a note of what it was made from."""
+    """The tokenised copy in `tokenized_path`: a folder for each split, with a note of what it was
+    made from.
+    """
 
     def __init__(
         self, cfg: RunConfig, template: ChatTemplate, policy: Policy, tokenizer: Any
@@ -201,7 +203,9 @@ class _Cache:
         self._made_from: dict[str, dict[str, Any]] = {}
 
     def encode(self, name: str, examples: Sequence[Example]) -> tuple[EncodedDataset, Tally]:
-        """The split `name`, from disk if it is there. Raises ConfigError if that was made from something else."""
+        """The split `name`, from disk if it is there. Raises ConfigError if that was made from
+        something else.
+        """
         if not self.root:
             return encode_examples(examples, self.template, self.policy)
         facts = {**self.facts, "data": _examples_fingerprint(examples)} if examples else self.facts

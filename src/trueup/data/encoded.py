@@ -1,7 +1,6 @@
 """Examples as token ids: exactly what a trainer sees, kept in a few flat arrays.
-
-A dataset of a million pairs is five arrays and a list of row names, not millions of small objects; it is saved as
-safetensors and JSON, together with a fingerprint of every id and mask.
+ A dataset of a million pairs is five arrays and a list of row names, not millions of small objects;
+it is saved as safetensors and JSON, together with a fingerprint of every id and mask.
 """
 
 from __future__ import annotations
@@ -33,8 +32,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt and its continuations: one for text, chat and feedback, two (chosen, rejected) for a pair, N for a
-    ranking, none for a prompt. `scores` holds a ranking's scores, or 1.0 / 0.0 for wanted / unwanted feedback."""
+    """A prompt and its continuations: one for text, chat and feedback, two (chosen, rejected) for a
+    pair, N for a
+    ranking, none for a prompt. `scores` holds a ranking's scores, or 1.0 / 0.0 for wanted /
+    unwanted feedback."""
 
     row: str
     prompt: np.ndarray  # int32 [P], may be empty
@@ -47,7 +48,8 @@ class EncodedDataset(Sequence[Encoded]):
 
     Attributes:
         lengths: int64 [n], tokens of each example with the prompt counted once.
-        answer_lengths: int64 [n, most answers of an example], tokens of each answer; 0 where there is none.
+        answer_lengths: int64 [n, most answers of an example], tokens of each answer; 0 where there
+        is none.
         fingerprint: sha256 over every id, mask, border and score.
     """
 
@@ -130,7 +132,7 @@ class EncodedDataset(Sequence[Encoded]):
             digest.update(json.dumps(self._scores).encode())
         return digest.hexdigest()
 
-    # --- disk -----------------------------------------------------------------------------------------------
+    # --- disk ---------------------------------------------------------------------------
 
     def save(self, directory: Path, about: dict[str, object] | None = None) -> None:
         """Write the dataset into `directory` in one step: it is there whole or not at all.
@@ -167,7 +169,9 @@ class EncodedDataset(Sequence[Encoded]):
 
     @classmethod
     def load(cls, directory: Path) -> tuple[EncodedDataset, dict[str, object]]:
-        """The dataset saved in `directory`, and its `about`. Raises CorruptStateError if bytes have changed."""
+        """The dataset saved in `directory`, and its `about`. Raises CorruptStateError if bytes have
+        changed.
+        """
         try:
             index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
             arrays = load_file(directory / "tokens.safetensors")

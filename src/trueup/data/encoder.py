@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from trueup.data.chat_template import ChatTemplate, flatten
 from trueup.data.encoded import Answer, Encoded, EncodedDataset
 from trueup.data.examples import (
     Chat,
@@ -31,7 +32,6 @@ from trueup.data.examples import (
 )
 from trueup.data.report import DataReport, number
 from trueup.data.spans import Span
-from trueup.data.templates import ChatTemplate, flatten
 from trueup.data.turns import RowProblem
 
 log = logging.getLogger("trueup")
@@ -85,7 +85,7 @@ def encode_examples(
     template: ChatTemplate,
     policy: Policy,
 ) -> tuple[EncodedDataset, Tally]:
-    """Encode examples of any kinds; rows that cannot be used are in the tally, not in the dataset."""
+    """Encode examples of any kinds; rows that cannot be used are only in the tally."""
     tally = Tally()
     encoder = _Encoder(template, policy, tally)
 
@@ -178,7 +178,7 @@ class _Encoder:
         except RowProblem as problem:
             self.tally.dropped.append((example.row, problem.reason, problem.detail))
 
-    # --- from ids to examples ------------------------------------------------------------------------
+    # --- from ids to examples -----------------------------------------------------------
 
     def _pieces(self, example: Text, ids: np.ndarray) -> Iterator[Encoded]:
         document = self._opened(ids)
@@ -253,7 +253,9 @@ class _Encoder:
     def _fit(
         self, row: str, part: str, prompt_len: int, ids: np.ndarray, mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """An answer cut to the room its prompt leaves. Raises RowProblem if nothing of it could be trained."""
+        """An answer cut to the room its prompt leaves. Raises RowProblem if nothing of it could be
+        trained.
+        """
         self._check_prompt(prompt_len)
         room = self.policy.cutoff_len - prompt_len
         if len(ids) > room:
@@ -294,19 +296,20 @@ class _Encoder:
         if self.template.count_control_tokens(_contents(example)):
             self.tally.control_tokens.append(example.row)
         answers = [] if isinstance(example, Text) or example.plain else _answers(example)
-        if self.template.adds_empty_thought and any(
-            "</think>" not in answer[-1].content for answer in answers
-        ):
+        empty = self.template.enable_thinking and self.template.ends.adds_empty_thought
+        if empty and any("</think>" not in answer[-1].content for answer in answers):
             self.tally.empty_thoughts.append(example.row)
 
 
-# --- helpers of single kinds -------------------------------------------------------------------------
+# --- helpers of single kinds ------------------------------------------------------------
 
 
 def _plain_sequences(
     example: Chat | Pair | Ranking | Feedback | Prompt, template: ChatTemplate
 ) -> list[list[Span]]:
-    """Raw text, as TRL has it: one string after another, EOS at the end, control tokens acting as written."""
+    """Raw text, as TRL has it: one string after another, EOS at the end, control tokens acting as
+    written.
+    """
 
     def text(messages: Sequence[Message]) -> str:
         return "".join(message.content for message in messages)
@@ -337,7 +340,9 @@ def _plain_sequences(
 def _share_turns(
     prompt: Sequence[Message], answers: list[Sequence[Message]]
 ) -> tuple[Sequence[Message], list[Sequence[Message]]]:
-    """Move turns that all answers have in common into the prompt, as long as an assistant turn comes next."""
+    """Move turns that all answers have in common into the prompt, as long as an assistant turn
+    comes next.
+    """
     shared = 0
     for position, turns in enumerate(zip(*answers, strict=False)):
         if any(turn != turns[0] for turn in turns):
@@ -351,7 +356,9 @@ def _share_turns(
 def _common_prefix(
     chosen: np.ndarray, rejected: np.ndarray, template: ChatTemplate
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Two whole texts as prompt and answers: their common tokens, back to where a word ends on both sides."""
+    """Two whole texts as prompt and answers: their common tokens, back to where a word ends on both
+    sides.
+    """
     shorter = min(len(chosen), len(rejected))
     differ = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
     split = int(differ[0]) if len(differ) else shorter
@@ -418,7 +425,7 @@ def _contents(example: Example) -> Iterator[str]:
     yield from (message.content for turns in messages for message in turns)
 
 
-# --- telling -----------------------------------------------------------------------------------------
+# --- telling ----------------------------------------------------------------------------
 
 
 def tell(report: DataReport, tally: Tally) -> None:

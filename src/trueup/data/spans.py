@@ -1,7 +1,7 @@
-"""Rendered text → tokens, span by span, so that the border between what is trained and what is not is exact.
-
-Every span is tokenised by itself: no merge crosses its border, and tokens before it are the ones a server sees.
-All strings of a call go to the tokenizer in one batch, each distinct one once.
+"""Rendered text → tokens, span by span, so that the border between what is trained and what is not
+is exact.
+ Every span is tokenised by itself: no merge crosses its border, and tokens before it are the ones a
+server sees. All strings of a call go to the tokenizer in one batch, each distinct one once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-#: A Unicode noncharacter: put inside a control token's text, it keeps the tokenizer from seeing the token.
-#: It never reaches the tokenizer, because text is cut where it stands.
+#: A Unicode noncharacter: put inside a control token's text, it keeps the tokenizer from seeing the
+#: token. It never reaches the tokenizer, because text is cut where it stands.
 BREAK = "\ufdd0"
 
 
@@ -29,9 +29,10 @@ class Span:
 class SpanTokenizer:
     """Tokenises spans in context.
 
-    A SentencePiece-like tokenizer puts a space before a text that opens a string, and some added tokens swallow the
-    whitespace after them. A span in the middle of a conversation must have neither surprise: there it is tokenised
-    behind the added token it follows (or a newline), whose own tokens are then taken off again.
+    A SentencePiece-like tokenizer puts a space before a text that opens a string, and some added
+    tokens swallow the whitespace after them. A span in the middle of a conversation must have
+    neither surprise: there it is tokenised behind the added token it follows (or a newline), whose
+    own tokens are then taken off again.
     """
 
     def __init__(self, tokenizer: Any, control: Iterable[str]) -> None:
@@ -43,14 +44,16 @@ class SpanTokenizer:
         self._needs_context = swallows or self._opens_with_space()
 
     def protect(self, text: str) -> str:
-        """`text` with the control tokens written in it broken up, so that they stay text (fault D23)."""
+        """`text` with the control tokens written in it broken up, so that they stay text (fault
+        D23).
+        """
         text = text.replace(BREAK, "")
         while self._control.search(text):
             text = self._control.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
         return text
 
     def encode(self, sequences: Sequence[Sequence[Span]]) -> list[list[np.ndarray]]:
-        """Token ids, int32, of each span of each sequence. The first span of a sequence opens it."""
+        """Token ids, int32, of each span of each sequence; the first span opens its sequence."""
         index: dict[tuple[str, str], int] = {}
         plans = [self._plan(sequence, index) for sequence in sequences]
         ids = self._batch(list(index))
@@ -66,7 +69,9 @@ class SpanTokenizer:
         return [[join(atoms) for atoms in plan] for plan in plans]
 
     def _plan(self, spans: Sequence[Span], index: dict[tuple[str, str], int]) -> list[list[int]]:
-        """For each span the numbers of the (context, text) atoms it consists of; new atoms join `index`."""
+        """For each span the numbers of the (context, text) atoms it consists of; new atoms join
+        `index`.
+        """
         plan: list[list[int]] = []
         before = ""
         for span in spans:
@@ -116,6 +121,6 @@ class SpanTokenizer:
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for any of `tokens`, the longest first; one that never matches if there are none."""
+    """A pattern for any of `tokens`, the longest first; it never matches if there are none."""
     longest_first = sorted(set(tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

@@ -1,0 +1,119 @@
+"""Chat templates are other people's programs: here they run, sandboxed and within limits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from trueup.data.examples import Json
+from trueup.data.turns import RowProblem
+from trueup.errors import ModelError
+
+MAX_SOURCE_CHARS = 64 * 1024
+MAX_RENDERED_CHARS = 8 * 1024 * 1024
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STRFTIME = re.compile(r"strftime_now\(\s*[\"']([^\"']*)[\"']\s*\)")
+#: `strftime_now` says this day, the one Llama 3's template falls back to: the same data must render
+#: to the same tokens tomorrow.
+_DAY = date(2024, 7, 26)
+# Besides jinja's own errors, templates raise what Python's operators raise.
+_FAULTS = (
+    jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError,
+    ArithmeticError, RecursionError,
+)  # fmt: skip
+
+
+class TemplateRefusal(RowProblem):
+    """A conversation this template cannot express: the row is dropped, counted and shown."""
+
+
+class Renderer:
+    """A template's text, ready to render conversations.
+
+    Attributes: `source`, the text; `marks_answers`, whether it has {% generation %} blocks.
+    """
+
+    def __init__(self, source: str, variables: dict[str, Any]) -> None:
+        if len(source) > MAX_SOURCE_CHARS:
+            raise ModelError(
+                f"the chat template has {len(source)} characters, {MAX_SOURCE_CHARS} are allowed",
+                fix="set template: to a named one, or shorten the model's chat_template.jinja",
+            )
+        self.source = source
+        self.variables = variables
+        self.marks_answers = bool(_GENERATION_TAG.search(source))
+        self._program = _frozen_days(source) + source
+
+    def wrapped(self, before: str = "", after: str = "") -> Renderer:
+        """The same template with text put around it."""
+        body = self.source.removesuffix("\n") if after else self.source
+        return Renderer(before + body + after, self.variables)
+
+    def text(
+        self,
+        messages: list[Json],
+        tools: Sequence[Json] | None = None,
+        *,
+        header: bool = False,
+        thinking: bool | None = None,
+    ) -> str:
+        """The conversation; with `header`, up to where the assistant begins to speak."""
+        return self._call(messages, tools, thinking, add_generation_prompt=header)[0][0]
+
+    def marked(
+        self, messages: list[Json], tools: Sequence[Json] | None, thinking: bool | None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation, and where in it the template's {% generation %} blocks are."""
+        texts, marks = self._call(messages, tools, thinking, return_assistant_tokens_mask=True)
+        return texts[0], marks[0]
+
+    def _call(
+        self,
+        messages: list[Json],
+        tools: Sequence[Json] | None,
+        thinking: bool | None,
+        **options: Any,
+    ) -> tuple[list[str], list[Any]]:
+        asked = {} if thinking is None else {"enable_thinking": thinking}
+        try:
+            texts, marks = render_jinja_template(
+                conversations=[messages],
+                tools=list(tools) if tools else None,
+                chat_template=self._program,
+                **options,
+                **self.variables,
+                **asked,
+            )
+        except _FAULTS as fault:
+            raise TemplateRefusal(
+                "the chat template refuses the conversation", str(fault)
+            ) from fault
+        if len(texts[0]) > MAX_RENDERED_CHARS:
+            raise TemplateRefusal(
+                "the rendered conversation is too long", f"{len(texts[0])} characters"
+            )
+        return texts, marks
+
+
+def quoted(text: str) -> str:
+    """`text` as a jinja string literal, whose escapes are Python's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _frozen_days(source: str) -> str:
+    """A macro that shadows `strftime_now`; "" for templates that do not ask for the date."""
+    formats = dict.fromkeys(_STRFTIME.findall(source))
+    if not formats:
+        return ""
+    cases = "".join(
+        f"{{% if format == {quoted(f)} %}}{{{{ {quoted(_DAY.strftime(f))} }}}}{{% endif %}}"
+        for f in formats
+    )
+    return f"{{% macro strftime_now(format) %}}{cases}{{% endmacro %}}\n"
