@@ -1,9 +1,10 @@
-"""The verbs. Each imports its work when it is called, so that help, `version` and a bad config stay instant."""
+"""The verbs. Each imports its work when called, so that help and a bad config stay instant."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,23 +24,29 @@ COMPLETE_VARIABLE = "_TRUEUP_COMPLETE"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 ALIASES = {"env": "doctor", "api": "serve", "webui": "web", "webchat": "web"}
 
-#: Verbs that users of other tools type and that are still to come: what each is, and what does the job today.
+_PLAIN_PEFT = "peft's `merge_and_unload()`: what a run saves is a plain peft adapter"
+#: Verbs that users of other tools type and that are still to come: (what it is, what to use now).
 LATER = {
-    "serve": ("the OpenAI-compatible server", "`trueup chat`, or `vllm serve BASE --enable-lora` with the saved adapter"),
-    "web": ("the studio in a browser", "`trueup train` and `trueup runs`; `report_to: tensorboard` draws live curves"),
-    "export": ("merging and exporting models", "peft's `merge_and_unload()`: what a run saves is a plain peft adapter"),
-    "merge": ("merging adapters", "peft's `merge_and_unload()`: what a run saves is a plain peft adapter"),
-    "eval": ("evaluation", "`trueup train … --do_eval` for held-out loss and accuracy, lm-eval for benchmarks"),
+    "serve": ("the OpenAI-compatible server", "`vllm serve BASE --enable-lora`, or `trueup chat`"),
+    "web": (
+        "the studio in a browser",
+        "`trueup train`, `trueup runs` and `report_to: tensorboard`",
+    ),
+    "export": ("merging and exporting models", _PLAIN_PEFT),
+    "merge": ("merging adapters", _PLAIN_PEFT),
+    "eval": ("evaluation", "`do_train: false, do_eval: true` in a config, or lm-eval"),
     "generate": ("batch inference", "`trueup chat … < questions.txt`"),
     "score": ("reward models", "transformers' AutoModelForSequenceClassification"),
     "data": ("the data tools", "`trueup check CONFIG`, which prints the data report"),
-}  # fmt: skip
+}
 
 
 class Program(click.Group):
     """The group of all verbs; every way it can end goes through one `Session`."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+    def main(
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> NoReturn:
         words = list(sys.argv[1:] if args is None else args)
         if instruction := os.environ.get(COMPLETE_VARIABLE):
             sys.exit(shell_complete(self, {}, "trueup", COMPLETE_VARIABLE, instruction))
@@ -66,8 +73,15 @@ class Program(click.Group):
         return f"; did you mean `trueup {near[0]}`?" if near else ""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        now = {name: self.commands[name].get_short_help_str(80) for name in self.commands if name not in LATER}
-        for title, verbs in (("Verbs", now), ("To come", {name: what for name, (what, _) in LATER.items()})):
+        now = {
+            name: self.commands[name].get_short_help_str(80)
+            for name in self.commands
+            if name not in LATER
+        }
+        for title, verbs in (
+            ("Verbs", now),
+            ("To come", {name: what for name, (what, _) in LATER.items()}),
+        ):
             with formatter.section(title):
                 formatter.write_dl(list(verbs.items()))
 
@@ -76,13 +90,15 @@ class Program(click.Group):
 
 
 class ConfigCommand(click.Command):
-    """A verb that takes a config file and overrides; words it does not know belong to the config."""
+    """A verb that takes a config file and overrides: words it does not know are the config's."""
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [*super().shell_complete(ctx, incomplete), *complete_key(ctx, None, incomplete)]
 
 
-def complete_key(ctx: click.Context, param: click.Parameter | None, incomplete: str) -> list[CompletionItem]:
+def complete_key(
+    ctx: click.Context, param: click.Parameter | None, incomplete: str
+) -> list[CompletionItem]:
     """Config keys as `--key` or `key=`, and files while no `=` is typed."""
     from trueup.config.schema import FIELDS
 
@@ -100,26 +116,33 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 PASS_ON = {**CONTEXT, "ignore_unknown_options": True}
 
 
-def _remember(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+def _option(name: str, text: str, act: Callable[[Session], None]) -> Callable[[Callable], Callable]:
     def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
-            setattr(ctx.find_object(Session), name, True)
+            act(ctx.ensure_object(Session))
 
-    return callback
-
-
-def _flag(name: str, text: str) -> Callable[[Callable], Callable]:
-    return click.option(f"--{name}", is_flag=True, expose_value=False, is_eager=True, help=text, callback=_remember(name))
+    return click.option(
+        f"--{name}", is_flag=True, expose_value=False, is_eager=True, help=text, callback=callback
+    )
 
 
-debug_option = _flag("debug", "Show tracebacks.")
-json_option = _flag("json", "Print one JSON object instead of text.")
+debug_option = _option("debug", "Show tracebacks.", lambda session: setattr(session, "debug", True))
+json_option = _option("json", "Print one JSON object instead of text.", Session.speak_json)
 config_words = click.argument(
-    "words", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG] [KEY=VALUE | --KEY VALUE]...", shell_complete=complete_key
+    "words",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="[CONFIG] [KEY=VALUE | --KEY VALUE]...",
+    shell_complete=complete_key,
 )
 
 
-@click.group(cls=Program, context_settings=CONTEXT, no_args_is_help=True, epilog="`trueup help KEY` explains a config key.")
+@click.group(
+    cls=Program,
+    context_settings=CONTEXT,
+    no_args_is_help=True,
+    epilog="`trueup help KEY` explains a config key.",
+)
 @click.version_option(__version__, "-V", "--version", message="trueup %(version)s")
 @debug_option
 @json_option
@@ -128,7 +151,7 @@ def main() -> None:
 
 
 def read_config(words: Sequence[str], **how: Any) -> RunConfig:
-    """The config that a verb's words name: a file first, if the first word is one, then overrides."""
+    """The config that a verb's words name: perhaps a file, then overrides."""
     from trueup.config.load import load_config
 
     source, overrides = split_source(words)
@@ -138,7 +161,9 @@ def read_config(words: Sequence[str], **how: Any) -> RunConfig:
 def split_source(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """`(file or None, overrides)`. Only the first word can be the file."""
     first = words[0] if words else ""
-    is_file = first.lower().endswith(CONFIG_SUFFIXES) and "=" not in first and not first.startswith("--")
+    is_file = (
+        first.lower().endswith(CONFIG_SUFFIXES) and "=" not in first and not first.startswith("--")
+    )
     return (first, list(words[1:])) if is_file else (None, list(words))
 
 
@@ -153,15 +178,15 @@ def train(session: Session, words: tuple[str, ...]) -> None:
     \b
     trueup train examples/dpo.yaml
     trueup train examples/dpo.yaml learning_rate=1e-5 --output_dir saves/second
-    trueup train --stage dpo --model_name_or_path MODEL --dataset dpo_en_demo --output_dir saves/first
+    trueup train --stage dpo --model_name_or_path MODEL --dataset NAME --output_dir saves/third
 
-    FORCE_TORCHRUN=1 or NPROC_PER_NODE=N starts one process per device; NNODES, NODE_RANK, MASTER_ADDR and
-    MASTER_PORT span machines.
+    FORCE_TORCHRUN=1 starts one process per device, NPROC_PER_NODE=N as many as it says;
+    NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT span machines.
     """
     from trueup import launch
 
     several = launch.is_requested()
-    session.notices.silent = several  # the processes to come say it themselves
+    session.notices.silent |= several  # the processes to come say it themselves
     cfg = read_config(words)
     if several:
         raise click.exceptions.Exit(launch.launch(words))
@@ -171,6 +196,20 @@ def train(session: Session, words: tuple[str, ...]) -> None:
     with session.result() as result:
         done = run(cfg)
         result.data = {"output_dir": str(done.output_dir), "metrics": done.metrics}
+        if cfg.train.do_train and os.environ.get("RANK", "0") == "0":
+            result.text = "\n  ".join(["next", *next_commands(cfg, done.output_dir)])
+
+
+def next_commands(cfg: RunConfig, output_dir: Path) -> list[str]:
+    """What people do after training, ready to paste."""
+    has_adapter = cfg.tuning.finetuning_type not in ("full", "freeze")
+    model = cfg.model.model_name_or_path if has_adapter else output_dir
+    talk = ["trueup", "chat", "--model_name_or_path", str(model)]
+    if has_adapter:
+        talk += ["--adapter_name_or_path", str(output_dir), "--compare"]
+    if cfg.data.template:
+        talk += ["--template", cfg.data.template]
+    return [shlex.join(talk), shlex.join(["trueup", "runs", str(output_dir.parent)])]
 
 
 @main.command(cls=ConfigCommand, context_settings=PASS_ON)
@@ -199,7 +238,8 @@ def chat(words: tuple[str, ...], compare: bool) -> None:
     """Talk to a model, with or without an adapter.
 
     \b
-    trueup chat --model_name_or_path MODEL [--adapter_name_or_path DIR] [--template NAME] [--device cpu]
+    trueup chat --model_name_or_path MODEL
+    trueup chat --model_name_or_path MODEL --adapter_name_or_path DIR --compare --device cpu
     """
     cfg = read_config(words, verb="infer")
     from trueup.inference.chat import chat as talk
@@ -208,7 +248,9 @@ def chat(words: tuple[str, ...], compare: bool) -> None:
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), default=None, required=False)
+@click.argument(
+    "file", type=click.Path(dir_okay=False, path_type=Path), default=None, required=False
+)
 @click.option("--stage", default="dpo", show_default=True, help="What to train: pt, sft, dpo …")
 @click.option("--model", default=None, help="Model to start from: a hub name or a directory.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
@@ -225,7 +267,11 @@ def init(file: Path | None, stage: str, model: str | None, force: bool) -> None:
         return click.echo(text, nl=False)
     target = file or Path(f"{stage}.yaml")
     if target.exists() and not force:
-        raise ConfigError(f"{target} exists already", where="init", fix="name another file, or add --force to replace it")
+        raise ConfigError(
+            f"{target} exists already",
+            where="init",
+            fix="name another file, or add --force to replace it",
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     click.echo(f"wrote {target}\nnext: trueup check {target}, then trueup train {target}")
@@ -300,8 +346,8 @@ def completion(shell: str | None) -> None:
     click.echo(script(main, {}, "trueup", COMPLETE_VARIABLE).source())
 
 
-@main.command("help", context_settings=CONTEXT)
-@click.argument("topic", required=False)
+@main.command("help", context_settings=PASS_ON)
+@click.argument("topic", required=False, type=click.UNPROCESSED)
 @click.pass_context
 def help_(context: click.Context, topic: str | None) -> None:
     """Explain a verb or a config key.
@@ -323,13 +369,16 @@ def explain(topic: str) -> str:
 
     if topic == "keys":
         return "\n".join(
-            line for name, section in SECTIONS.items() for line in (f"{name}:", *(f"  {key}" for key in section.model_fields))
+            line
+            for name, section in SECTIONS.items()
+            for line in (f"{name}:", *(f"  {key}" for key in section.model_fields))
         )
     key = topic.removeprefix("--").replace("-", "_")
     if key not in FIELDS:
         raise click.UsageError(f"no verb and no key is called {topic!r}{_nearest_key(key, FIELDS)}")
     value = default(key)
-    return f"{key}  ({SECTION_OF[key]})\n{FIELDS[key].description}\ndefault: {'none' if value is None else value}"
+    shown = "none" if value is None else value
+    return f"{key}  ({SECTION_OF[key]})\n{FIELDS[key].description}\ndefault: {shown}"
 
 
 def _nearest_key(key: str, keys: Iterable[str]) -> str:
@@ -340,10 +389,18 @@ def _nearest_key(key: str, keys: Iterable[str]) -> str:
 def _later(name: str) -> click.Command:
     what, until = LATER[name]
 
-    @click.command(name, context_settings={**PASS_ON, "help_option_names": []}, help=f"To come: {what}.", add_help_option=False)
+    @click.command(
+        name,
+        context_settings={**PASS_ON, "help_option_names": []},
+        help=f"To come: {what}.",
+        add_help_option=False,
+    )
     @click.argument("words", nargs=-1, type=click.UNPROCESSED)
     def verb(words: tuple[str, ...]) -> None:
-        raise ConfigError(f"`trueup {name}` is not there yet; it arrives with {what}", fix=f"until then use {until}")
+        raise ConfigError(
+            f"`trueup {name}` is not there yet; it arrives with {what}",
+            fix=f"until then use {until}",
+        )
 
     return verb
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -29,15 +29,19 @@ MOST_PROBLEMS = 10  # more than this does not fit one screen
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """A rich console on `stream` (stdout). Where no one watches, lines keep their length: they will be searched."""
+    """A rich console on `stream` (stdout). Off a terminal, lines are never folded."""
     from rich.console import Console
 
-    terminal = Console(file=stream)
-    return terminal if terminal.is_terminal else Console(file=stream, width=10_000, soft_wrap=True)
+    class Ours(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # for `Session`; rich would end the process with 1
+
+    terminal = Ours(file=stream)
+    return terminal if terminal.is_terminal else Ours(file=stream, width=10_000, soft_wrap=True)
 
 
 class Notices(logging.Handler):
-    """Prints what the package has to say on stderr, each sentence once, and keeps it for `--json`."""
+    """Prints what the package has to say on stderr, each sentence once; keeps it for `--json`."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -85,6 +89,10 @@ class Session:
     notices: Notices = field(default_factory=Notices)
     output_dir: Path | None = None  # of the run this call started, for its error log
 
+    def speak_json(self) -> None:
+        """From now on stdout carries one JSON object, and notices are part of it."""
+        self.json = self.notices.silent = True
+
     def run(self, work: Callable[[], Any]) -> int:
         """Do the work; turn whatever happens into a message and an exit code."""
         _make_streams_safe()
@@ -117,7 +125,7 @@ class Session:
 
     @contextlib.contextmanager
     def result(self) -> Iterator[Result]:
-        """Collect a verb's result. With `--json` stdout carries one JSON object and all else goes to stderr."""
+        """Collect a verb's result. With `--json` it has stdout for itself."""
         outcome = Result()
         with contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext():
             yield outcome
@@ -141,11 +149,13 @@ class Session:
 
     def _print_json(self, **content: Any) -> None:
         content["notices"] = self.notices.said
-        sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n")
+        sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2, default=_plain) + "\n")
 
     def _describe_bug(self, error: Exception) -> Problem:
         log = self._error_log() or Path(tempfile.gettempdir()) / "trueup-error.txt"
-        kept = f"the traceback is in {log}" if _append(log, error) else "--debug shows the traceback"
+        kept = (
+            f"the traceback is in {log}" if _append(log, error) else "--debug shows the traceback"
+        )
         return Problem(
             f"this is a bug in trueup: {type(error).__name__}: {error}",
             fix=f"please report it with the traceback and the output of `trueup doctor`; {kept}",
@@ -157,7 +167,7 @@ class Session:
             _append(log, error)
 
     def _error_log(self) -> Path | None:
-        """logs/error.txt of the run that this very process started; another run's directory is left alone."""
+        """logs/error.txt of the run that this process started; other runs are left alone."""
         if self.output_dir is None:
             return None
         try:
@@ -184,7 +194,14 @@ def show_problems(problems: list[Problem], level: str = "error") -> None:
     for problem in problems[:MOST_PROBLEMS]:
         terminal.print(f"  {problem}", markup=False, highlight=False)
     if len(problems) > MOST_PROBLEMS:
-        terminal.print(f"  … and {len(problems) - MOST_PROBLEMS} more; --json lists all", highlight=False)
+        terminal.print(
+            f"  … and {len(problems) - MOST_PROBLEMS} more; --json lists all", highlight=False
+        )
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what json does not know: dataclasses by field, anything else as text."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def _usage_hint(error: click.ClickException) -> str | None:
@@ -211,7 +228,9 @@ def _rank() -> int:
 def _make_streams_safe() -> None:
     """A terminal that cannot show a character gets a `?` instead of a crash."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # replaced streams, as under a test runner
+        with contextlib.suppress(
+            AttributeError, ValueError
+        ):  # replaced streams, as under a test runner
             stream.reconfigure(errors="replace")
 
 

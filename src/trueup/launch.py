@@ -1,4 +1,4 @@
-"""Starts `trueup train` once per process, under torch's own launcher. The words travel as a list, spaces and all."""
+"""Starts `trueup train` once per process, under torch's launcher. Words travel as a list."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from collections.abc import Mapping, Sequence
 from trueup.errors import ConfigError
 
 _TRUE = ("1", "true", "y", "yes", "on")
-_SHUTDOWN_SECONDS = "600"  # how long workers may take to finish the step and save after a signal
+_SHUTDOWN_SECONDS = "600"  # for workers to finish the step and save
 
 
 def is_worker(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher (this one, torchrun, accelerate, SLURM scripts) has started this process."""
+    """Whether a launcher (this one, torchrun …) has started this process."""
     return "LOCAL_RANK" in environment
 
 
 def is_requested(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment asks for a launch: FORCE_TORCHRUN, or more than one node or process."""
+    """Whether FORCE_TORCHRUN, or more than one node or process, asks for a launch."""
     if is_worker(environment):
         return False
     forced = environment.get("FORCE_TORCHRUN", "").lower() in _TRUE
-    return forced or number(environment, "NNODES", 1) > 1 or number(environment, "NPROC_PER_NODE", 1) > 1
+    return (
+        forced
+        or number(environment, "NNODES", 1) > 1
+        or number(environment, "NPROC_PER_NODE", 1) > 1
+    )
 
 
 def number(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -35,8 +39,10 @@ def number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(value)
 
 
-def launcher_words(words: Sequence[str], num_gpus: int, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Arguments of `torch.distributed.run` that start `trueup train WORDS` on this node."""
+def launcher_words(
+    words: Sequence[str], num_gpus: int, environment: Mapping[str, str] = os.environ
+) -> list[str]:
+    """Arguments of `torch.distributed.run` for `trueup train WORDS` on this node."""
     processes = number(environment, "NPROC_PER_NODE", max(num_gpus, 1))
     nodes = number(environment, "NNODES", 1)
     address = environment.get("MASTER_ADDR", "127.0.0.1")
@@ -53,20 +59,27 @@ def launcher_words(words: Sequence[str], num_gpus: int, environment: Mapping[str
         ]
     elif nodes > 1 or "MASTER_PORT" in environment:
         rank = number(environment, "NODE_RANK", 0)
-        where = [f"--nnodes={nodes}", f"--node-rank={rank}", f"--master-addr={address}", f"--master-port={port}"]
+        where = [
+            f"--nnodes={nodes}",
+            f"--node-rank={rank}",
+            f"--master-addr={address}",
+            f"--master-port={port}",
+        ]
     else:
         where = ["--standalone"]  # one node, a free port
     return [*where, f"--nproc-per-node={processes}", "--module", "trueup", "train", *words]
 
 
 def launch(words: Sequence[str]) -> int:
-    """Run `trueup train WORDS` in all processes of this node, wait, and return the exit code of the first failure."""
+    """Run `trueup train WORDS` in all processes of this node. The first failure's exit code."""
     import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers say what happened
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # the workers say what happened
     arguments = torchrun.parse_args(launcher_words(words, torch.cuda.device_count()))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     # The launcher would give each process one thread; give each its share of the cores instead.
@@ -75,7 +88,9 @@ def launch(words: Sequence[str]) -> int:
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:
-        return _exit_code(min(error.failures.values(), key=lambda failure: failure.timestamp).exitcode)
+        return _exit_code(
+            min(error.failures.values(), key=lambda failure: failure.timestamp).exitcode
+        )
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

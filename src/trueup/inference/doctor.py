@@ -1,4 +1,4 @@
-"""`trueup doctor`: what this machine and this installation are, and what of it will make trouble."""
+"""`trueup doctor`: what this machine and installation are, and what of it will make trouble."""
 
 from __future__ import annotations
 
@@ -26,10 +26,19 @@ KNOWN_BAD = (
     ("jinja2<3.1.6", "chat templates can leave their sandbox (CVE-2025-27516)"),
 )
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "bf16")  # the last is ARM's
-_ENVIRONMENT = (
-    "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "USE_MODELSCOPE_HUB", "USE_OPENMIND_HUB", "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS", "FORCE_TORCHRUN", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
-)  # fmt: skip
+_ENVIRONMENT = [
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "USE_MODELSCOPE_HUB",
+    "USE_OPENMIND_HUB",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "FORCE_TORCHRUN",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+]
 _GB = 2**30
 
 
@@ -42,7 +51,10 @@ def examine() -> dict[str, Any]:
     try:
         from trueup.training.environment import describe_environment
     except (ImportError, OSError) as error:  # OSError: a shared library of the wrong build
-        raise ModelError(f"a core package cannot be imported: {error}", fix="install trueup again in a new environment") from error
+        raise ModelError(
+            f"a core package cannot be imported: {error}",
+            fix="install trueup again in a new environment",
+        ) from error
     found = describe_environment()
     del found["command"]
     return {
@@ -51,9 +63,15 @@ def examine() -> dict[str, Any]:
         "executable": Path(sys.executable).name,
         "precision": precision(),
         "memory_free_gb": round(psutil.virtual_memory().available / _GB, 1),
-        "disk_free_gb": {str(path): free for path in (Path.cwd(), hub_cache()) if (free := _free(path)) is not None},
+        "disk_free_gb": {
+            str(path): free
+            for path in (Path.cwd(), hub_cache())
+            if (free := _free(path)) is not None
+        },
         "extras": extras(),
-        "environment": {n: "set" if "PROXY" in n else os.environ[n] for n in _ENVIRONMENT if n in os.environ},
+        "environment": {
+            n: "set" if "PROXY" in n else os.environ[n] for n in _ENVIRONMENT if n in os.environ
+        },
         "problems": problems(),
     }
 
@@ -117,22 +135,7 @@ def render(found: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    cpu, low = found["cpu"], found["precision"]
-    complete = [name for name, missing in found["extras"].items() if not missing]
-    rows = {
-        "trueup": found["trueup"] + (f" (git {found['git']['commit'][:10]})" if found["git"] else ""),
-        "python": f"{found['python']} on {found['platform']}",
-        "packages": ", ".join(f"{name} {version}" for name, version in found["packages"].items() if name != "trueup"),
-        "cpu": f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads for torch",
-        "gpu": ", ".join(f"{gpu['name']} ({gpu['memory_gb']} GB)" for gpu in found["gpus"]) or ("mps" if low["mps"] else "none"),
-        "bf16": f"{'native' if low['cpu_bf16'] else 'emulated, slow'} on the CPU ({', '.join(low['cpu_flags']) or 'no vector units'})"
-        + ("; native on the GPU" if low["gpu_bf16"] else ""),
-        "memory": f"{found['memory_free_gb']} of {cpu['memory_gb']} GB free",
-        "disk": ", ".join(f"{free} GB free at {path}" for path, free in found["disk_free_gb"].items()),
-        "extras": ", ".join(complete) or "none",
-        "environment": ", ".join(f"{name}={value}" for name, value in found["environment"].items()) or "nothing set",
-    }  # fmt: skip
-    for name, value in rows.items():
+    for name, value in _rows(found).items():
         table.add_row(name, value)
     for problem in found["problems"]:
         table.add_row(Text("problem", style="bold red"), problem)
@@ -141,9 +144,36 @@ def render(found: dict[str, Any]) -> Table:
     return table
 
 
+def _rows(found: dict[str, Any]) -> dict[str, str]:
+    cpu, low, git = found["cpu"], found["precision"], found["git"]
+    packages = [f"{name} {version}" for name, version in found["packages"].items()]
+    gpus = [f"{gpu['name']} ({gpu['memory_gb']} GB)" for gpu in found["gpus"]]
+    units = ", ".join(low["cpu_flags"]) or "no vector units"
+    bf16 = f"{'native' if low['cpu_bf16'] else 'emulated, slow'} on the CPU ({units})"
+    complete = [name for name, missing in found["extras"].items() if not missing]
+    settings = [f"{name}={value}" for name, value in found["environment"].items()]
+    disks = [f"{free} GB free at {path}" for path, free in found["disk_free_gb"].items()]
+    return {
+        "trueup": found["trueup"] + (f" (git {git['commit'][:10]})" if git else ""),
+        "python": f"{found['python']} on {found['platform']}",
+        "packages": ", ".join(packages),
+        "cpu": f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads for torch",
+        "gpu": ", ".join(gpus) or ("mps" if low["mps"] else "none"),
+        "bf16": bf16 + ("; native on the GPU" if low["gpu_bf16"] else ""),
+        "memory": f"{found['memory_free_gb']} of {cpu['memory_gb']} GB free",
+        "disk": ", ".join(disks),
+        "extras": ", ".join(complete) or "none",
+        "environment": ", ".join(settings) or "nothing set",
+    }
+
+
 def _belongs(requirement: Requirement, extra: str) -> bool:
     marker = requirement.marker
-    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+    return (
+        marker is not None
+        and marker.evaluate({"extra": extra})
+        and not marker.evaluate({"extra": ""})
+    )
 
 
 def _version(package: str) -> str | None:

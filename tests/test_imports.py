@@ -1,0 +1,148 @@
+"""Imports point one way, and nothing heavy is loaded before a command line is known to be valid."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "src" / "trueup"
+LEAVES = {"errors", "types"}
+#: Layer → what it may import besides itself and `LEAVES`.
+ALLOWED: dict[str, set[str]] = {
+    "types": set(),
+    "errors": set(),
+    "builtin": set(),
+    "config": {"builtin"},
+    "data": {"config", "builtin"},
+    "objectives": {"config"},
+    "models": {"config", "builtin"},
+    "training": {"config"},
+    "rollout": {"config", "models"},
+    "recipes": {"config", "builtin", "data", "objectives", "models", "training", "rollout"},
+    "inference": {
+        "config",
+        "builtin",
+        "data",
+        "objectives",
+        "models",
+        "training",
+        "rollout",
+        "console",
+    },
+    "console": set(),
+    "launch": set(),
+    "cli": {"config", "recipes", "inference", "console", "launch"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+#: Importable without torch, and without anything that takes long.
+QUICK = (
+    "trueup", "trueup.errors", "trueup.console", "trueup.launch", "trueup.cli", "trueup.builtin",
+    "trueup.config.load", "trueup.config.starter", "trueup.inference.runs",
+)  # fmt: skip
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "matplotlib",
+    "pandas",
+    "numpy",
+    "fastapi",
+    "nicegui",
+)
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            base = str(node.module)
+            names = [f"trueup.{alias.name}" for alias in node.names] if base == "trueup" else [base]
+            yield from ((node.lineno, name) for name in names)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path):
+    own = layer(path)
+    assert own in ALLOWED, f"{own} is not in the layout: add it to ALLOWED and to the README's tree"
+    wrong = []
+    for line, name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "trueup" or len(parts) == 1 or parts[1] == "__version__":
+            continue
+        if parts[1] not in {own, *LEAVES, *ALLOWED[own]}:
+            wrong.append(f"{path.relative_to(ROOT)}:{line}: {own} must not import {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Heavy packages that a fresh interpreter has loaded after running `code`."""
+    code += f"\nimport sys, json\nfound = [n for n in {HEAVY!r} if n in sys.modules]"
+    code += "\nprint('LOADED', json.dumps(found))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "LOADED" in done.stdout, done.stderr
+    return set(json.loads(done.stdout.rpartition("LOADED")[2]))
+
+
+def verb(*words: str) -> str:
+    return f"from trueup.cli import main\ntry:\n    main({list(words)!r})\nexcept SystemExit: pass"
+
+
+@pytest.mark.parametrize("module", QUICK)
+def test_quick_modules_load_nothing_heavy(module: str):
+    assert loaded_by(f"import {module}") == set()
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["version"], ["train", "-h"], ["help", "pref_beta"], ["runs"]]
+)
+def test_quick_verbs_load_nothing_heavy(words: list[str]):
+    assert loaded_by(verb(*words)) == set()
+
+
+def test_a_bad_config_is_refused_before_anything_heavy_is_loaded(tmp_path: Path):
+    config = tmp_path / "bad.yaml"
+    config.write_text("stage: dpo\nleraning_rate: 1e-5\npref_beta: -1\n", encoding="utf-8")
+    for name in ("check", "train"):
+        assert loaded_by(verb(name, str(config))) == set()
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["version"], ["check", "leraning_rate=1", "pref_beta=-1"]], ids=" ".join
+)
+def test_quick_verbs_take_half_a_second_of_cpu(words: list[str]):
+    assert min(cpu_seconds([sys.executable, "-m", "trueup", *words]) for _ in range(3)) < 0.5
+
+
+def cpu_seconds(command: list[str]) -> float:
+    resource = pytest.importorskip("resource", reason="CPU time of children is read the Unix way")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        command, capture_output=True, env={**os.environ, "COLUMNS": "80"}, timeout=60, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
