@@ -237,6 +237,20 @@ def test_words_that_are_no_keys():
     assert problems(BASE, "--seed", "--plot_loss")[0].where == "--seed"
 
 
+def test_an_unknown_word_is_reported_as_such_with_or_without_a_value():
+    for words in (["--plot_los"], ["--plot_los", "--seed", "1"], ["--plot_los", "true"]):
+        (problem,) = problems(BASE, *words)
+        assert "did you mean 'plot_loss'?" in problem.what and problem.where == "--plot_los"
+    (problem,) = problems(BASE, "--image_max_pixels", "1024")
+    assert "text only" in problem.what
+
+
+def test_resuming_wins_over_overwriting(caplog):
+    with caplog.at_level("INFO", "trueup"):
+        assert load_config({**BASE, "overwrite_output_dir": True}, ["--resume"])
+    assert "`resume_from_checkpoint` wins" in caplog.text
+
+
 def test_tokens_are_never_shown():
     (problem,) = problems({**BASE, "hf_hub_token": ["hf_secret"]})
     assert "hf_secret" not in str(problem)

@@ -13,7 +13,8 @@ G2 = (
     "--do_train --model_name_or_path Qwen/Qwen1.5-7B-Chat --template default "
     "--finetuning_type lora --lora_rank 8 --lora_alpha 16 --lora_target all "
     "--per_device_train_batch_size 1 --gradient_accumulation_steps 4 "
-    "--lr_scheduler_type cosine --logging_steps 5 --save_steps 100 --learning_rate 1e-5 --num_train_epochs 1.0 --plot_loss --fp16 "
+    "--lr_scheduler_type cosine --logging_steps 5 --save_steps 100 --learning_rate 1e-5 "
+    "--num_train_epochs 1.0 --plot_loss --fp16 "
 )
 G3 = (
     "model_name_or_path=./Qwen3-4B-Base output_dir=./saves/qwen3-4b-base/lora/dpo stage=dpo "
@@ -79,6 +80,57 @@ LATER = {
     ),
 }
 
+LLAMA_FACTORY = """
+### model
+model_name_or_path: Qwen/Qwen3-4B-Instruct-2507
+trust_remote_code: true
+flash_attn: auto
+
+### method
+stage: {stage}
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+{method}
+
+### dataset
+dataset: dpo_en_demo
+template: qwen3_nothink
+cutoff_len: 2048
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+
+### output
+output_dir: saves/qwen3-4b/lora/{stage}
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: none  # choices: [none, wandb, tensorboard, swanlab, mlflow]
+
+### train
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 5.0e-6
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+include_num_input_tokens_seen: true
+
+### eval
+val_size: 0.1
+per_device_eval_batch_size: 1
+eval_strategy: steps
+eval_steps: 500
+"""
+
 INFERENCE = [
     "--model_name_or_path ./Qwen3-4B-Base --template qwen3 "
     "--adapter_name_or_path ./saves/qwen3-4b-base/lora/dpo/checkpoint-1875",
@@ -108,6 +160,29 @@ def test_lines_for_later_say_only_that(line, keys):
 @pytest.mark.parametrize("line", INFERENCE)
 def test_chat_and_export_lines_need_no_data(line):
     assert load_config(None, shlex.split(line), verb="infer").model.model_name_or_path
+
+
+@pytest.mark.parametrize(
+    "stage, method, later",
+    [
+        ("dpo", "pref_beta: 0.1\npref_loss: sigmoid  # choices: [sigmoid (dpo), orpo]", None),
+        ("sft", "", None),
+        ("pt", "", None),
+        ("kto", "pref_beta: 0.1", "`stage: kto` is not supported yet"),
+        ("sft", "deepspeed: ds_z3_config.json", "`deepspeed` is not supported yet"),
+        ("sft", "quantization_bit: 4\nquantization_method: bnb\ndouble_quantization: false",
+         "`quantization_bit` is not supported yet"),
+    ],
+)  # fmt: skip
+def test_llama_factorys_example_files_load_as_they_are(tmp_path, stage, method, later):
+    path = tmp_path / "llama3_lora.yaml"
+    path.write_text(LLAMA_FACTORY.format(stage=stage, method=method), encoding="utf-8")
+    if later is None:
+        assert load_config(path).objective.stage == stage
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert [problem.what for problem in caught.value.problems] == [later]
 
 
 def test_what_the_guides_lines_mean():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,17 @@ def test_every_training_argument_of_transformers_is_known_with_its_default():
     plain = {key: getattr(value, "value", value) for key, value in arguments.items()}
     cfg = load_config({**BASE, **plain, "do_train": True})
     assert cfg.train.learning_rate == 5e-5
+
+
+def test_every_key_of_llama_factory_is_known_with_its_default(caplog):
+    text = (Path(__file__).parent / "llamafactory_keys.txt").read_text(encoding="utf-8")
+    keys = dict(line.split("=", 1) for line in text.splitlines() if not line.startswith("#"))
+    for key in ("task", "dataset", "model_name_or_path", "max_length"):
+        keys.pop(key)
+    given = {key: None if value == "None" else value for key, value in keys.items()}
+    defaults = {**BASE, **given, "on_unused_keys": "warn"}
+    assert load_config(defaults).objective.stage == "sft"
+    assert "unknown key" not in caplog.text
 
 
 V4 = """

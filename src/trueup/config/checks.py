@@ -176,6 +176,8 @@ def say(cfg: RunConfig) -> None:
         and "max_steps" in cfg.explicit
     ):
         log.info("`max_steps: %d` wins over `num_train_epochs`", cfg.train.max_steps)
+    if cfg.train.resume_from_checkpoint and cfg.train.overwrite_output_dir:
+        log.info("`resume_from_checkpoint` wins over `overwrite_output_dir`")
     if (
         "do_eval" not in cfg.explicit
         and cfg.train.do_eval

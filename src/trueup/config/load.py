@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from trueup.config import names
 from trueup.config.checks import check, derive, say
 from trueup.config.explain import closest_choice, describe_error, explain, known_keys, nearest
-from trueup.config.read import Entry, read_file, read_words
+from trueup.config.read import Entry, Takes, read_file, read_words
 from trueup.config.schema import (
     FIELDS,
     REDACTED,
@@ -68,7 +68,7 @@ def load_config(
         raise ConfigError(unreadable)
     base, base_problems, base_unknown = _settle(entries, unreadable, words=False)
     over, over_problems, over_unknown = _settle(
-        *read_words(overrides, _stands_alone), words=True, below=base
+        *read_words(overrides, _takes), words=True, below=base
     )
     settings = {**_environment(), **base, **over}
     cfg, bad, value_problems = _validate(settings)
@@ -98,12 +98,12 @@ def _entries(source: str | Path | Mapping[str, Any] | None) -> tuple[list[Entry]
     return read_file(Path(source))
 
 
-def _stands_alone(name: str) -> bool:
-    """Whether `--name` alone means true."""
-    if name in names.SWITCHES:
-        return True
+def _takes(name: str) -> Takes:
+    """What may follow `--name`."""
     key = names.SYNONYMS.get(name, name)
-    return is_flag(key) if key in FIELDS else name in names.REFUSED or name in names.IDLE
+    if key in FIELDS:
+        return "flag" if is_flag(key) else "value"
+    return "flag" if name in names.SWITCHES else "unknown"
 
 
 def _environment() -> dict[str, Setting]:
@@ -149,6 +149,8 @@ def _settle(
             value = _merged(
                 settings.get(resolved.key) or (below or {}).get(resolved.key), path, value
             )
+        if value is None and resolved.key in settings:
+            continue  # left unset under one of its names
         new = Setting(value, name, where)
         clash = None if path else _clash(resolved.key, settings.get(resolved.key), new, words)
         if clash:
@@ -185,7 +187,7 @@ def _merged(below: Setting | None, path: str, value: Any) -> dict[str, Any]:
 
 def _clash(key: str, old: Setting | None, new: Setting, words: bool) -> Problem | None:
     """Two names of one key with two values are an error; of one flag twice the last counts."""
-    if old is None or _same(old.value, new.value):
+    if old is None or old.value is None or _same(old.value, new.value):
         return None
     if words and old.name == new.name:
         log.info("`--%s` is given twice; the last one counts", new.name)

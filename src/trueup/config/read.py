@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from trueup.errors import Problem
 
+Takes = Literal["flag", "value", "unknown"]
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000
 MAX_DEPTH = 20
@@ -259,12 +260,12 @@ def _read_json(text: str, name: str) -> tuple[list[Entry], list[Problem]]:
 
 
 def read_words(
-    words: Sequence[str], is_flag: Callable[[str], bool]
+    words: Sequence[str], takes: Callable[[str], Takes]
 ) -> tuple[list[Entry], list[Problem]]:
     """`key=value`, `--key value`, `--key=value`, `--flag` and `--no-flag` words, in order.
 
-    `is_flag(key)` tells whether a key means true when it stands alone; such a key takes the next
-    word only if that is a boolean.
+    `takes(key)` tells what may follow a key: a "flag" means true when it stands alone, and takes
+    the next word only if that is a boolean.
     """
     entries: list[Entry] = []
     problems: list[Problem] = []
@@ -279,20 +280,22 @@ def read_words(
         elif not word.startswith("--") or not bare:
             problems.append(Problem(f"{word!r} is no key", fix="write key=value or --key value"))
         else:
-            entry = _option(bare, queue, is_flag)
+            entry = _option(bare, queue, takes)
             entries.append(entry) if isinstance(entry, Entry) else problems.append(entry)
     return entries, problems
 
 
-def _option(bare: str, queue: list[str], is_flag: Callable[[str], bool]) -> Entry | Problem:
+def _option(bare: str, queue: list[str], takes: Callable[[str], Takes]) -> Entry | Problem:
     key, where = _snake(bare), f"--{bare}"
     follows = queue[0] if queue and not queue[0].startswith("--") else None
-    if is_flag(key):
+    if takes(key) == "flag":
         if follows is not None and follows.lower() in _BOOLEAN_WORDS:
             return Entry(key, queue.pop(0), where)
         return Entry(key, "true", where)
-    if key.startswith("no_") and is_flag(key[3:]):
+    if key.startswith("no_") and takes(key[3:]) == "flag":
         return Entry(key[3:], "false", where)
+    if follows is None and takes(key) == "unknown":
+        return Entry(key, "true", where)
     if follows is None:
         return Problem("a value is missing", where, fix=f"{where} VALUE, or {key}=VALUE")
     return Entry(key, _word_value(key, queue.pop(0)), where)

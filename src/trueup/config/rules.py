@@ -48,12 +48,6 @@ RULES = [
         "drop one of them",
     ),
     Rule(
-        ("resume_from_checkpoint", "overwrite_output_dir"),
-        lambda c: c.resume_from_checkpoint == "auto" and c.overwrite_output_dir,
-        "`resume_from_checkpoint: auto` goes on with a run, `overwrite_output_dir` moves it aside",
-        "drop one of them",
-    ),
-    Rule(
         ("new_run", "overwrite_output_dir"),
         lambda c: c.new_run and c.overwrite_output_dir,
         "`new_run` keeps the run that `overwrite_output_dir` moves aside",
@@ -124,6 +118,12 @@ RULES = [
         lambda c: c.disable_gradient_checkpointing and c.gradient_checkpointing,
         "`disable_gradient_checkpointing` and `gradient_checkpointing` contradict each other",
         "keep gradient_checkpointing",
+    ),
+    Rule(
+        ("packing", "neat_packing"),
+        lambda c: c.neat_packing and c.packing is False,
+        "`neat_packing: true` and `packing: false` contradict each other",
+        "keep packing",
     ),
     Rule(
         ("interleave_probs", "dataset"),

@@ -65,10 +65,10 @@ class DataSection(Section):
 
     # batches and caches
     packing: bool | None = None
-    """Several short examples in one row. Batches here are never padded, so this costs and changes
-    nothing."""
+    """Fill each row up to cutoff_len with several examples, which never see each other; on for
+    stage pt when unset."""
     neat_packing: bool = False
-    """Packing without attention between examples; always so here."""
+    """The same as packing."""
     batch_tokens: Positive | None = None
     """Tokens of a micro-batch, instead of a number of rows; examples per step stay the same."""
     tokenized_path: str | None = None

@@ -64,7 +64,7 @@ class ModelSection(Section):
     low_cpu_mem_usage: bool = True
     """Load weights one at a time instead of building the model twice in memory."""
     flash_attn: Annotated[Attention, Lower] = "auto"
-    """Attention kernel: auto measures nothing and picks what the device has."""
+    """Attention kernel; auto takes what the device has."""
     booster: Annotated[Booster, Lower] = "auto"
     """Faster kernels: auto, flash_attn, liger or none."""
     rope_scaling: Annotated[RopeScaling, Lower] | None = None
@@ -92,7 +92,7 @@ class ModelSection(Section):
 
     # quantised base
     quantization_method: Annotated[
-        Literal["bnb", "bitsandbytes", "hqq", "eetq", "torchao", "gptq", "awq"], Lower
+        Literal["bnb", "hqq", "eetq", "torchao", "gptq", "awq"], Lower
     ] = "bnb"
     """Library that quantises the base while loading."""
     quantization_bit: Bits | None = None
@@ -105,9 +105,9 @@ class ModelSection(Section):
     """Spread a quantised model over the devices."""
 
     # inference
-    infer_backend: Annotated[
-        Literal["huggingface", "hf", "vllm", "sglang", "ktransformers"], Lower
-    ] = "huggingface"
+    infer_backend: Annotated[Literal["huggingface", "vllm", "sglang", "ktransformers"], Lower] = (
+        "huggingface"
+    )
     """Engine that generates text."""
     infer_dtype: Annotated[Literal["auto", "float16", "bfloat16", "float32"], Lower] = "auto"
     """Number format at inference and export."""
