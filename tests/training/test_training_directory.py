@@ -16,7 +16,7 @@ import yaml
 from processes import fork, has_checkpoint, needs_fork, wait, wait_until
 from toy_program import run_toy
 
-from trueup.errors import ConfigError, ResourceError
+from trueup.errors import ConfigError, CorruptStateError, ResourceError
 from trueup.training.compatibility import check_resumable
 from trueup.training.run_directory import (
     RunDirectory,
@@ -95,6 +95,34 @@ def test_overwrite_moves_aside_and_deletes_nothing(tmp_path):
     run_toy(tmp_path / "run", overwrite=True, max_steps=1)
     assert (tmp_path / "run.set-aside-1" / "model.safetensors").read_bytes() == old
     assert len(read_metrics(tmp_path / "run")) == 1
+
+
+def test_resuming_another_runs_checkpoint_does_not_go_over_a_run(tmp_path):
+    keys = dict(max_steps=1, save_strategy="steps", save_steps=1)
+    run_toy(tmp_path / "one", **keys)
+    run_toy(tmp_path / "two", **keys)
+    other = str(tmp_path / "one" / "checkpoint-1")
+    with pytest.raises(ConfigError, match="contains run two"):
+        run_toy(tmp_path / "two", resume=other, **keys)
+    config = {"output_dir": str(tmp_path / "one")}
+    run_toy(tmp_path / "three", resume=other, config=config, **{**keys, "max_steps": 2})
+    assert (tmp_path / "three" / "checkpoint-2").is_dir()
+
+
+def test_auto_without_a_valid_checkpoint_moves_results_aside(tmp_path, caplog):
+    run_toy(tmp_path / "run", max_steps=2)
+    run_toy(tmp_path / "run", resume="auto", max_steps=1)
+    assert (tmp_path / "run.set-aside-1" / "model.safetensors").is_file()
+    assert "starts afresh" in caplog.text
+    assert len(read_metrics(tmp_path / "run")) == 1
+
+
+def test_a_refused_resume_makes_no_directory(tmp_path):
+    foreign = tmp_path / "checkpoint-1"
+    foreign.mkdir()
+    with pytest.raises(CorruptStateError):
+        RunDirectory.open(tmp_path / "run", resume=str(foreign))
+    assert not (tmp_path / "run").exists()
 
 
 def test_new_run_takes_the_next_free_name(tmp_path):
@@ -226,18 +254,16 @@ def test_other_changes_are_said(caplog):
     assert "learning_rate was 1.0, is 2.0" in caplog.text
 
 
-def test_the_effective_batch_may_be_cut_otherwise_but_not_changed():
-    from trueup.errors import CorruptStateError
-
-    then = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    check_resumable(then, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1})
-    with pytest.raises(CorruptStateError, match="effective_batch was 8, is 16"):
-        check_resumable(then, {**then, "gradient_accumulation_steps": 8})
+def test_the_effective_batch_may_be_cut_otherwise_but_not_changed(tmp_path):
+    keys = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    run_toy(tmp_path / "run", program={"micro": 2, "accumulate": 4}, **keys)
+    keys["max_steps"] = 3
+    with pytest.raises(CorruptStateError, match="effective_batch was 8, is 4"):
+        run_toy(tmp_path / "run", resume="auto", program={"micro": 2, "accumulate": 2}, **keys)
+    run_toy(tmp_path / "run", resume="auto", program={"micro": 8, "accumulate": 1}, **keys)
 
 
 def test_all_refused_changes_are_listed_and_can_be_allowed():
-    from trueup.errors import CorruptStateError
-
     then, now = {"seed": 1, "template": "qwen"}, {"seed": 2, "template": "llama3"}
     with pytest.raises(CorruptStateError) as caught:
         check_resumable(then, now)
@@ -331,3 +357,4 @@ def test_a_signal_during_the_last_step_still_finishes(tmp_path):
         run_toy(tmp_path / "run", observers=[StopAtEnd()], max_steps=3)
     assert caught.value.exit_code == 143
     assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert read_status(tmp_path / "run")["state"] == "finished"

@@ -46,8 +46,6 @@ REFUSED = frozenset(
 """)
 )
 
-_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-
 
 def check_resumable(
     then: Mapping[str, Any],
@@ -61,7 +59,6 @@ def check_resumable(
     Changes that matter are said once; raises CorruptStateError (all at once) for those that are
     refused and not named in `allow` ("all" allows everything).
     """
-    then, now = _with_effective_batch(then), _with_effective_batch(now)
     refused: list[Problem] = []
     said: list[str] = []
     for key in sorted(then.keys() | now.keys()):
@@ -78,10 +75,14 @@ def check_resumable(
         _log.warning("resuming with a changed configuration: %s", "; ".join(said))
 
 
-def check_fingerprint(then: str, now: str, allow: Collection[str] = (), *, where: str) -> None:
-    """Refuse a resume on other training data, unless `data_fingerprint` is in `allow`."""
-    if then and now:
-        check_resumable({"data_fingerprint": then}, {"data_fingerprint": now}, allow, where=where)
+def check_identity(
+    then: Mapping[str, Any], now: Mapping[str, Any], allow: Collection[str] = (), *, where: str
+) -> None:
+    """Refuse a resume on other data or with another effective batch, unless `allow` names them."""
+    keys = [
+        key for key in ("data_fingerprint", "effective_batch") if then.get(key) and now.get(key)
+    ]
+    check_resumable({k: then[k] for k in keys}, {k: now[k] for k in keys}, allow, where=where)
 
 
 def _refusal(key: str, change: str, where: str) -> Problem:
@@ -91,14 +92,3 @@ def _refusal(key: str, change: str, where: str) -> Problem:
         expected="the value the checkpoint was trained with",
         fix=f"set it back, start a new run, or say allow_changed: [{key}]",
     )
-
-
-def _with_effective_batch(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with the product of the batch keys beside its factors."""
-    sizes = [config.get(key) for key in _BATCH] + [config.get("world_size", 1)]
-    if not all(isinstance(size, int) for size in sizes):
-        return dict(config)
-    product = 1
-    for size in sizes:
-        product *= size  # type: ignore[operator]
-    return {**config, "effective_batch": product}

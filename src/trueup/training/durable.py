@@ -76,22 +76,23 @@ def replace(source: Path, target: Path) -> None:
             time.sleep(0.05)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole text file atomically and durably."""
+def write_text(path: Path, text: str, sync: bool = True) -> None:
+    """Write a whole text file atomically; durably too, unless it may be lost with the power."""
     stage = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(stage, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         replace(stage, path)
     finally:
         stage.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write a whole JSON file atomically and durably."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = 2, sync: bool = True) -> None:
+    """Write a whole JSON file, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n", sync)
 
 
 def read_json(path: Path) -> Any:

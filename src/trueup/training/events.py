@@ -75,7 +75,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Ended:
-    """Training is over. `state`: "finished", "stopped" or "failed"."""
+    """Training is over. `state`: "finished", "stopped", "failed", or "aborted": be quick then."""
 
     state: str
     step: int

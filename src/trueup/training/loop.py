@@ -22,7 +22,7 @@ from trueup.training import checkpoint as checkpoints
 from trueup.training import state as states
 from trueup.training.backend import Backend
 from trueup.training.checkpoint import Checkpoint
-from trueup.training.compatibility import check_fingerprint
+from trueup.training.compatibility import check_identity
 from trueup.training.environment import describe_environment
 from trueup.training.events import (
     Ended,
@@ -92,8 +92,8 @@ def fit(
         try:
             return trainer.train()
         except BaseException as error:
-            if not isinstance(error, Stopped) or trainer.progress.step < trainer.plan.total_steps:
-                trainer.tell_end("stopped" if stop() else "failed")
+            if not trainer.finished:
+                trainer.tell_end(_end_state(error))
             raise
         finally:
             trainer.optimizer.close()
@@ -125,11 +125,12 @@ class Trainer(Generic[B]):
         self.identity = {
             "config_hash": checkpoints.json_hash(run.config),
             "data_fingerprint": data_fingerprint,
-            "world_size": backend.world_size,
+            "effective_batch": program.examples_per_step,
         }
         self.saved: list[Checkpoint] = []  # verified by this process; rank 0 only
         self.saved_step = -1
         self.begun_at = 0
+        self.finished = False
         self.last_step: StepResult | None = None
         self.learning_rate = self.optimizer.learning_rate  # of the last step
         self.last_evaluation: dict[str, float] = {}
@@ -194,12 +195,8 @@ class Trainer(Generic[B]):
         self.run_clock.reset()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        check_fingerprint(
-            str(checkpoint.manifest.get("data_fingerprint", "")),
-            self.identity["data_fingerprint"],
-            self.run.allow,
-            where=str(checkpoint.path),
-        )
+        where = str(checkpoint.path)
+        check_identity(checkpoint.manifest, self.identity, self.run.allow, where=where)
         self.progress, program_state = states.restore(
             checkpoint.path, self.optimizer, self.sums, self.backend
         )
@@ -350,7 +347,7 @@ class Trainer(Generic[B]):
         program_state = self.program.state_dict()
 
         def write(directory: Path) -> None:
-            progress.lines = self.run.count_lines()
+            progress.lines = self.run.sync_logs()
             self.program.save_model(directory, self.optimizer.masters)
             if resumable or self.plan.load_best:
                 states.write_masters(directory, self.optimizer)
@@ -392,7 +389,8 @@ class Trainer(Generic[B]):
 
     def _stopped(self, what: str, fix: str) -> Stopped:
         signum = max(self.backend.gather(self.stop.signum or 0))
-        self.run.status(state="stopped", exit_code=128 + signum)
+        state = "finished" if self.finished else "stopped"
+        self.run.status(state=state, exit_code=128 + signum)
         return Stopped(signum, what, where=str(self.run.path), fix=fix)
 
     # --- the end -----------------------------------------------------------------------------
@@ -420,6 +418,7 @@ class Trainer(Generic[B]):
         self.run.write_json("trainer_state.json", self._summary(best))
         self.tell_end("finished", {**train, **evaluation})
         self.run.status(state="finished", exit_code=0, step=self.progress.step)
+        self.finished = True
         if self.backend.any(self.stop()):  # too late to stop anything, but scripts must hear of it
             raise self._stopped("the training was finished and saved when the signal came", "")
         return FitResult(
@@ -492,6 +491,12 @@ class Trainer(Generic[B]):
             "best_model_checkpoint": str(best) if best else None,
             "log_history": read_metrics(self.run.path) if self.run.writer else [],
         }
+
+
+def _end_state(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return "aborted"
+    return "stopped" if isinstance(error, Stopped) else "failed"
 
 
 class IntervalClock:

@@ -17,16 +17,16 @@ from trueup.training.trainer_log import TrainerLog
 def standard_observers(settings: Any, run: RunDirectory, *, quiet: bool = False) -> list[Observer]:
     """Display, health, trainer_log.jsonl, trackers, pictures and model card, for rank 0.
 
-    settings  the train section (`report_to`, `run_name`)
+    settings  the train section (`report_to`, `project`, `disable_tqdm`)
     quiet     leave out what writes to standard output
     """
     if not run.writer:
         return []
     return [
-        *make_display(quiet),
+        *make_display(quiet, plain=bool(settings.disable_tqdm)),
         Health(lambda text, step: run.warn(text, step)),
         TrainerLog(run),
-        *make_trackers(settings.report_to),
+        *make_trackers(settings.report_to, settings.project),
         Plots(run),
         ModelCard(run),
     ]

@@ -67,7 +67,7 @@ class Plots:
         self.run = run
 
     def observe(self, event: Event) -> None:
-        if isinstance(event, Ended):
+        if isinstance(event, Ended) and event.state != "aborted":
             write_plots(read_metrics(self.run.path), self.run.path)
 
 

@@ -165,10 +165,10 @@ class LiveDisplay:
         self.numbers.plain = facts
 
 
-def make_display(quiet: bool = False) -> list[Observer]:
+def make_display(quiet: bool = False, plain: bool = False) -> list[Observer]:
     """The display that fits where standard output goes; none when quiet."""
     if quiet:
         return []
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not plain:
         return [LiveDisplay()]
     return [PlainLines()]

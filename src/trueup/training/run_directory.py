@@ -101,18 +101,15 @@ class RunDirectory:
             check_target(target, resume=resume, overwrite=overwrite, new_run=new_run, join=join)
             if new_run:
                 target = _first_free(target)
-            elif overwrite and not resume and is_occupied(target):
-                _move_aside(target)
-            _make(target)
-            run = cls(target, config, checkpoint=None, writer=True)
-            run.allow = allow
-            run._acquire()
-            try:
-                run._begin(resume, join, allow)
-            except BaseException:
-                run._release()
-                raise
-            return run
+            elif overwrite and not _continues(target, resume) and is_occupied(target):
+                _move_aside(target, "overwrite_output_dir")
+            found = cls._locked(target, config, resume, allow)
+            if resume and not found.checkpoint and _holds_results(target):
+                found.close()
+                _move_aside(target, "nothing here can be resumed, so this run starts afresh")
+                found = cls._locked(target, config, None, allow)
+            found._begin(join)
+            return found
 
         if backend is None or backend.world_size == 1:
             return open_here()
@@ -125,6 +122,31 @@ class RunDirectory:
         run.allow = allow
         return run
 
+    @classmethod
+    def _locked(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        resume: str | Path | bool | None,
+        allow: Collection[str],
+    ) -> RunDirectory:
+        """The directory, made if need be, locked, with its checkpoint; untouched if that fails."""
+        made = _make(path)
+        run = cls(path, config, checkpoint=None, writer=True)
+        run.allow = allow
+        run._acquire()
+        try:
+            run.checkpoint = _find_checkpoint(path, resume)
+            if run.checkpoint:
+                _check_config(run.checkpoint, run.config, allow)
+        except BaseException:
+            run.close()
+            if made:
+                (path / LOCK_FILE).unlink(missing_ok=True)
+                path.rmdir()
+            raise
+        return run
+
     def __enter__(self) -> RunDirectory:
         return self
 
@@ -135,8 +157,10 @@ class RunDirectory:
         trace: TracebackType | None,
     ) -> None:
         if error is not None and self._status.get("state") not in ("finished", "stopped"):
-            code = getattr(error, "exit_code", 1)
-            self.status(state="failed", exit_code=code, message=str(error)[:2000])
+            aborted = isinstance(error, KeyboardInterrupt | SystemExit)
+            code = getattr(error, "exit_code", getattr(error, "code", 130 if aborted else 1))
+            state = "stopped" if aborted else "failed"
+            self.status(state=state, exit_code=code, message=str(error)[:2000])
         self.close()
 
     def close(self) -> None:
@@ -155,7 +179,7 @@ class RunDirectory:
         self._status.update(fields, heartbeat=time.time())
         self._last_beat = time.monotonic()
         try:
-            durable.write_json(self.path / STATUS_FILE, self._status)
+            durable.write_json(self.path / STATUS_FILE, _finite(self._status), sync=False)
         except OSError as error:
             if not self._beat_failed:
                 _log.warning("status.json cannot be written (%s); training goes on", error)
@@ -212,9 +236,14 @@ class RunDirectory:
 
     # --- logs --------------------------------------------------------------------------------
 
-    def count_lines(self) -> dict[str, int]:
-        """Complete lines of each log, for the checkpoint."""
-        return {name: len(_lines(self.path / name)) for name in (METRICS_FILE, TRAINER_LOG_FILE)}
+    def sync_logs(self) -> dict[str, int]:
+        """Push the logs to the disk; the number of lines in each, for the checkpoint."""
+        lines = {}
+        for name in (METRICS_FILE, TRAINER_LOG_FILE):
+            if (self.path / name).exists():
+                durable.sync_file(self.path / name)
+                lines[name] = (self.path / name).read_bytes().count(b"\n")
+        return lines
 
     def truncate_logs(self, step: int, lines: Mapping[str, int]) -> None:
         """Cut each log back to a checkpoint: no line after it, no torn one, so that no step appears
@@ -268,11 +297,8 @@ class RunDirectory:
             (self.path / OWNER_FILE).unlink(missing_ok=True)
             self._lock.release()
 
-    def _begin(self, resume: str | Path | bool | None, join: bool, allow: Collection[str]) -> None:
-        """Find the checkpoint, then write what a run starts with; nothing if the former fails."""
-        self.checkpoint = _find_checkpoint(self.path, resume)
-        if self.checkpoint:
-            _check_config(self.checkpoint, self.config, allow)
+    def _begin(self, join: bool) -> None:
+        """Write what a run starts with."""
         checkpoints.remove_stale_stages(self.path)
         if not join:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
@@ -308,7 +334,7 @@ def check_target(
             expected="auto, or the path of a checkpoint-N directory",
             fix=f"checkpoints here: {_names(path)}",
         )
-    if resume or overwrite or new_run or join or not is_occupied(path):
+    if _continues(path, resume) or overwrite or new_run or join or not is_occupied(path):
         return
     raise ConfigError(
         f"{path} contains {_describe(path)}",
@@ -361,6 +387,18 @@ def _is_auto(resume: str | Path | bool | None) -> bool:
     return resume is True or str(resume).lower() in ("auto", "true")
 
 
+def _continues(path: Path, resume: str | Path | bool | None) -> bool:
+    """Whether this would go on with the run that is in `path`."""
+    if not resume or _is_auto(resume):
+        return bool(resume)
+    return Path(str(resume)).resolve().parent == path.resolve()
+
+
+def _holds_results(path: Path) -> bool:
+    """Whether a fresh start here would overwrite a model or strand checkpoints."""
+    return bool(list(path.glob("*.safetensors")) or checkpoints.checkpoints(path))
+
+
 def _find_checkpoint(path: Path, resume: str | Path | bool | None) -> Checkpoint | None:
     if not resume:
         return None
@@ -381,7 +419,9 @@ def _check_config(found: Checkpoint, config: Mapping[str, Any], allow: Collectio
     check_resumable(stored, config, allow, where=str(found.path))
 
 
-def _make(path: Path) -> None:
+def _make(path: Path) -> bool:
+    """Make the directory and try to write there. Returns whether it was not there before."""
+    made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe.tmp-{os.getpid()}"
@@ -393,9 +433,10 @@ def _make(path: Path) -> None:
             where=str(path),
             fix="choose another output_dir",
         ) from error
+    return made
 
 
-def _move_aside(path: Path) -> None:
+def _move_aside(path: Path, why: str) -> None:
     lock = FileLock(path / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
@@ -403,7 +444,8 @@ def _move_aside(path: Path) -> None:
         raise _in_use(path, _read_owner(path / OWNER_FILE)) from None
     lock.release()  # Windows renames no directory with an open file in it
     _log.warning(
-        "overwrite_output_dir: the earlier contents of %s are now in %s",
+        "%s: the earlier contents of %s are now in %s",
+        why,
         path,
         checkpoints.set_aside(path),
     )

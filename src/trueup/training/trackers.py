@@ -137,7 +137,7 @@ class Tracker:
         if self.broken or not isinstance(event, Started | Logged | Evaluated | Ended):
             return
         self.queue.put(event)
-        if isinstance(event, Ended) and self.thread.is_alive():
+        if isinstance(event, Ended) and event.state != "aborted" and self.thread.is_alive():
             self.thread.join(_FAREWELL_SECONDS)
             if self.thread.is_alive():
                 _log.warning(
