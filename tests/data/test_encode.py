@@ -451,6 +451,31 @@ def test_the_tokenised_copy_is_used_again_and_refused_for_another_run(rows, tmp_
     assert prepare(fresh, tokenizer).train.fingerprint != first.train.fingerprint
 
 
+def test_the_tokenised_copy_alone_is_enough(rows, tmp_path):
+    folder = str(tmp_path / "tokens")
+    tokenizer = make_tokenizer("chatml")
+    cfg = config(rows, tmp_path, tokenized_path=folder, val_size=0.2)
+    first = prepare(cfg, tokenizer)
+    alone = prepare(cfg.replace(dataset=[], val_size=0.0), tokenizer)
+    assert alone.train.fingerprint == first.train.fingerprint
+    assert alone.eval["eval"].fingerprint == first.eval["eval"].fingerprint
+
+
+def test_a_copy_without_evaluation_data_is_refused_when_they_are_wanted(rows, tmp_path):
+    folder = str(tmp_path / "tokens")
+    cfg = config(rows, tmp_path, tokenized_path=folder, max_samples=10)
+    prepare(cfg, make_tokenizer("chatml"))
+    cfg = cfg.replace(eval_dataset=cfg.data.dataset)
+    with pytest.raises(ConfigError, match="made without eval"):
+        prepare(cfg, make_tokenizer("chatml"))
+
+
+def test_evaluation_alone_needs_no_training_data(rows, tmp_path):
+    cfg = config(rows, tmp_path).replace(dataset=[], eval_dataset=[str(rows)])
+    prepared = prepare(cfg, make_tokenizer("chatml"))
+    assert len(prepared.train) == 0 and len(prepared.eval["eval"]) == 20
+
+
 def test_documents_need_no_template_and_say_nothing_about_one(tmp_path, caplog):
     path = tmp_path / "docs.jsonl"
     path.write_text('{"text": "hello world"}\n{"text": "again"}\n', encoding="utf-8")

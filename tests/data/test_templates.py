@@ -364,7 +364,7 @@ def test_both_sides_of_a_pair_stand_after_one_header():
     assert rejected[1].text == "<think>\n\n</think>\n\nno<|im_end|>"
 
 
-# As the R1 distillations: even the newest answer loses its reasoning, and the header opens a thought.
+# As the R1 distillations: even the newest answer loses its reasoning; the header opens a thought.
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '"
     "<｜User｜>' + m['content'] }}"
@@ -390,8 +390,8 @@ def test_a_header_that_opens_a_thought_is_followed_by_the_content_itself():
 # --- the tokenizer's own templates ------------------------------------------------------
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
 )
 HEADER = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 

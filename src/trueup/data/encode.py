@@ -146,7 +146,7 @@ def _load(cfg: RunConfig, cache: _Cache) -> LoadedData:
     """Examples; none if only a tokenised copy is given (`tokenized_path` without `dataset`)."""
     if not cfg.data.dataset and cache.exists:
         return LoadedData([], {name: [] for name in cache.splits if name != "train"}, DataReport())
-    if not cfg.data.dataset:
+    if not cfg.data.dataset and not cfg.data.eval_dataset:
         raise ConfigError(
             "no dataset is given", where="dataset", fix="dataset: NAME or a file's path"
         )
@@ -176,9 +176,7 @@ def _load(cfg: RunConfig, cache: _Cache) -> LoadedData:
 
 
 class _Cache:
-    """The tokenised copy in `tokenized_path`: a folder for each split, with a note of what it was
-    made from.
-    """
+    """The tokenised copy in `tokenized_path`: a folder a split, with what it was made from."""
 
     def __init__(
         self, cfg: RunConfig, template: ChatTemplate, policy: Policy, tokenizer: Any
@@ -186,12 +184,9 @@ class _Cache:
         self.template = template
         self.policy = policy
         self.root = Path(cfg.data.tokenized_path) if cfg.data.tokenized_path else None
-        self.exists = (
-            bool(self.root and (self.root / "train").is_dir()) and not cfg.data.overwrite_cache
-        )
-        self.splits = (
-            sorted(p.name for p in self.root.iterdir()) if self.root and self.exists else []
-        )
+        present = self.root is not None and (self.root / "train").is_dir()
+        self.exists = present and not cfg.data.overwrite_cache
+        self.splits = sorted(p.name for p in self.root.iterdir()) if self.root and present else []
         self.facts: dict[str, Any] = {}
         if self.root:
             self.facts = {
@@ -203,12 +198,12 @@ class _Cache:
         self._made_from: dict[str, dict[str, Any]] = {}
 
     def encode(self, name: str, examples: Sequence[Example]) -> tuple[EncodedDataset, Tally]:
-        """The split `name`, from disk if it is there. Raises ConfigError if that was made from
-        something else.
-        """
+        """The split `name`, from disk if it is there and was made from the same."""
         if not self.root:
             return encode_examples(examples, self.template, self.policy)
         facts = {**self.facts, "data": _examples_fingerprint(examples)} if examples else self.facts
+        if self.exists and name not in self.splits:
+            self._refuse(f"without {name}")
         if self.exists:
             dataset, about = EncodedDataset.load(self.root / name)
             self._compare(facts, about["facts"])
@@ -233,11 +228,14 @@ class _Cache:
             if then.get(key) != value
         ]
         if changed:
-            raise ConfigError(
-                f"the tokenised data was made with another {', '.join(changed)}",
-                where=f"tokenized_path: {self.root}",
-                fix="set overwrite_cache: true to tokenise again, or name another folder",
-            )
+            self._refuse(f"with another {', '.join(changed)}")
+
+    def _refuse(self, how: str) -> None:
+        raise ConfigError(
+            f"the tokenised data was made {how}",
+            where=f"tokenized_path: {self.root}",
+            fix="set overwrite_cache: true to tokenise again, or name another folder",
+        )
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -81,9 +81,7 @@ class Draft:
 
 
 def encode_examples(
-    examples: Sequence[Example],
-    template: ChatTemplate,
-    policy: Policy,
+    examples: Sequence[Example], template: ChatTemplate, policy: Policy
 ) -> tuple[EncodedDataset, Tally]:
     """Encode examples of any kinds; rows that cannot be used are only in the tally."""
     tally = Tally()
@@ -127,11 +125,8 @@ class _Encoder:
     def _sequences(self, example: Example) -> list[list[Span]]:
         template = self.template
         if isinstance(example, Text):
-            text = (
-                template.spans.protect(example.text)
-                if template.split_special_tokens
-                else example.text
-            )
+            splits = template.split_special_tokens
+            text = template.spans.protect(example.text) if splits else example.text
             return [[Span(text, trained=True)]]
         if example.tools and not template.supports_tools:
             raise RowProblem("the chat template has no tools", f"template {template.name}")
@@ -146,9 +141,8 @@ class _Encoder:
                     self.tally.split_turns.append(example.row)
                 return sequences
             case Prompt():
-                return [
-                    [Span(template.prompt_text(example.messages, example.tools), trained=False)]
-                ]
+                text = template.prompt_text(example.messages, example.tools)
+                return [[Span(text, trained=False)]]
             case Pair():
                 prompt, answers = _share_turns(example.prompt, [example.chosen, example.rejected])
             case Ranking():
@@ -172,9 +166,7 @@ class _Encoder:
                     flatten(spans[1:], tokens[1:])
                     for spans, tokens in zip(draft.sequences, ids, strict=True)
                 ]
-                yield self._shared(
-                    example, prompt, answers if not isinstance(example, Prompt) else []
-                )
+                yield self._shared(example, prompt, [] if isinstance(example, Prompt) else answers)
         except RowProblem as problem:
             self.tally.dropped.append((example.row, problem.reason, problem.detail))
 
@@ -253,9 +245,7 @@ class _Encoder:
     def _fit(
         self, row: str, part: str, prompt_len: int, ids: np.ndarray, mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """An answer cut to the room its prompt leaves. Raises RowProblem if nothing of it could be
-        trained.
-        """
+        """An answer cut to its room. Raises RowProblem if nothing of it could be trained."""
         self._check_prompt(prompt_len)
         room = self.policy.cutoff_len - prompt_len
         if len(ids) > room:
@@ -266,7 +256,7 @@ class _Encoder:
             self.tally.truncated.append((row, part))
             kept = slice(-room, None) if self.policy.truncation == "keep_end" else slice(room)
             ids, mask = ids[kept], mask[kept]
-        if not mask.any():
+        if not mask[0 if prompt_len else 1 :].any():  # nothing predicts a text's first token
             raise RowProblem("nothing to train", "no token of this row would be in the loss")
         return ids, mask
 
@@ -281,12 +271,8 @@ class _Encoder:
 
     def _opened(self, ids: np.ndarray) -> np.ndarray:
         """Plain text as the tokenizer opens it (BOS), which its text may already do."""
-        count = len(self.lead)
-        return (
-            ids
-            if count and np.array_equal(ids[:count], self.lead)
-            else np.concatenate([self.lead, ids])
-        )
+        is_open = np.array_equal(ids[: len(self.lead)], self.lead)
+        return ids if is_open else np.concatenate([self.lead, ids])
 
     def _whole_texts(self, ids: list[list[np.ndarray]]) -> list[np.ndarray]:
         return [self._opened(np.concatenate(tokens)) for tokens in ids]
@@ -307,9 +293,7 @@ class _Encoder:
 def _plain_sequences(
     example: Chat | Pair | Ranking | Feedback | Prompt, template: ChatTemplate
 ) -> list[list[Span]]:
-    """Raw text, as TRL has it: one string after another, EOS at the end, control tokens acting as
-    written.
-    """
+    """Raw text, as TRL has it: string after string, EOS at the end, control tokens as written."""
 
     def text(messages: Sequence[Message]) -> str:
         return "".join(message.content for message in messages)
@@ -340,9 +324,7 @@ def _plain_sequences(
 def _share_turns(
     prompt: Sequence[Message], answers: list[Sequence[Message]]
 ) -> tuple[Sequence[Message], list[Sequence[Message]]]:
-    """Move turns that all answers have in common into the prompt, as long as an assistant turn
-    comes next.
-    """
+    """Move turns that all answers share into the prompt, up to where all go on to answer."""
     shared = 0
     for position, turns in enumerate(zip(*answers, strict=False)):
         if any(turn != turns[0] for turn in turns):
@@ -356,9 +338,7 @@ def _share_turns(
 def _common_prefix(
     chosen: np.ndarray, rejected: np.ndarray, template: ChatTemplate
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Two whole texts as prompt and answers: their common tokens, back to where a word ends on both
-    sides.
-    """
+    """Two whole texts as prompt and answers: their common tokens, back to where a word ends."""
     shorter = min(len(chosen), len(rejected))
     differ = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
     split = int(differ[0]) if len(differ) else shorter
@@ -369,9 +349,8 @@ def _common_prefix(
     def opens_word(side: np.ndarray) -> bool:
         token = tokens(int(side[split]))
         text = template.tokenizer.decode([int(side[split])])
-        wide = (
-            "\ufffd" not in text and text[:1] >= "\u2e80"
-        )  # Chinese and its neighbours: no spaces between words
+        # Chinese and its neighbours put no spaces between words.
+        wide = "\ufffd" not in text and text[:1] >= "\u2e80"
         return token[0] in "Ġ▁Ċĉ \n\t" or token == "<0x0A>" or wide or int(side[split]) in special
 
     def closes_word() -> bool:
@@ -437,19 +416,10 @@ def tell(report: DataReport, tally: Tally) -> None:
     for row, parts in tally.lengths:
         report.lengths(row, **parts)
     for rows, what in (
-        (
-            tally.chunked,
-            "documents were cut into consecutive pieces of cutoff_len; nothing is lost",
-        ),
-        (
-            tally.split_turns,
-            "conversations became one example per answer (the template rewrites turns)",
-        ),
+        (tally.chunked, "documents were cut into consecutive pieces; nothing is lost"),
+        (tally.split_turns, "conversations became one example per answer"),
         (tally.control_tokens, "rows have control tokens written in their text"),
-        (
-            tally.empty_thoughts,
-            "rows have answers without reasoning, trained with an empty thought",
-        ),
+        (tally.empty_thoughts, "rows have answers that were given an empty thought"),
     ):
         if rows:
             report.note(f"{number(len(rows))} {what}, first {rows[0]}")
