@@ -33,7 +33,8 @@ BASE = {"model_name_or_path": "m", "dataset": "d"}
         ({"lora_target": "q_proj,value"}, "lora_target", ["q_proj", "v_proj"]),
         ({"lora_target": "all-linear"}, "lora_target", ["all"]),
         ({"stage": "pretrain"}, "stage", "pt"),
-        ({"no_cuda": True}, "use_cpu", True),
+        ({"no_cuda": True}, "device", "cpu"),
+        ({"disable_gradient_checkpointing": True}, "gradient_checkpointing", False),
         ({"use_mps_device": True}, "device", "mps"),
         ({"use_mps_device": False}, "device", "auto"),
         ({"load_in_4bit": False}, "quantization_bit", None),
@@ -155,7 +156,11 @@ def test_tables_name_only_keys_that_exist():
 def test_every_key_not_supported_yet_is_refused_and_names_an_alternative():
     for key, instead in methods.LATER.items():
         value = True if is_flag(key) else 4 if "bit" in key else 2
-        value = {"rope_scaling": "yarn", "init_special_tokens": "desc_init"}.get(key, value)
+        value = {
+            "rope_scaling": "yarn",
+            "infer_dtype": "float16",
+            "init_special_tokens": "desc_init",
+        }.get(key, value)
         if key in ("ld_alpha", "moe_aux_loss_coef", "label_smoothing_factor"):
             value = 0.5
         if key.endswith(("kwargs", "vllm_config")):

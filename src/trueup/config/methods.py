@@ -110,6 +110,7 @@ LATER: dict[str, str] = {
     "quantization_device_map": _BF16_LORA,
     "ref_model_quantization_bit": "precompute_ref_log_probs: true",
     "reward_model_quantization_bit": _BF16_LORA,
+    "infer_dtype": "bf16: true, or fp16: true on a GPU",
     "vllm_config": "infer_backend: huggingface",
     # data
     "streaming": "max_samples, or smaller files",
@@ -180,7 +181,7 @@ LATER_VALUES: dict[str, dict[str, str | None]] = {
     "finetuning_type": {"oft": "finetuning_type: lora"},
     "lr_scheduler_type": {"reduce_lr_on_plateau": "cosine", "greedy": "cosine"},
     "infer_backend": dict.fromkeys(("vllm", "sglang", "ktransformers"), "huggingface"),
-    "booster": {"liger": "auto"},
+    "booster": {"liger": "auto", "flash_attn": "flash_attn: fa2"},
     "train_sampling_strategy": {
         "sequential": "disable_shuffling: true",
         "group_by_length": "train_sampling_strategy: random",

@@ -52,7 +52,6 @@ _SAME: dict[str, str] = {
     "per_device_eval_batch_size": "per_gpu_eval_batch_size eval_batch_size",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-    "use_cpu": "no_cuda",
     "allow_changed": "allow",
     "lr_scheduler_type": "lr_scheduler",
     "optim": "optimizer",
@@ -72,7 +71,10 @@ SYNONYMS: dict[str, str] = {other: key for key, others in _SAME.items() for othe
 SWITCHES: dict[str, tuple[str, Any]] = {
     "load_in_4bit": ("quantization_bit", 4),
     "load_in_8bit": ("quantization_bit", 8),
+    "use_cpu": ("device", "cpu"),
+    "no_cuda": ("device", "cpu"),
     "use_mps_device": ("device", "mps"),
+    "disable_gradient_checkpointing": ("gradient_checkpointing", False),
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
     "adafactor": ("optim", "adafactor"),
     "use_swanlab": ("report_to", ["swanlab"]),

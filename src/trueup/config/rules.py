@@ -108,18 +108,6 @@ RULES = [
         "round it",
     ),
     Rule(
-        ("use_cpu", "device"),
-        lambda c: c.use_cpu and c.device not in ("auto", "cpu"),
-        "`use_cpu` and `device` name different devices",
-        "drop use_cpu",
-    ),
-    Rule(
-        ("disable_gradient_checkpointing", "gradient_checkpointing"),
-        lambda c: c.disable_gradient_checkpointing and c.gradient_checkpointing,
-        "`disable_gradient_checkpointing` and `gradient_checkpointing` contradict each other",
-        "keep gradient_checkpointing",
-    ),
-    Rule(
         ("packing", "neat_packing"),
         lambda c: c.neat_packing and c.packing is False,
         "`neat_packing: true` and `packing: false` contradict each other",

@@ -79,8 +79,6 @@ class ModelSection(Section):
     """LongLoRA's shifted sparse attention."""
     moe_aux_loss_coef: NonNegativeFloat | None = None
     """Weight of the router's balancing loss in a mixture of experts."""
-    disable_gradient_checkpointing: bool = False
-    """Keep all activations; the same as gradient_checkpointing: false."""
     use_reentrant_gc: bool = True
     """Kind of gradient checkpointing; results are the same."""
     upcast_layernorm: bool = False

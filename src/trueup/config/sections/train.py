@@ -219,8 +219,6 @@ class TrainSection(Section):
     """Upload even while the last upload runs."""
 
     # the machine
-    use_cpu: bool = False
-    """Compute on the CPU; the same as device: cpu."""
     dataloader_num_workers: NonNegative = 0
     """Processes that prepare batches."""
     dataloader_pin_memory: bool = True
