@@ -54,8 +54,8 @@ class DataSection(Section):
     cutoff_len: Annotated[Positive, Field(ge=8)] = 2048
     """Longest example in tokens, prompt and answer together."""
     truncation: Annotated[Truncation, Lower] = "keep_start"
-    """A longer example loses its answer's end (keep_start) or its prompt's beginning (keep_end),
-    is left out (drop), or stops the run (error)."""
+    """A longer example keeps its answer's start (keep_start) or end (keep_end), is left out (drop),
+    or stops the run (error). The prompt is never cut: one that leaves no room drops the row."""
     train_on_prompt: bool = False
     """Train on the prompt's tokens too."""
     mask_history: bool = False

@@ -47,8 +47,8 @@ class ModelSection(Section):
     """Use the tokenizers library's fast tokenizer."""
     resize_vocab: bool = False
     """Grow the embeddings when the tokenizer has more tokens than the model."""
-    split_special_tokens: bool = False
-    """Spell special tokens out as ordinary text instead of reading them as control tokens."""
+    split_special_tokens: bool = True
+    """Control tokens written in a message stay text; false lets them act."""
     add_tokens: Names = []
     """Ordinary tokens to add to the vocabulary."""
     add_special_tokens: Names = []
