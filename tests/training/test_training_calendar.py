@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from toy_program import run_toy, settings
+import torch
+from toy_program import ToyProgram, run_toy, settings
 
 from trueup.errors import ConfigError
+from trueup.training.backend import Single
 from trueup.training.checkpoint import checkpoints, step_of
-from trueup.training.loop import metric_name
+from trueup.training.evaluation import evaluate_run, metric_name
+from trueup.training.loop import fit
 from trueup.training.plan import make_plan, warmup_steps
-from trueup.training.run_directory import read_metrics
+from trueup.training.run_directory import RunDirectory, read_metrics
 
 
 def due(plan, what):
@@ -71,8 +76,6 @@ class Scripted:
     """A program whose evaluation loss follows a script."""
 
     def __new__(cls, losses):
-        import torch
-        from toy_program import ToyProgram
 
         toy = ToyProgram()
         script = iter(losses)
@@ -90,9 +93,6 @@ class Scripted:
 
 
 def run_scripted(directory, losses, **keys):
-    from trueup.training.backend import Single
-    from trueup.training.loop import fit
-    from trueup.training.run_directory import RunDirectory
 
     toy = Scripted(losses)
     with RunDirectory.open(directory, {}) as run:
@@ -153,11 +153,6 @@ def test_final_evaluation_is_written_even_without_a_strategy(tmp_path):
 
 
 def test_several_evaluation_sets_are_named(tmp_path):
-    from toy_program import ToyProgram
-
-    from trueup.training.backend import Single
-    from trueup.training.loop import fit
-    from trueup.training.run_directory import RunDirectory
 
     toy = ToyProgram()
     batches = toy.eval_sets["eval"]
@@ -173,3 +168,13 @@ def test_reduce_on_plateau_follows_the_evaluation(tmp_path):
     run_scripted(tmp_path / "run", [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], **{**EVALS, **keys})
     rates = [row["learning_rate"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert rates[:2] == [0.01, 0.01] and rates[2:4] == [0.005, 0.0025]
+
+
+def test_a_run_that_only_evaluates_writes_results_and_no_model(tmp_path):
+    run_toy(tmp_path / "run", max_steps=2)
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with RunDirectory.open(tmp_path / "run", {}, join=True) as run:
+        row = evaluate_run(ToyProgram(), run, Single())
+    assert row["eval_loss"] > 0
+    assert json.loads((tmp_path / "run" / "eval_results.json").read_text("utf-8")) == row
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before

@@ -10,10 +10,11 @@ from toy_program import ToyProgram, run_toy, settings
 
 from trueup.errors import ConfigError, DivergenceError
 from trueup.training.backend import Single, make_backend
+from trueup.training.evaluation import evaluate
 from trueup.training.metrics import MetricSums
 from trueup.training.optim import LossScale, MasterOptimizer, is_decayed
 from trueup.training.run_directory import read_metrics
-from trueup.training.step import evaluate, train_step
+from trueup.training.step import train_step
 
 
 def first_gradients(**program):

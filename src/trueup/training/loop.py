@@ -17,13 +17,13 @@ from typing import Any, Generic
 import psutil
 import torch
 
-from trueup.errors import ConfigError
 from trueup.training import checkpoint as checkpoints
 from trueup.training import state as states
 from trueup.training.backend import Backend
 from trueup.training.checkpoint import Checkpoint
 from trueup.training.compatibility import check_identity
 from trueup.training.environment import describe_environment
+from trueup.training.evaluation import evaluate_sets, metric_name
 from trueup.training.events import (
     Ended,
     Evaluated,
@@ -41,7 +41,7 @@ from trueup.training.plan import make_plan
 from trueup.training.run_directory import METRICS_FILE, RUN_FILE, RunDirectory, read_metrics
 from trueup.training.signals import Stopped, StopRequest
 from trueup.training.state import Progress, RankState
-from trueup.training.step import B, NotFinite, Program, StepResult, evaluate, train_step
+from trueup.training.step import B, NotFinite, Program, StepResult, train_step
 from trueup.training.watchdog import Watchdog
 
 #: Fields of metrics.jsonl that depend on the clock or the machine; all others are the same to the
@@ -75,8 +75,7 @@ def fit(
     *,
     data_fingerprint: str = "",
 ) -> FitResult:
-    """Train to the end of the plan, from the run's checkpoint if it has one, and save the final
-    model.
+    """Train to the end of the plan, from the run's checkpoint if it has one; save the final model.
 
     settings          the train section (transformers' TrainingArguments names)
     data_fingerprint  identifies the encoded training data; a resume on other data is refused
@@ -149,14 +148,14 @@ class Trainer(Generic[B]):
             if plan.saves(progress.step, ending):
                 self._save("schedule")
             elif improved and plan.saves_best:
-                self._save("best" if plan.load_best else "schedule")
+                self._save("schedule" if plan.saving.strategy == "best" else "best")
             if ending and not progress.evaluation_due:
                 return self._finish()
             self._stop_if_asked()
             self._step()
             if plan.logs(progress.step):
                 self._log()
-            progress.evaluation_due = plan.evaluates(progress.step)
+            progress.evaluation_due = self._evaluates()
 
     def tell_end(self, state: str, results: Mapping[str, float] | None = None) -> None:
         """Tell the observers that it is over."""
@@ -169,11 +168,13 @@ class Trainer(Generic[B]):
         if self.run.checkpoint is None:
             self.backend.copy_from_first(self.optimizer.all_tensors())
             self.optimizer.publish()
-            self.progress.evaluation_due = self.plan.evaluates(0)
+            self.progress.evaluation_due = self._evaluates()
         else:
             self._resume(self.run.checkpoint)
         self.begun_at = self.progress.step
         self.program.train(True)
+        if self.plan.evaluation.strategy != "no" and not self.program.eval_sets:
+            self.run.warn("eval_strategy is set, but there is nothing to evaluate on")
         self.run.write_json("environment.json", describe_environment())
         self.run.status(
             state="running",
@@ -277,6 +278,9 @@ class Trainer(Generic[B]):
 
     # --- evaluation --------------------------------------------------------------------------
 
+    def _evaluates(self) -> bool:
+        return bool(self.program.eval_sets) and self.plan.evaluates(self.progress.step)
+
     def _evaluate(self) -> bool:
         """Evaluate every set; True when metric_for_best_model improved. A signal leaves it due."""
         row = self._evaluate_sets()
@@ -294,22 +298,11 @@ class Trainer(Generic[B]):
 
     def _evaluate_sets(self) -> dict[str, float] | None:
         """`eval_…` metrics of all sets; None after a signal."""
-        sets, row = self.program.eval_sets, {}
-        examples, begun = 0, time.monotonic()
-        for done, (name, batches) in enumerate(sets.items()):
-            self.observers.tell(EvaluationProgress(self.progress.step, done, len(sets)))
-            metrics = evaluate(self.program, batches, self.backend, self._asked_to_stop)
-            if metrics is None:
-                return None
-            prefix = name if name.startswith("eval") else f"eval_{name}"
-            row |= {f"{prefix}_{key}": value for key, value in metrics.items()}
-            examples += sum(len(self.program.describe(batch)) for batch in batches)
-        seconds = max(time.monotonic() - begun, 1e-9)
-        row["eval_runtime"] = round(seconds, 4)
-        row["eval_samples_per_second"] = round(
-            self.backend.sum_counts({"examples": examples})["examples"] / seconds, 3
-        )
-        return row
+
+        def tell(done: int, total: int) -> None:
+            self.observers.tell(EvaluationProgress(self.progress.step, done, total))
+
+        return evaluate_sets(self.program, self.backend, self._asked_to_stop, tell)
 
     def _judge(self, row: Mapping[str, float]) -> bool:
         """Keep the best metric, and count evaluations without improvement."""
@@ -531,26 +524,6 @@ class IntervalClock:
         }
         self.reset()
         return row
-
-
-def metric_name(wanted: str | None, row: Mapping[str, float]) -> str:
-    """The evaluation's name of `metric_for_best_model`, given with or without `eval_`; default the
-    loss.
-
-    With several evaluation sets a bare name means the first set's. Raises ConfigError if there is
-    none.
-    """
-    wanted = wanted or "loss"
-    if wanted in row:
-        return wanted
-    for name in row:
-        if name.startswith("eval_") and name.endswith(f"_{wanted}"):
-            return name
-    raise ConfigError(
-        f"the evaluation has no metric {wanted!r}",
-        where="metric_for_best_model",
-        expected="one of " + ", ".join(name.removeprefix("eval_") for name in row),
-    )
 
 
 def memory_gb(device: torch.device) -> float:

@@ -229,15 +229,13 @@ class MasterOptimizer:
         """From the train section's keys (transformers' TrainingArguments names)."""
         return cls(
             parameters,
-            optim=str(getattr(settings.optim, "value", settings.optim)),
+            optim=settings.optim,
             learning_rate=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
-            lr_scheduler_type=str(
-                getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type)
-            ),
+            lr_scheduler_type=settings.lr_scheduler_type,
             lr_scheduler_kwargs=settings.lr_scheduler_kwargs or None,
             num_warmup_steps=warmup_steps(settings, total_steps),
             total_steps=total_steps,

@@ -20,7 +20,7 @@ Strategy = Literal["no", "steps", "epoch", "best"]
 class Interval:
     """Something that happens every `every` steps, or at each epoch's end."""
 
-    strategy: str
+    strategy: Strategy
     every: int
     steps_per_epoch: int
     total_steps: int
@@ -96,8 +96,8 @@ def make_plan(settings: Any, steps_per_epoch: int) -> Plan:
     else:
         total = math.ceil(settings.num_train_epochs * steps_per_epoch)
 
-    def interval(strategy: Any, every: float | None) -> Interval:
-        return Interval(_name(strategy), _steps(every, total), steps_per_epoch, total)
+    def interval(strategy: Strategy, every: float | None) -> Interval:
+        return Interval(strategy, _steps(every, total), steps_per_epoch, total)
 
     return Plan(
         total_steps=total,
@@ -124,7 +124,3 @@ def _steps(every: float | None, total: int) -> int:
     if not every or every <= 0:
         return max(1, total)
     return max(1, math.ceil(total * every)) if every < 1 else int(every)
-
-
-def _name(strategy: Any) -> str:
-    return str(getattr(strategy, "value", strategy))  # an enum or its word

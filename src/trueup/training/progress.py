@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TextIO
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -133,9 +134,8 @@ class LiveDisplay:
             expand=True,
         )
         self.task = self.bar.add_task("train", total=None, left="?")
-        self.numbers = Text("")
         self.left = TimeLeft(0, 0)
-        self.live = Live(Group(self.bar, self.numbers), console=self.console, refresh_per_second=4)
+        self.live = Live(self.bar, console=self.console, refresh_per_second=4)
 
     def observe(self, event: Event) -> None:
         match event:
@@ -149,20 +149,17 @@ class LiveDisplay:
             case EvaluationProgress():
                 self.bar.update(self.task, description="evaluate")
             case Logged():
-                self._show("   ".join(shown(event.row)))
+                numbers = [Text(fact) for fact in shown(event.row)]
+                self.live.update(Group(self.bar, Columns(numbers, padding=(0, 3))))
             case Evaluated():
-                best = "   best so far" if event.improved else ""
-                facts = "   ".join(shown_evaluation(event.row))
-                self.console.print(
-                    f"step {event.step}   {facts}{best}", highlight=False, style="cyan"
-                )
+                best = ["best so far"] if event.improved else []
+                facts = [f"step {event.step}", *shown_evaluation(event.row), *best]
+                self.console.print(Text("   ".join(facts), style="cyan"))
             case Saved():
-                self.console.print(f"saved {event.path.name}", highlight=False, style="dim")
+                self.console.print(Text(f"saved {event.path.name}", style="dim"))
             case Ended():
+                self.bar.update(self.task, description=event.state)
                 self.live.stop()
-
-    def _show(self, facts: str) -> None:
-        self.numbers.plain = facts
 
 
 def make_display(quiet: bool = False, plain: bool = False) -> list[Observer]:

@@ -59,7 +59,7 @@ class RankState:
     """What differs between ranks: generators and metric sums in mid-interval."""
 
     torch_cpu: Tensor
-    torch_cuda: list[Tensor]
+    torch_cuda: Tensor | None  # of this rank's device
     python: Any
     numpy: Any
     sums: HostMetrics
@@ -68,7 +68,7 @@ class RankState:
     def capture(cls, sums: MetricSums) -> RankState:
         """This process's state now."""
         kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        cuda = torch.cuda.get_rng_state(sums.device) if sums.device.type == "cuda" else None
         version, internal, gauss_next = random.getstate()
         return cls(
             torch.get_rng_state(),
@@ -81,8 +81,8 @@ class RankState:
     def restore(self, sums: MetricSums) -> None:
         """Put it back into this process."""
         torch.set_rng_state(self.torch_cpu)
-        if self.torch_cuda and len(self.torch_cuda) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(self.torch_cuda)
+        if self.torch_cuda is not None and sums.device.type == "cuda":
+            torch.cuda.set_rng_state(self.torch_cuda, sums.device)
         version, internal, gauss_next = self.python
         random.setstate((version, tuple(internal), gauss_next))
         kind, words, position, has_gauss, gauss = self.numpy
@@ -92,7 +92,8 @@ class RankState:
     def tensors(self) -> dict[str, Tensor]:
         """The exact part, as tensors."""
         generators = {"cpu": self.torch_cpu}
-        generators |= {f"cuda{index}": state for index, state in enumerate(self.torch_cuda)}
+        if self.torch_cuda is not None:
+            generators["cuda"] = self.torch_cuda
         sums = {
             f"metric.{name}": torch.tensor(pair, dtype=torch.float64)
             for name, pair in self.sums.items()
@@ -102,7 +103,6 @@ class RankState:
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], generators: dict[str, Any]) -> RankState:
         """From `tensors()` and the JSON part."""
-        cuda = sorted(name for name in tensors if name.startswith("generator.cuda"))
         sums = {
             name.removeprefix("metric."): (float(pair[0]), float(pair[1]))
             for name, pair in tensors.items()
@@ -110,7 +110,7 @@ class RankState:
         }
         return cls(
             tensors["generator.cpu"],
-            [tensors[name] for name in cuda],
+            tensors.get("generator.cuda"),
             generators["python"],
             generators["numpy"],
             sums,

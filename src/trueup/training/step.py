@@ -10,7 +10,7 @@ the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trueup.errors import DivergenceError
 from trueup.training.backend import Backend
-from trueup.training.metrics import MetricSums, means
+from trueup.training.metrics import MetricSums
 from trueup.training.optim import MasterOptimizer
 from trueup.types import Metrics
 
@@ -136,37 +136,6 @@ def train_step(
     raise NotFinite(steps_done + 1, result, [row for of_rank in rows for row in of_rank])
 
 
-@torch.no_grad()
-def evaluate(
-    program: Program[B],
-    batches: Sequence[B],
-    backend: Backend,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
-    """Mean loss and metrics over one evaluation set, through the training loss; None if `stop()`
-    cut it short.
-
-    Neither dropout nor the random state of training is touched.
-    """
-    sums = MetricSums(backend.device)
-    totals = step_totals(program, batches, backend)
-    rounds = int(max(backend.gather(len(batches))))
-    program.train(False)
-    with torch.random.fork_rng(devices=_cuda_devices()):
-        for index in range(rounds):
-            if backend.any(stop()):
-                program.train(True)
-                return None
-            if index < len(batches):
-                loss, metrics = program.loss(batches[index], totals)
-                sums.update(metrics)
-                sums.add("loss", loss, 0.0)
-    program.train(True)
-    host = backend.sum_metrics(sums.read())
-    loss, _ = host.pop("loss", (math.nan, 0.0))
-    return {"loss": loss, **means(host)}
-
-
 def step_totals(program: Program[B], batches: Sequence[B], backend: Backend) -> dict[str, float]:
     """Denominators over all micro-batches of all ranks, and under "tokens" what goes through the
     backbone.
@@ -201,7 +170,3 @@ class NotFinite(DivergenceError):
         self.problems = [replace(p, fix=f"{last_good}; {p.fix}") for p in self.problems]
         self.args = ("\n".join(map(str, self.problems)),)
         return self
-
-
-def _cuda_devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
