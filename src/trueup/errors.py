@@ -46,9 +46,7 @@ class UserError(Exception):
         expected: str | None = None,
         fix: str | None = None,
     ) -> None:
-        self.problems = (
-            [Problem(what, where, expected, fix)] if isinstance(what, str) else list(what)
-        )
+        self.problems = [Problem(what, where, expected, fix)] if isinstance(what, str) else list(what)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 

@@ -19,7 +19,26 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "sun rain wind snow star moon fire ice red blue green gold one two three four 你好 世界".split()
+WORDS = [
+    "sun",
+    "rain",
+    "wind",
+    "snow",
+    "star",
+    "moon",
+    "fire",
+    "ice",
+    "red",
+    "blue",
+    "green",
+    "gold",
+    "one",
+    "two",
+    "three",
+    "four",
+    "你好",
+    "世界",
+]
 
 
 def sentence(rng: random.Random, low: int, high: int) -> str:
@@ -29,7 +48,11 @@ def sentence(rng: random.Random, low: int, high: int) -> str:
 def pairs(count: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
     return [
-        {"instruction": sentence(rng, 2, 9), "chosen": sentence(rng, 1, 8), "rejected": sentence(rng, 1, 8) + " no"}
+        {
+            "instruction": sentence(rng, 2, 9),
+            "chosen": sentence(rng, 1, 8),
+            "rejected": sentence(rng, 1, 8) + " no",
+        }
         for _ in range(count)
     ]
 

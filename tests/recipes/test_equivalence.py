@@ -29,7 +29,7 @@ def program_of(cfg: RunConfig) -> OfflineProgram:
     references = None
     if objective.needs_reference:
         references = build_references(cfg, loaded, datasets, plan, arithmetic, Single("cpu"))
-    return OfflineProgram(cfg, loaded, tokenizer, datasets, plan, arithmetic, objective, references)
+    return OfflineProgram(cfg, loaded, tokenizer, prepared.template, datasets, plan, arithmetic, objective, references)
 
 
 def perturb(program: OfflineProgram) -> None:
@@ -84,7 +84,15 @@ STARTS = {
 def sft_dir(config: Config, tmp_path: Path) -> Path:
     """The output of a short SFT run: a LoRA adapter on q_proj and v_proj."""
     output = tmp_path / "sft"
-    run(config(stage="sft", dataset="chats", max_steps=3, lora_target="q_proj,v_proj", output_dir=str(output)))
+    run(
+        config(
+            stage="sft",
+            dataset="chats",
+            max_steps=3,
+            lora_target="q_proj,v_proj",
+            output_dir=str(output),
+        )
+    )
     return output
 
 
@@ -113,7 +121,11 @@ def one_step(cfg: RunConfig) -> tuple[float, dict[str, float], dict[str, torch.T
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("stage", [{"stage": "dpo", "pref_ftx": 0.1}, {"stage": "sft", "dataset": "chats"}], ids=["dpo", "sft"])
+@pytest.mark.parametrize(
+    "stage",
+    [{"stage": "dpo", "pref_ftx": 0.1}, {"stage": "sft", "dataset": "chats"}],
+    ids=["dpo", "sft"],
+)
 def test_batch_8x1_equals_1x8(config: Config, stage: dict, tuning: str) -> None:
     keys = {**stage, "finetuning_type": tuning, **({"lora_rank": None} if tuning == "full" else {})}
     whole = one_step(config(per_device_train_batch_size=8, **keys))
@@ -158,7 +170,9 @@ def test_packing_changes_rows_per_step_and_loses_no_example(config: Config) -> N
 
 
 def test_label_smoothing_and_ftx_act(config: Config) -> None:
-    plain, smooth, anchored = (one_step(config(**keys))[0] for keys in ({}, {"dpo_label_smoothing": 0.2}, {"pref_ftx": 1.0}))
+    plain, smooth, anchored = (
+        one_step(config(**keys))[0] for keys in ({}, {"dpo_label_smoothing": 0.2}, {"pref_ftx": 1.0})
+    )
     assert len({plain, smooth, anchored}) == 3
 
 

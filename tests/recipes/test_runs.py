@@ -98,15 +98,30 @@ def test_two_processes_equal_one(config: Config, tmp_path: Path, stage: dict, mo
     """The same steps, losses and gradients whether one process or two gloo processes share them."""
     from trueup.config.schema import dump_yaml
 
-    keys = {**stage, "num_train_epochs": 1, "eval_strategy": "epoch", "val_size": 3, "learning_rate": 1e-4}
-    one = config(**keys, per_device_train_batch_size=2, gradient_accumulation_steps=2, output_dir=str(tmp_path / "one"))
+    keys = {
+        **stage,
+        "num_train_epochs": 1,
+        "eval_strategy": "epoch",
+        "val_size": 3,
+        "learning_rate": 1e-4,
+    }
+    one = config(
+        **keys,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        output_dir=str(tmp_path / "one"),
+    )
     run(one)
     two = config(**keys, per_device_train_batch_size=2, output_dir=str(tmp_path / "two"))
     path = tmp_path / "two.yaml"
     path.write_text(dump_yaml(two), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trueup",
                "train", str(path)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRUEUP_CACHE": str(tmp_path / "other-cache")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TRUEUP_CACHE": str(tmp_path / "other-cache"),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -127,7 +142,14 @@ def test_chained_stages_stand_on_the_root_base(config: Config, tmp_path: Path, t
     ]
     start = str(tiny_dir)
     for name, keys in chain:
-        run(config(**keys, model_name_or_path=start, learning_rate=1e-2, output_dir=str(tmp_path / name)))
+        run(
+            config(
+                **keys,
+                model_name_or_path=start,
+                learning_rate=1e-2,
+                output_dir=str(tmp_path / name),
+            )
+        )
         start = str(tmp_path / name)
 
     base = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
@@ -174,7 +196,10 @@ def test_bf16_keeps_fp32_masters(config: Config, tmp_path: Path) -> None:
 
 def test_it_learns_a_trait_of_held_out_answers(config: Config) -> None:
     """Chosen answers lack a marker that rejected ones end in: held-out accuracy goes to 1."""
-    keys = {"eval_dataset": "held", "eval_strategy": "epoch", "num_train_epochs": 12, "learning_rate": 5e-3}
+    keys = {
+        "eval_dataset": "held",
+        "eval_strategy": "epoch",
+        "num_train_epochs": 12,
+        "learning_rate": 5e-3,
+    }
     assert run(config(**keys)).metrics["eval_rewards/accuracies"] >= 0.95
-
-

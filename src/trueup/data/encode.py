@@ -27,7 +27,7 @@ from trueup.data.encoder import (
     tell,
 )
 from trueup.data.examples import Example
-from trueup.data.load import LoadedData, load_examples
+from trueup.data.load import LoadedData, load_examples_for
 from trueup.data.report import DataReport, number
 from trueup.data.templates import ChatTemplate, load_template, own_source
 from trueup.errors import ConfigError, DataError, Problem
@@ -87,8 +87,6 @@ def run_template(cfg: RunConfig, tokenizer: Any) -> ChatTemplate:
     name = cfg.data.template
     if name is None and stage_kind(cfg) == "text" and own_source(tokenizer) is None:
         name = "empty"  # documents need no template, so there is nothing to say about a missing one
-    # Control tokens written in a text stay text, unless the user says that they should act.
-    explicit = "split_special_tokens" in cfg.explicit
     return load_template(
         tokenizer,
         name,
@@ -96,7 +94,7 @@ def run_template(cfg: RunConfig, tokenizer: Any) -> ChatTemplate:
         cfg.data.enable_thinking,
         cfg.data.preserve_thinking,
         cfg.data.tool_format,
-        cfg.model.split_special_tokens if explicit else True,
+        cfg.model.split_special_tokens,
     )
 
 
@@ -150,29 +148,7 @@ def _load(cfg: RunConfig, cache: _Cache) -> LoadedData:
         raise ConfigError(
             "no dataset is given", where="dataset", fix="dataset: NAME or a file's path"
         )
-    model = cfg.model
-    tokens = {
-        "huggingface": model.hf_hub_token,
-        "modelscope": model.ms_hub_token,
-        "modelers": model.om_hub_token,
-    }
-    return load_examples(
-        cfg.data.dataset,
-        kind=stage_kind(cfg),  # type: ignore[arg-type]
-        eval_dataset=cfg.data.eval_dataset,
-        dataset_dir=cfg.data.dataset_dir,
-        hub=model.hub,
-        hub_token=tokens[model.hub],
-        cache_dir=model.cache_dir,
-        max_samples=cfg.data.max_samples,
-        val_size=cfg.data.val_size,
-        mix_strategy=cfg.data.mix_strategy,
-        interleave_probs=cfg.data.interleave_probs or None,
-        on_bad_rows=cfg.data.on_bad_rows,
-        seed=cfg.train.seed,
-        eval_wanted=cfg.train.do_eval or cfg.train.eval_strategy != "no",
-        eval_on_each_dataset=cfg.data.eval_on_each_dataset,
-    )
+    return load_examples_for(cfg)
 
 
 class _Cache:

@@ -95,7 +95,11 @@ class Adapters:
         config.inference_mode = True
         directory.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(directory))
-        save_file({k: v.contiguous() for k, v in state.items()}, directory / WEIGHTS_FILE, {"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in state.items()},
+            directory / WEIGHTS_FILE,
+            {"format": "pt"},
+        )
 
 
 def attach_lora(
@@ -143,7 +147,7 @@ def attach_lora(
 
 
 def attach_frozen(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTrainedModel | PeftModel:
-    """The base with adapters acting on it in sum, nothing trained; unmerged, since bf16 weights would round them off."""
+    """The base with adapters acting on it in sum, nothing trained; unmerged, for bf16 weights would round them off."""
     if not starts:
         return base
     parts = [_load_part(base, path) for path in starts]
@@ -178,7 +182,9 @@ def _load_part(base: PreTrainedModel, path: str | Path) -> Part:
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, LoraConfig):
         raise ModelError(
-            f"a {config.peft_type} adapter cannot be started from yet", where=str(path), expected="a LoRA adapter"
+            f"a {config.peft_type} adapter cannot be started from yet",
+            where=str(path),
+            expected="a LoRA adapter",
         )
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
@@ -193,7 +199,10 @@ def _fill(model: PeftModel, name: str, part: Part, path: str | Path) -> None:
     """Load a part's tensors into adapter `name`; every tensor must find its place (C11)."""
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     problems = [
-        Problem(f"{key}: the adapter has {tuple(tensor.shape)}, the model wants {tuple(expected[key].shape)}", str(path))
+        Problem(
+            f"{key}: the adapter has {tuple(tensor.shape)}, the model wants {tuple(expected[key].shape)}",
+            str(path),
+        )
         if key in expected
         else Problem(f"{key}: no such module in the model", str(path))
         for key, tensor in part[1].items()
@@ -296,9 +305,7 @@ def concatenate(parts: Sequence[Part], module_names: Collection[str]) -> Part:
     return config, state
 
 
-def _describe_ranks(
-    ranks: Mapping[str, int], module_names: Collection[str]
-) -> tuple[set[str], int, dict[str, int]]:
+def _describe_ranks(ranks: Mapping[str, int], module_names: Collection[str]) -> tuple[set[str], int, dict[str, int]]:
     """(target modules, default rank, rank pattern): by leaf name where that says the same, else by full path."""
     values = list(ranks.values())
     default = max(set(values), key=values.count)
@@ -308,7 +315,11 @@ def _describe_ranks(
     namesakes = {name for name in module_names if _leaf(name) in by_leaf}
     if namesakes == set(ranks) and all(len(found) == 1 for found in by_leaf.values()):
         leaf_rank = {leaf: found.pop() for leaf, found in by_leaf.items()}
-        return set(leaf_rank), default, {leaf: rank for leaf, rank in leaf_rank.items() if rank != default}
+        return (
+            set(leaf_rank),
+            default,
+            {leaf: rank for leaf, rank in leaf_rank.items() if rank != default},
+        )
     return set(ranks), default, {path: rank for path, rank in ranks.items() if rank != default}
 
 

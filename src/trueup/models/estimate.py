@@ -10,7 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trueup.config.schema import RunConfig
 from trueup.models.adapters import attach_lora
 from trueup.models.hub import resolve_model, unreachable
-from trueup.models.load import hub_access, lora_config, pick_device, pick_dtype, unfreeze, wants_checkpointing
+from trueup.models.load import (
+    hub_access,
+    lora_config,
+    pick_device,
+    pick_dtype,
+    unfreeze,
+    wants_checkpointing,
+)
 from trueup.models.logprobs import CHUNK
 
 FP32 = 4  # bytes
@@ -83,7 +90,7 @@ def estimate(cfg: RunConfig, micro_batch_tokens: int) -> Estimate:
 
 
 def _activations(text, tokens: int, width: int, checkpointing: bool) -> int:
-    """What autograd keeps per decoder layer: inputs of norms and projections, attention's q, k, v, o, the MLP's three."""
+    """What autograd keeps per decoder layer: inputs of norms and projections, q, k, v, o, and the MLP's three."""
     hidden, layers = text.hidden_size, text.num_hidden_layers
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     per_layer = (8 * hidden + 4 * inner) * width

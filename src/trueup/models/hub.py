@@ -50,7 +50,11 @@ def locate(name: str, access: HubAccess) -> str:
             fix=f"pip install {package}, or give a local directory as model_name_or_path",
         ) from error  # fmt: skip
     try:
-        return download(name, revision=None if access.revision == "main" else access.revision, cache_dir=access.cache_dir)
+        return download(
+            name,
+            revision=None if access.revision == "main" else access.revision,
+            cache_dir=access.cache_dir,
+        )
     except Exception as error:  # each hub's client raises errors of its own
         raise unreachable(name, access, error) from error
 

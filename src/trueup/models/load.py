@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from trueup.config.schema import ModelSection, TrainSection, TuningSection
 from trueup.errors import ModelError
@@ -20,7 +27,11 @@ log = logging.getLogger("trueup")
 
 def hub_access(model: ModelSection) -> HubAccess:
     """The hub settings of a config."""
-    token = {"huggingface": model.hf_hub_token, "modelscope": model.ms_hub_token, "modelers": model.om_hub_token}
+    token = {
+        "huggingface": model.hf_hub_token,
+        "modelscope": model.ms_hub_token,
+        "modelers": model.om_hub_token,
+    }
     return HubAccess(model.hub, model.model_revision, token[model.hub], model.cache_dir)
 
 
@@ -31,7 +42,9 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = best
     kind, _, index = wanted.partition(":")
-    missing = (kind == "cuda" and (not cuda or int(index or 0) >= torch.cuda.device_count())) or (kind == "mps" and not mps)
+    missing = (kind == "cuda" and (not cuda or int(index or 0) >= torch.cuda.device_count())) or (
+        kind == "mps" and not mps
+    )
     if missing:
         log.warning("device %s is not present here; running on %s", wanted, best)
         wanted = best
@@ -50,7 +63,12 @@ def pick_dtype(device: torch.device, bf16: bool | None, fp16: bool | None) -> to
         nearest = torch.bfloat16 if has_bf16 else torch.float32
         if fp16 or not has_bf16:
             asked = "fp16" if fp16 else "bf16"
-            log.warning("%s is not supported on this %s; computing in %s", asked, device.type, str(nearest)[6:])
+            log.warning(
+                "%s is not supported on this %s; computing in %s",
+                asked,
+                device.type,
+                str(nearest)[6:],
+            )
         return nearest
     if bf16 is None and fp16 is None and has_bf16:
         return torch.bfloat16
@@ -89,7 +107,11 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    location: str, model: ModelSection, device: torch.device, dtype: torch.dtype, name: str | None = None
+    location: str,
+    model: ModelSection,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str | None = None,
 ) -> PreTrainedModel:
     """A causal LM in eval mode, safetensors only, code from the hub only when trusted.
 
@@ -102,7 +124,12 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(location, **common)
         base = AutoModelForCausalLM.from_pretrained(
-            location, config=config, dtype=dtype, use_safetensors=True, attn_implementation=_plain_attention(model), **common
+            location,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=_plain_attention(model),
+            **common,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(name or location, access, error) from error
@@ -111,7 +138,12 @@ def load_base(
 
 def _plain_attention(model: ModelSection) -> str | None:
     """The kernel of generation and of the unshared path; None lets transformers choose what the architecture has."""
-    return {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}.get(model.flash_attn)
+    return {
+        "disabled": "eager",
+        "sdpa": "sdpa",
+        "fa2": "flash_attention_2",
+        "fa3": "flash_attention_3",
+    }.get(model.flash_attn)
 
 
 def _load_error(name: str, access: HubAccess, error: Exception) -> ModelError:
@@ -197,16 +229,23 @@ def wants_checkpointing(train: TrainSection, device: torch.device) -> bool:
 
 def lora_config(tuning: TuningSection) -> LoraConfig:
     """The shape of the adapter a config asks for."""
-    everything = tuning.lora_target == ["all"]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=tuning.lora_rank,
         lora_alpha=tuning.lora_alpha if tuning.lora_alpha is not None else 2 * tuning.lora_rank,
         lora_dropout=tuning.lora_dropout,
-        target_modules="all-linear" if everything else list(tuning.lora_target),
+        target_modules=_lora_targets(tuning.lora_target),
         modules_to_save=list(tuning.additional_target) or None,
         use_rslora=tuning.use_rslora,
     )
+
+
+def _lora_targets(names: list[str]) -> str | list[str]:
+    """peft's spelling: a keyword for all linear layers, a string for a regular expression, else names."""
+    if names == ["all"]:
+        return "all-linear"
+    is_regex = len(names) == 1 and re.search(r"[\\^$*+?|()\[\]{}]", names[0])
+    return names[0] if is_regex else list(names)
 
 
 def unfreeze(base: PreTrainedModel, tuning: TuningSection) -> None:
@@ -246,7 +285,10 @@ def unfreeze(base: PreTrainedModel, tuning: TuningSection) -> None:
             parameter.requires_grad_(True)
     unmatched = (wanted | extra) - used
     if unmatched:
-        raise ModelError(f"no module named {', '.join(sorted(unmatched))} in the model", where="freeze_trainable_modules")
+        raise ModelError(
+            f"no module named {', '.join(sorted(unmatched))} in the model",
+            where="freeze_trainable_modules",
+        )
 
 
 def _decoder_layers(base: PreTrainedModel) -> torch.nn.ModuleList:

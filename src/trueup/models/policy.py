@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trueup.errors import ModelError
 from trueup.models.attention import FOREST_ATTENTION, ForestLayout
 from trueup.models.logprobs import Head, token_logps
 from trueup.types import Forest, Segment
@@ -66,9 +67,7 @@ class Policy:
 
     def _shared_hidden(self, forest: Forest) -> Tensor:
         layout = ForestLayout(forest.segments, forest.position_ids)
-        hidden = self._backbone(
-            input_ids=forest.input_ids[None], position_ids=forest.position_ids[None], forest=layout
-        )
+        hidden = self._backbone(input_ids=forest.input_ids[None], position_ids=forest.position_ids[None], forest=layout)
         return hidden[0, forest.read_at]
 
     def _unshared_hidden(self, forest: Forest) -> Tensor:
@@ -110,7 +109,7 @@ class Policy:
             None when the shared layout is in use, else the reason it is not.
 
         Raises:
-            AssertionError: even the unshared path does not reproduce the model's own logits.
+            ModelError: even the unshared path does not reproduce the model's own logits.
         """
         training = self.model.training
         self.model.eval()
@@ -119,9 +118,14 @@ class Policy:
             self.shared = False
             unshared = self.token_logps(forest)
             tolerance = 1e-3 if self.dtype == torch.float32 else 0.25
-            assert _gap(unshared, plain) <= tolerance, (
-                f"{type(self.base).__name__}: head or padding differs from the model's own logits by {_gap(unshared, plain)}"
-            )
+            if _gap(unshared, plain) > tolerance:
+                raise ModelError(
+                    f"{type(self.base).__name__} computes its logits in a way that is not known here: log-probabilities "
+                    f"differ by {_gap(unshared, plain):.2g}",
+                    where="model_name_or_path",
+                    expected=f"differences below {tolerance}",
+                    fix="please report the architecture; until then use another model",
+                )
             reason = self._try_shared(forest, unshared)
         finally:
             self.model.train(training)
@@ -135,7 +139,14 @@ class Policy:
             self.base.set_attn_implementation(FOREST_ATTENTION)
             self.shared = True
             logps = self.token_logps(forest)
-        except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            RuntimeError,
+            NotImplementedError,
+            AttributeError,
+        ) as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         gap = _gap(logps, expected)
         # Different kernels round differently; a layout that leaks between siblings is off by far more than this.
@@ -150,7 +161,13 @@ class Policy:
         ids = torch.randint(min(vocab, 1000), (total,), generator=generator)
         fork = prompt + chosen
         positions = torch.cat([torch.arange(fork), torch.arange(prompt, prompt + rejected)])
-        read_at = torch.cat([torch.arange(prompt - 1, fork - 1), torch.tensor([prompt - 1]), torch.arange(fork, total - 1)])
+        read_at = torch.cat(
+            [
+                torch.arange(prompt - 1, fork - 1),
+                torch.tensor([prompt - 1]),
+                torch.arange(fork, total - 1),
+            ]
+        )
         forest = Forest(
             ids, positions,
             (Segment(0, prompt, -1), Segment(prompt, fork, 0), Segment(fork, total, 0)),

@@ -48,7 +48,9 @@ class CheckReport:
 
     def _summary(self) -> list[str]:
         e, a = self.estimate, self.arithmetic
-        fits = "fits" if e.memory <= self.memory_free else "does NOT fit: lower per_device_train_batch_size or cutoff_len"
+        fits = (
+            "fits" if e.memory <= self.memory_free else "does NOT fit: lower per_device_train_batch_size or cutoff_len"
+        )
         room = "fits" if self.disk_needed <= self.disk_free else "does NOT fit: set save_total_limit or save_only_model"
         return [
             f"model     {self.cfg.model.model_name_or_path}: {e.parameters:,} parameters, {e.trainable:,} trained "
@@ -58,7 +60,8 @@ class CheckReport:
             f"{a.steps_per_epoch:,} a epoch, {a.total_steps:,} in all",
             f"memory    ~{e.memory / GB:.1f} GB on {e.device} in {e.dtype}: weights {e.weights / GB:.1f}, "
             f"optimizer {e.optimizer / GB:.1f},",
-            f"          activations {e.activations / GB:.1f}, head {e.head / GB:.1f}; free {self.memory_free / GB:.1f} → {fits}",
+            f"          activations {e.activations / GB:.1f}, head {e.head / GB:.1f}; "
+            f"free {self.memory_free / GB:.1f} → {fits}",
             f"disk      ~{self.disk_needed / GB:.2f} GB of checkpoints; free {self.disk_free / GB:.1f} → {room}",
         ]
 
@@ -73,7 +76,9 @@ def check(cfg: RunConfig) -> CheckReport:
     prepared = prepare(cfg, tokenizer)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
-    largest = max(int(prepared.train.lengths[group].sum()) for units in plan.steps(0) for group in plan.micro_batches(units))
+    largest = max(
+        int(prepared.train.lengths[group].sum()) for units in plan.steps(0) for group in plan.micro_batches(units)
+    )
     needs = estimate(cfg, largest)
     return CheckReport(
         cfg, prepared, arithmetic, needs, _free_memory(needs.device), _free_disk(cfg.train.output_dir),

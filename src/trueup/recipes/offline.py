@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trueup.config.schema import RunConfig
+from trueup.data.chat_template import ChatTemplate
 from trueup.data.encode import EncodedDataset, Prepared, prepare
 from trueup.data.forest import BatchPlan, build_forest, num_predictions
 from trueup.errors import ConfigError
@@ -130,7 +131,11 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
         console.print(prepared.report.render(), markup=False, highlight=False)
         console.print(header(cfg, loaded, prepared, arithmetic), markup=False, highlight=False)
         with RunDirectory.open(
-            cfg.train.output_dir, cfg.resolved(), allow=cfg.train.allow_changed, backend=backend, **target
+            cfg.train.output_dir,
+            cfg.resolved(),
+            allow=cfg.train.allow_changed,
+            backend=backend,
+            **target,
         ) as directory:
             directory.write_json("data_report.json", prepared.report.to_dict())
             datasets = {"train": prepared.train, **prepared.eval}
@@ -139,7 +144,7 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
             if objective.needs_reference:
                 references = build_references(cfg, loaded, datasets, plan, arithmetic, backend)
             program = OfflineProgram(
-                cfg, loaded, tokenizer, datasets, plan, arithmetic, objective, references,
+                cfg, loaded, tokenizer, prepared.template, datasets, plan, arithmetic, objective, references,
                 backend.rank, backend.world_size,
             )  # fmt: skip
             result = fit(
@@ -176,7 +181,9 @@ def header(cfg: RunConfig, loaded: Loaded, prepared: Prepared, arithmetic: Arith
 def describe_objective(cfg: RunConfig) -> str:
     """The objective and its parameters, as the header shows them."""
     objective = objective_of(cfg)
-    settings = objective_parameters(cfg, objective) | ({"pref_ftx": cfg.objective.pref_ftx} if cfg.objective.pref_ftx else {})
+    settings = objective_parameters(cfg, objective) | (
+        {"pref_ftx": cfg.objective.pref_ftx} if cfg.objective.pref_ftx else {}
+    )
     shown = ", ".join(f"{name} {value}" for name, value in settings.items())
     return f"{cfg.objective.stage}: {objective.name}" + (f" ({shown})" if shown else "")
 
@@ -203,6 +210,7 @@ class OfflineProgram:
         cfg: RunConfig,
         loaded: Loaded,
         tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate,
         datasets: dict[str, EncodedDataset],
         plan: BatchPlan,
         arithmetic: Arithmetic,
@@ -214,6 +222,10 @@ class OfflineProgram:
         self.policy: Policy = loaded.policy
         self.adapters: Adapters | None = loaded.adapters
         self.tokenizer = tokenizer
+        if template.name != "empty":
+            # Whoever loads the result renders what was trained, and stops where an answer was taught to end.
+            template.attach(tokenizer)
+            loaded.policy.base.generation_config.eos_token_id = list(template.stop_ids)
         self.datasets = datasets
         self.plan = plan
         self.objective = objective
@@ -272,7 +284,10 @@ class OfflineProgram:
         if self.sft_weight:
             nll = pairwise.chosen_nll(pairs)
             total = total + self.sft_weight * nll
-            metrics["sft_loss"] = (nll.detach(), torch.tensor(float(len(batch.indices)), device=nll.device))
+            metrics["sft_loss"] = (
+                nll.detach(),
+                torch.tensor(float(len(batch.indices)), device=nll.device),
+            )
         return total / totals[self.objective.denominator], metrics
 
     def save_model(self, directory: Path, masters: dict[str, Tensor]) -> None:
@@ -361,7 +376,11 @@ def live_reference(cfg: RunConfig, loaded: Loaded, before_training: bool) -> Liv
     """The model that stands for the reference, ready to be run."""
     if cfg.objective.ref_model:
         policy = load_frozen(
-            cfg.model, cfg.objective.ref_model, cfg.objective.ref_model_adapters, loaded.device, loaded.dtype
+            cfg.model,
+            cfg.objective.ref_model,
+            cfg.objective.ref_model_adapters,
+            loaded.device,
+            loaded.dtype,
         )
         return LiveReference(policy)
     make = LiveReference.before_training if before_training else LiveReference.of

@@ -15,8 +15,8 @@ from trueup.builtin import BUILTIN_DATA, QUICKSTART_CONFIG
 from trueup.builtin.sql import Grade, Task, grade, read_tasks
 from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
+from trueup.data.encode import run_template
 from trueup.data.examples import Message
-from trueup.data.templates import load_template
 from trueup.errors import DivergenceError
 from trueup.models.load import load_for_inference, load_tokenizer
 from trueup.recipes.check import check
@@ -89,7 +89,7 @@ def answer(cfg: RunConfig, tasks: Sequence[Task], adapter: Path | None = None) -
     """Greedy answers of the base, or of the base with a trained adapter."""
     model = cfg.model.model_copy(update={"adapter_name_or_path": [str(adapter)] if adapter else []})
     tokenizer = load_tokenizer(model)
-    template = load_template(tokenizer, cfg.data.template)
+    template = run_template(cfg, tokenizer)
     policy = load_for_inference(model, cfg.train)
     prompts = [template.encode_prompt((Message("user", task.request),), None) for task in tasks]
     return Engine(policy, tokenizer, template.stop_ids).generate_text(prompts, Sampling(max_new_tokens=160))
@@ -120,7 +120,10 @@ def show(
         figures.add_row(label, f"{getattr(outcome.before, name):.0%}", f"{getattr(outcome.after, name):.0%}")
     figures.add_row("preference accuracy", "50%", f"{outcome.accuracy:.0%}")
     console.print(figures)
-    console.print(f"trained in {outcome.train_seconds:.0f} s; everything is in {outcome.output_dir}\n", highlight=False)
+    console.print(
+        f"trained in {outcome.train_seconds:.0f} s; everything is in {outcome.output_dir}\n",
+        highlight=False,
+    )
     base, adapter = cfg.model.model_name_or_path, outcome.output_dir
     console.print("[bold]next[/]")
     for command in (
