@@ -6,7 +6,7 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -360,30 +360,19 @@ def help_(context: click.Context, topic: str | None) -> None:
         name = f"trueup {topic}" if topic else "trueup"
         with click.Context(verb, info_name=name, **verb.context_settings) as shown:
             return click.echo(verb.get_help(shown))
-    console().print(explain(str(topic)), highlight=False, markup=False)
+    console().print(_explain(str(topic)), highlight=False, markup=False)
 
 
-def explain(topic: str) -> str:
-    """What a config key means, or the list of all keys."""
-    from trueup.config.schema import FIELDS, SECTION_OF, SECTIONS, default
+def _explain(topic: str) -> str:
+    from trueup.config.explain import explain, known_keys
 
     if topic == "keys":
-        return "\n".join(
-            line
-            for name, section in SECTIONS.items()
-            for line in (f"{name}:", *(f"  {key}" for key in section.model_fields))
-        )
-    key = topic.removeprefix("--").replace("-", "_")
-    if key not in FIELDS:
-        raise click.UsageError(f"no verb and no key is called {topic!r}{_nearest_key(key, FIELDS)}")
-    value = default(key)
-    shown = "none" if value is None else value
-    return f"{key}  ({SECTION_OF[key]})\n{FIELDS[key].description}\ndefault: {shown}"
-
-
-def _nearest_key(key: str, keys: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(keys), n=3)
-    return f"; near to it: {', '.join(near)}" if near else ""
+        return "\n".join(known_keys())
+    key = topic.lstrip("-").replace("-", "_")
+    text = explain(key)
+    if text.startswith(f"{key}: unknown"):
+        raise click.UsageError(f"no verb and no key is called {text}")
+    return text
 
 
 def _later(name: str) -> click.Command:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -97,7 +98,9 @@ class Session:
         """Do the work; turn whatever happens into a message and an exit code."""
         _make_streams_safe()
         try:
-            with self.notices:
+            with self.notices, warnings.catch_warnings():
+                if not sys.warnoptions:  # what libraries tell developers is no news for users
+                    warnings.simplefilter("ignore", FutureWarning)
                 code = self._attempt(work)
             sys.stdout.flush()
         except BrokenPipeError:  # `trueup … | head`: the reader has seen enough

@@ -26,7 +26,7 @@ KNOWN_BAD = (
     ("jinja2<3.1.6", "chat templates can leave their sandbox (CVE-2025-27516)"),
 )
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "bf16")  # the last is ARM's
-_ENVIRONMENT = [
+_ENVIRONMENT = (
     "HF_HOME",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
@@ -38,7 +38,7 @@ _ENVIRONMENT = [
     "HTTP_PROXY",
     "HTTPS_PROXY",
     "NO_PROXY",
-]
+)
 _GB = 2**30
 
 
