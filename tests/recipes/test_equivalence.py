@@ -12,7 +12,10 @@ import torch
 from trueup.config.schema import RunConfig
 from trueup.data.encode import prepare
 from trueup.models.load import load_policy, load_tokenizer
-from trueup.recipes.offline import OfflineProgram, build_references, objective_of, plan_batches, run
+from trueup.recipes.batches import plan_batches, train_batches
+from trueup.recipes.offline import run
+from trueup.recipes.program import OfflineProgram, objective_of
+from trueup.recipes.references import build_references
 from trueup.training.backend import Single
 from trueup.training.step import step_totals
 
@@ -24,12 +27,11 @@ def program_of(cfg: RunConfig) -> OfflineProgram:
     prepared = prepare(cfg, tokenizer)
     plan, arithmetic = plan_batches(cfg, prepared.train.lengths)
     loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer)
-    datasets = {"train": prepared.train, **prepared.eval}
-    objective = objective_of(cfg)
     references = None
-    if objective.needs_reference:
-        references = build_references(cfg, loaded, datasets, plan, arithmetic, Single("cpu"))
-    return OfflineProgram(cfg, loaded, tokenizer, prepared.template, datasets, plan, arithmetic, objective, references)
+    if objective_of(cfg).needs_reference:
+        batches = {"train": train_batches(plan, arithmetic)}
+        references = build_references(cfg, loaded, {"train": prepared.train}, batches, Single("cpu"))
+    return OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, Single("cpu"))
 
 
 def perturb(program: OfflineProgram) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trueup.config.schema import RunConfig
+from trueup.errors import ConfigError
 from trueup.recipes.offline import run
 from trueup.training.loop import WALL_CLOCK
 
@@ -169,7 +170,7 @@ def test_chained_stages_stand_on_the_root_base(config: Config, tmp_path: Path, t
 def test_the_trained_policy_is_what_was_saved(config: Config, tmp_path: Path, tiny_dir: Path, monkeypatch) -> None:
     """Logits of the policy in memory at the end equal those of the saved files under plain peft, in bf16 and fp32."""
     seen = {}
-    from trueup.recipes.offline import OfflineProgram
+    from trueup.recipes.program import OfflineProgram
 
     save = OfflineProgram.save_model
 
@@ -203,3 +204,36 @@ def test_it_learns_a_trait_of_held_out_answers(config: Config) -> None:
         "learning_rate": 5e-3,
     }
     assert run(config(**keys)).metrics["eval_rewards/accuracies"] >= 0.95
+
+
+def test_evaluating_a_checkpoint_trains_nothing(config: Config, tmp_path: Path) -> None:
+    """Guide G3: an evaluation config on a trained adapter gives the figures its training ended with."""
+    trained = run(config(eval_dataset="held", eval_strategy="epoch", learning_rate=1e-2)).metrics
+    out = tmp_path / "out"
+    before = tensors(out)
+    cfg = config(
+        do_eval=True,
+        dataset=None,
+        eval_dataset="held",
+        adapter_name_or_path=str(out),
+        output_dir=str(tmp_path / "evaluation"),
+    )
+    found = run(cfg).metrics
+    for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_kl"):
+        assert found[name] == pytest.approx(trained[name], rel=1e-4, abs=1e-5), name
+    assert json.loads((tmp_path / "evaluation" / "eval_results.json").read_text(encoding="utf-8"))["eval_loss"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(out).items())
+
+
+def test_evaluating_a_full_model_asks_for_a_reference(config: Config, tiny_dir: Path, tmp_path: Path) -> None:
+    keys = {"do_eval": True, "dataset": None, "eval_dataset": "held", "output_dir": str(tmp_path / "e")}
+    with pytest.raises(ConfigError, match="ref_model"):
+        run(config(**keys))
+    assert run(config(**keys, ref_model=str(tiny_dir))).metrics["eval_loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_strict_turns_warnings_into_one_error(config: Config, tmp_path: Path, data_dir: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(config(eval_dataset="pairs", strict=True))
+    assert "strict" in str(caught.value)
+    assert not (tmp_path / "out").exists()

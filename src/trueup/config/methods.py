@@ -197,7 +197,7 @@ NOT_ACTING_YET = frozenset(
         dataloader_persistent_workers dataloader_prefetch_factor ddp_backend low_cpu_mem_usage
         use_reentrant_gc gradient_checkpointing_kwargs preprocessing_batch_size
         preprocessing_num_workers data_shared_file_system ignore_pad_token_for_loss eval_num_beams
-        offload_folder use_kv_cache skip_special_tokens log_level strict
+        offload_folder use_kv_cache skip_special_tokens log_level
         """
     )
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,22 +104,29 @@ class BatchPlan:
     pack_tokens: int | None = None
     drop_last: bool = False
 
-    def units(self, epoch: int) -> list[np.ndarray]:
-        """The epoch's units in order; each is an array of example indices."""
+    @cached_property
+    def units(self) -> list[np.ndarray]:
+        """Arrays of example indices. Packs are made once, so that every epoch has the same number of them."""
         order = np.arange(len(self.lengths))
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
         if self.pack_tokens is None:
             return list(order[:, None])
+        if self.shuffle:
+            order = np.random.default_rng(self.seed).permutation(order)
         return _first_fit(order, self.lengths, self.pack_tokens)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in every epoch."""
+        whole, rest = divmod(len(self.units), self.rows_per_step)
+        return whole if self.drop_last or not rest else whole + 1
 
     def steps(self, epoch: int) -> list[list[np.ndarray]]:
         """The epoch's optimizer steps, each a list of units."""
-        units = self.units(epoch)
-        steps = [units[i : i + self.rows_per_step] for i in range(0, len(units), self.rows_per_step)]
-        if self.drop_last and steps and len(steps[-1]) < self.rows_per_step:
-            steps.pop()
-        return steps
+        order = np.arange(len(self.units))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        size = self.rows_per_step
+        return [[self.units[i] for i in order[step * size : (step + 1) * size]] for step in range(self.steps_per_epoch)]
 
     def micro_batches(self, units: list[np.ndarray], rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
         """This process's micro-batches (arrays of example indices) of one step; may be empty.

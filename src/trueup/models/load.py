@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from transformers.utils import logging as transformers_logging
 
 from trueup.config.schema import ModelSection, TrainSection, TuningSection
 from trueup.errors import ModelError
@@ -119,6 +122,8 @@ def load_base(
         ModelError: it cannot be loaded; the message says what and how to mend it.
     """
     access = hub_access(model)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # a bar in a log file is noise
     common = dict(revision=access.revision, token=access.token, cache_dir=access.cache_dir,
                   trust_remote_code=model.trust_remote_code)  # fmt: skip
     try:
@@ -324,6 +329,18 @@ def load_frozen(
     policy.model.requires_grad_(False).eval()
     policy.verify_layout()
     return policy
+
+
+def load_for_evaluation(
+    model: ModelSection, train: TrainSection, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Loaded:
+    """The config's model and adapters, frozen, with what a recipe wants to know about them."""
+    dtype = pick_dtype(device, train.bf16, train.fp16)
+    name, location, starts = resolve_model(model.model_name_or_path, model.adapter_name_or_path, hub_access(model))
+    policy = load_frozen(model, location, starts, device, dtype)
+    check_vocabulary(policy.base, tokenizer, name)
+    note = None if policy.shared else "the layout is not supported"
+    return Loaded(policy, None, name, starts, device, dtype, note)
 
 
 def load_for_inference(model: ModelSection, train: TrainSection) -> Policy:

@@ -120,8 +120,8 @@ class Policy:
             tolerance = 1e-3 if self.dtype == torch.float32 else 0.25
             if _gap(unshared, plain) > tolerance:
                 raise ModelError(
-                    f"{type(self.base).__name__} computes its logits in a way that is not known here: log-probabilities "
-                    f"differ by {_gap(unshared, plain):.2g}",
+                    f"{type(self.base).__name__} computes its logits in a way that is not known here: "
+                    f"log-probabilities differ by {_gap(unshared, plain):.2g}",
                     where="model_name_or_path",
                     expected=f"differences below {tolerance}",
                     fix="please report the architecture; until then use another model",

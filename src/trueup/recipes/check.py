@@ -14,7 +14,7 @@ from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
 from trueup.models.estimate import Estimate, estimate
 from trueup.models.load import load_tokenizer
-from trueup.recipes.offline import Arithmetic, plan_batches
+from trueup.recipes.batches import Arithmetic, plan_batches
 
 GB = 1024**3
 

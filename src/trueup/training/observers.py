@@ -27,6 +27,6 @@ def standard_observers(settings: Any, run: RunDirectory, *, quiet: bool = False)
         Health(lambda text, step: run.warn(text, step)),
         TrainerLog(run),
         *make_trackers(settings.report_to, settings.project),
-        Plots(run),
+        *([Plots(run)] if settings.plot_loss else []),
         ModelCard(run),
     ]

@@ -167,7 +167,7 @@ class TrainSection(Section):
     """Trackers: tensorboard, wandb, trackio, mlflow, swanlab, or none."""
     project: str = "trueup"
     """Project name in trackers."""
-    plot_loss: bool = False
+    plot_loss: bool = True
     """Draw the curves as PNG files."""
     disable_tqdm: bool | None = None
     """Plain lines instead of a progress display."""

@@ -1,0 +1,92 @@
+"""How rows become optimizer steps: the run's batch plan and the arithmetic that is shown to the user."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from trueup.config.schema import RunConfig
+from trueup.data.encode import EncodedDataset
+from trueup.data.forest import BatchPlan
+from trueup.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch by name: which examples of which set. Its forest is laid out when it is needed."""
+
+    split: str  # "train" or an evaluation set's name
+    indices: np.ndarray  # [B] int64
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How rows become steps; what the header and `check` print."""
+
+    examples: int
+    rows_per_micro_batch: int
+    accumulation: int
+    world_size: int
+    steps_per_epoch: int
+    epochs: int
+    total_steps: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows_per_micro_batch * self.accumulation * self.world_size
+
+
+def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tuple[BatchPlan, Arithmetic]:
+    """The run's batch plan and its arithmetic.
+
+    Raises:
+        ConfigError: the numbers give no step at all (C13).
+    """
+    train, data = cfg.train, cfg.data
+    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
+    packing = data.packing if data.packing is not None else cfg.objective.stage == "pt"
+    plan = BatchPlan(
+        lengths=lengths,
+        rows_per_micro_batch=train.per_device_train_batch_size,
+        rows_per_step=rows_per_step,
+        seed=train.data_seed if train.data_seed is not None else train.seed,
+        shuffle=not data.disable_shuffling,
+        micro_batch_tokens=data.batch_tokens,
+        pack_tokens=data.cutoff_len if packing or data.neat_packing else None,
+        drop_last=train.dataloader_drop_last,
+    )
+    steps_per_epoch = plan.steps_per_epoch
+    if steps_per_epoch == 0:
+        raise ConfigError(
+            f"{len(lengths)} rows, {rows_per_step} rows a step "
+            f"({train.per_device_train_batch_size} per device × {train.gradient_accumulation_steps} accumulation × "
+            f"{world_size} processes) → 0 steps with dataloader_drop_last",
+            where="per_device_train_batch_size",
+            fix="lower per_device_train_batch_size or gradient_accumulation_steps, or set dataloader_drop_last: false",
+        )
+    if train.max_steps > 0:
+        total = train.max_steps
+        epochs = math.ceil(total / steps_per_epoch)
+    else:
+        total = math.ceil(train.num_train_epochs * steps_per_epoch)
+        epochs = math.ceil(train.num_train_epochs)
+    sizes = (train.per_device_train_batch_size, train.gradient_accumulation_steps, world_size)
+    return plan, Arithmetic(len(lengths), *sizes, steps_per_epoch, epochs, total)
+
+
+def train_batches(plan: BatchPlan, arithmetic: Arithmetic) -> Iterator[np.ndarray]:
+    """Every training micro-batch of the run, over all processes, in order."""
+    for step in range(arithmetic.total_steps):
+        epoch, position = divmod(step, arithmetic.steps_per_epoch)
+        if position == 0:
+            steps = plan.steps(epoch)
+        yield from plan.micro_batches(steps[position])
+
+
+def eval_batches(cfg: RunConfig, dataset: EncodedDataset) -> list[np.ndarray]:
+    """An evaluation set in its own order, in row-count batches."""
+    size = cfg.train.per_device_eval_batch_size
+    return [np.arange(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]

@@ -1,0 +1,121 @@
+"""The reference's log-probabilities for every batch a run will ask about: from a table, or live."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trueup.config.schema import RunConfig
+from trueup.data.encode import EncodedDataset
+from trueup.data.forest import build_forest, num_predictions
+from trueup.errors import ConfigError
+from trueup.models.load import Loaded, load_frozen
+from trueup.models.reference import LiveReference, ReferenceTable, table_path
+from trueup.recipes.batches import Batch
+from trueup.training.backend import Backend
+from trueup.types import Forest
+
+log = logging.getLogger("trueup")
+
+
+class References:
+    """Reference log-probabilities of batches: a table on disk, or a live model for those who ask for it."""
+
+    def __init__(self, live: LiveReference | None, tables: dict[str, ReferenceTable]) -> None:
+        self.live = live
+        self.tables = tables
+
+    def token_logps(self, batch: Batch, forest: Forest) -> Tensor:
+        if self.tables:
+            return self.tables[batch.split].get(batch.indices)
+        assert self.live is not None
+        return self.live.token_logps(forest)
+
+
+def build_references(
+    cfg: RunConfig,
+    loaded: Loaded,
+    datasets: Mapping[str, EncodedDataset],
+    batches: Mapping[str, Iterable[np.ndarray]],
+    backend: Backend,
+) -> References:
+    """The reference's log-probabilities for every batch the run will ask about.
+
+    By default they are computed before the first step, in the run's own batches, and kept on disk: full training
+    then needs no second copy of the model. `precompute_ref_log_probs: false` runs the reference in every step.
+
+    Args:
+        batches: set name → example indices of all its micro-batches, over all processes, in order of use.
+    """
+    live = live_reference(cfg, loaded)
+    if not cfg.objective.precompute_ref_log_probs:
+        return References(live, {})
+    fingerprint = live.fingerprint()
+    tables = {}
+    for name, dataset in datasets.items():
+        sizes = [num_predictions(example) for example in dataset]
+        tables[name] = ReferenceTable(sizes, table_path(fingerprint, dataset.fingerprint))
+        fill_table(tables[name], live, dataset, batches[name], backend, name)
+    return References(None, tables)
+
+
+def live_reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
+    """The model that stands for the reference, ready to be run."""
+    if cfg.objective.ref_model:
+        names = cfg.objective.ref_model, cfg.objective.ref_model_adapters
+        return LiveReference(load_frozen(cfg.model, *names, loaded.device, loaded.dtype))
+    if not cfg.train.do_train:
+        return base_reference(loaded)
+    make = LiveReference.before_training if cfg.objective.precompute_ref_log_probs else LiveReference.of
+    return make(loaded.policy, loaded.adapters)
+
+
+def base_reference(loaded: Loaded) -> LiveReference:
+    """What an evaluation without `ref_model` compares with: the model without its adapters.
+
+    Raises:
+        ConfigError: there are no adapters to switch off, and a model compared with itself says nothing.
+    """
+    if not loaded.starts:
+        raise ConfigError(
+            "evaluating preferences compares the model with a reference, and none is named",
+            where="ref_model",
+            fix="set ref_model to the model the training started from, or give base and adapter separately",
+        )
+    log.warning(
+        "evaluating against %s without adapters; if the training started from an adapter, name it: ref_model: %s, "
+        "ref_model_adapters: DIR",
+        loaded.base_name, loaded.base_name,
+    )  # fmt: skip
+    return LiveReference(loaded.policy, loaded.policy.model.disable_adapter)
+
+
+def fill_table(
+    table: ReferenceTable,
+    live: LiveReference,
+    dataset: EncodedDataset,
+    batches: Iterable[np.ndarray],
+    backend: Backend,
+    name: str,
+) -> None:
+    """Compute what the table lacks; the processes share the batches and sum their tables (gaps count as zero)."""
+    missing = table.missing(batches)
+    if not missing:
+        log.info("reference log-probabilities of %s: read from %s", name, table.path)
+        return
+    rows = sum(len(batch) for batch in missing)
+    log.info("reference log-probabilities of %s: computing %d rows once", name, rows)
+    gaps = torch.isnan(table.values)
+    computed = torch.zeros_like(table.values)
+    for batch in missing[backend.rank :: backend.world_size]:
+        forest = build_forest([dataset[i] for i in batch])
+        table.put(batch, live.token_logps(forest))
+    computed[gaps] = torch.nan_to_num(table.values[gaps])
+    backend.sum_gradients([computed])
+    wanted = table.positions(np.concatenate(missing)) & gaps
+    table.values[wanted] = computed[wanted]
+    backend.on_first(table.save)
