@@ -50,6 +50,7 @@ SETTINGS: dict[str, Any] = {
     "do_eval": False,
     "run_name": None,
     "report_to": [],
+    "plot_loss": True,
     "project": "trueup",
     "disable_tqdm": None,
     "seed": 7,
