@@ -194,7 +194,7 @@ def train(session: Session, words: tuple[str, ...]) -> None:
     from trueup.recipes.offline import run
 
     with session.result() as result:
-        done = run(cfg)
+        done = run(cfg, console())
         result.data = {"output_dir": str(done.output_dir), "metrics": done.metrics}
         if cfg.train.do_train and os.environ.get("RANK", "0") == "0":
             result.text = "\n  ".join(["next", *next_commands(cfg, done.output_dir)])

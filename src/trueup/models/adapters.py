@@ -192,6 +192,7 @@ def _load_part(base: PreTrainedModel, path: str | Path) -> Part:
             f"no {WEIGHTS_FILE}", where=str(path), expected="an adapter saved as safetensors",
             fix="convert a pickled adapter with `peft` on a machine that may trust it, and save it as safetensors",
         )  # fmt: skip
+    config.base_model_name_or_path = base.name_or_path  # peft warns of two spellings of one base
     return config, load_file(weights)
 
 
