@@ -21,43 +21,28 @@ FOREST_ATTENTION = "trueup_forest"
 
 
 class ForestLayout:
-    """Where each segment's keys are, and the masks over them; made once per batch, used by every layer."""
+    """Who sees whom in a batch, and the masks that say so; made once per batch, used by every layer."""
 
-    def __init__(self, segments: Sequence[Segment], position_ids: Tensor) -> None:
-        self.segments = segments
-        self.position_ids = position_ids
-        self.key_spans = [self._spans(segment) for segment in segments]
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self.device = device
+        self.lengths = [segment.stop - segment.start for segment in segments]
+        self.paths: list[list[int]] = []  # segment → its ancestors from the root down, and itself
+        for index, segment in enumerate(segments):
+            before = self.paths[segment.parent] if segment.parent >= 0 else []
+            self.paths.append([*before, index])
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-
-    def _spans(self, segment: Segment) -> list[tuple[int, int]]:
-        spans = [(segment.start, segment.stop)]
-        parent = segment.parent
-        while parent >= 0:
-            ancestor = self.segments[parent]
-            spans.insert(0, (ancestor.start, ancestor.stop))
-            parent = ancestor.parent
-        # Neighbours in memory are one slice: the first child of a prompt needs no copy of its keys.
-        merged = [spans[0]]
-        for start, stop in spans[1:]:
-            if start == merged[-1][1]:
-                merged[-1] = (merged[-1][0], stop)
-            else:
-                merged.append((start, stop))
-        return merged
 
     def mask(self, index: int, window: int | None) -> Tensor | None:
         """Bool mask [queries, keys] of a segment, True = may attend; None where plain causal attention is meant."""
-        segment = self.segments[index]
-        length = segment.stop - segment.start
-        total = sum(stop - start for start, stop in self.key_spans[index])
+        length = self.lengths[index]
+        total = sum(self.lengths[segment] for segment in self.paths[index])
         if window is not None and total <= window:
             window = None
         if total == length and window is None:
             return None
         if (index, window) not in self._masks:
-            device = self.position_ids.device
             # Along a root-to-leaf path positions count 0 … total-1, and the queries are the last `length` of them.
-            key = torch.arange(total, device=device)
+            key = torch.arange(total, device=self.device)
             query = key[total - length :, None]
             mask = key <= query
             if window is not None:
@@ -89,26 +74,26 @@ def forest_attention(
     Returns:
         [1, T, heads, d] as transformers expects, and no weights.
     """
+    # One split each way: slicing a segment at a time would make its backward fill a whole [T] of zeros every time.
+    queries, keys, values = (states.split(forest.lengths, dim=2) for states in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for index, segment in enumerate(forest.segments):
-        spans = forest.key_spans[index]
-        keys, values = (_gather(states, spans) for states in (key, value))
-        queries = query[:, :, segment.start : segment.stop]
+    for index, path in enumerate(forest.paths):
+        path_keys, path_values = _join(keys, path), _join(values, path)
         mask = forest.mask(index, sliding_window)
         if softcap is None:
             output = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
-                scale=scaling, enable_gqa=queries.shape[1] != keys.shape[1],
+                queries[index], path_keys, path_values, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
+                scale=scaling, enable_gqa=grouped,
             )  # fmt: skip
         else:
-            output = _softcapped(queries, keys, values, mask, dropout, scaling, softcap)
+            output = _softcapped(queries[index], path_keys, path_values, mask, dropout, scaling, softcap)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _gather(states: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    parts = [states[:, :, start:stop] for start, stop in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+def _join(states: Sequence[Tensor], path: list[int]) -> Tensor:
+    return states[path[0]] if len(path) == 1 else torch.cat([states[segment] for segment in path], dim=2)
 
 
 def _softcapped(

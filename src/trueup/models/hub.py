@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from trueup.builtin import builtin_path, is_builtin
 from trueup.errors import ModelError
-from trueup.models.adapters import is_adapter_dir, read_base_of
+from trueup.models.adapters import CONFIG_FILE, is_adapter_dir, read_base_of
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?").fullmatch
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,19 @@ _SNAPSHOT = {
 }
 
 
-def locate(name: str, access: HubAccess) -> str:
+def locate(name: str, access: HubAccess, key: str = "model_name_or_path") -> str:
     """A directory (or a Hugging Face id that transformers will download) for a model or adapter name.
 
     Raises:
-        ModelError: a built-in that does not exist, or a hub that cannot be reached (C17).
+        ModelError: a built-in or a path that does not exist, or a hub that cannot be reached (C17). `key` says
+            which key named it.
     """
     if is_builtin(name):
         return str(builtin_path(name))
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
+    if not _HUB_ID(name):
+        raise _missing_directory(name, key)
     if access.hub == "huggingface":
         return name
     module, function, package = _SNAPSHOT[access.hub]
@@ -56,29 +62,60 @@ def locate(name: str, access: HubAccess) -> str:
             cache_dir=access.cache_dir,
         )
     except Exception as error:  # each hub's client raises errors of its own
-        raise unreachable(name, access, error) from error
+        raise unreachable(name, access, error, key) from error
 
 
 def download_adapter(name: str, access: HubAccess) -> str:
-    """A local directory for an adapter name; Hugging Face ids are downloaded."""
-    path = locate(name, access)
-    if Path(path).is_dir():
-        return path
-    from huggingface_hub import snapshot_download
+    """A local directory that holds an adapter; Hugging Face ids are downloaded."""
+    key = "adapter_name_or_path"
+    path = locate(name, access, key)
+    if not Path(path).is_dir():
+        from huggingface_hub import snapshot_download
 
-    try:
-        return snapshot_download(path, revision=access.revision, token=access.token, cache_dir=access.cache_dir)
-    except Exception as error:
-        raise unreachable(name, access, error) from error
+        try:
+            path = snapshot_download(path, revision=access.revision, token=access.token, cache_dir=access.cache_dir)
+        except Exception as error:
+            raise unreachable(name, access, error, key) from error
+    if not (Path(path) / CONFIG_FILE).is_file():
+        raise _no_adapter(Path(path), key)
+    return path
 
 
-def unreachable(name: str, access: HubAccess, error: Exception) -> ModelError:
+def _missing_directory(name: str, key: str) -> ModelError:
+    """A name that can only be a path, and is none: what is there instead."""
+    tried = Path(name).expanduser().absolute()
+    parent = next(folder for folder in tried.parents if folder.is_dir())
+    present = sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    shown = ", ".join(present[:8]) + (" …" if len(present) > 8 else "")
+    return ModelError(
+        f"no such directory: {tried}", where=key,
+        fix=f"in {parent} there is: {shown}" if present else f"there is no directory in {parent}",
+    )  # fmt: skip
+
+
+def _no_adapter(path: Path, key: str) -> ModelError:
+    checkpoints = sorted(folder.parent.name for folder in path.glob(f"*/{CONFIG_FILE}"))
+    if (path / "config.json").is_file():
+        fix = "this is a whole model: give it as model_name_or_path"
+    elif checkpoints:
+        fix = f"below it there are: {', '.join(checkpoints[:8])}"
+    else:
+        fix = "give the output directory, or a checkpoint-N, of a run with finetuning_type: lora"
+    return ModelError(f"{path} holds no adapter", where=key, expected=f"a directory with {CONFIG_FILE}", fix=fix)
+
+
+def unreachable(name: str, access: HubAccess, error: Exception, key: str = "model_name_or_path") -> ModelError:
     """C17: which name, which hub, and the ways out."""
     cache = access.cache_dir or os.environ.get("HF_HOME", "~/.cache/huggingface")
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(name).expanduser().is_dir():
+        return ModelError(
+            f"cannot load the model in {Path(name).expanduser().absolute()}: {first_line}", where=key,
+            expected="config.json, the tokenizer's files and *.safetensors, of an architecture transformers knows",
+        )  # fmt: skip
     return ModelError(
         f"cannot load {name!r}: no such local directory, and {access.hub} did not deliver it ({first_line})",
-        where="model_name_or_path",
+        where=key,
         expected=f"a local directory, a builtin: model, or a model on {access.hub}",
         fix=f"check the spelling; a gated model needs hf_hub_token; offline, put the files into {cache} or a local "
         "directory; another hub is chosen with hub: modelscope | modelers",

@@ -66,7 +66,7 @@ class Policy:
         return backbone(use_cache=False, **inputs).last_hidden_state
 
     def _shared_hidden(self, forest: Forest) -> Tensor:
-        layout = ForestLayout(forest.segments, forest.position_ids)
+        layout = ForestLayout(forest.segments, forest.input_ids.device)
         hidden = self._backbone(input_ids=forest.input_ids[None], position_ids=forest.position_ids[None], forest=layout)
         return hidden[0, forest.read_at]
 

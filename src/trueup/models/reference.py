@@ -11,13 +11,15 @@ import hashlib
 import json
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +28,8 @@ from trueup.models.policy import Policy
 from trueup.types import Forest
 
 log = logging.getLogger("trueup")
+
+_ABANDONED_SECONDS = 24 * 3600.0  # an older stage was left by a process that was killed
 
 
 class LiveReference:
@@ -75,8 +79,9 @@ class LiveReference:
 class ReferenceTable:
     """Per-token reference log-probabilities of a dataset, on disk and in memory.
 
-    A flat fp32 array holds example after example; NaN marks what has not been computed. The file's name is the
-    fingerprint of (reference, data), so another run with the same two finds it.
+    A flat fp32 array holds example after example; NaN marks what has not been computed. The file's name says all that
+    decides the values to the bit (`table_path`), so that whoever finds a value there would have computed the same. A
+    file that cannot be read, or is not what was written, is said and computed again.
 
     Args:
         sizes: [n] predictions of each example.
@@ -88,10 +93,10 @@ class ReferenceTable:
         self.path = path
         self.values = torch.full((int(self.offsets[-1]),), float("nan"))
         if path.is_file():
-            with safe_open(path, "pt") as file:
-                stored = file.get_tensor("logps")
-            if stored.shape == self.values.shape:
-                self.values = stored
+            try:
+                self.values = _read(path, self.values.shape)
+            except (OSError, SafetensorError, ValueError) as error:
+                log.warning("cached reference log-probabilities are computed again: %s: %s", path, error)
 
     def get(self, indices: Iterable[int]) -> Tensor:
         """[N] values of these examples, in order."""
@@ -121,26 +126,60 @@ class ReferenceTable:
         values = values.float().cpu()
         for i in indices:
             size = int(self.offsets[i + 1] - self.offsets[i])
-            # A value already there stays: it may be in use by a run in another layout.
+            # A value already there stays: it is in use.
             if torch.isnan(self.values[self.offsets[i] : self.offsets[i + 1]]).any():
                 self.values[self.offsets[i] : self.offsets[i + 1]] = values[cursor : cursor + size]
             cursor += size
 
     def save(self) -> None:
         """Write the file whole or not at all; a cache that cannot be written costs time, never the run."""
-        staged = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        staged = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")  # ours alone, on any machine
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"logps": self.values}, staged)
+            _remove_abandoned(self.path)
+            save_file({"logps": self.values}, staged, {"sha256": _digest(self.values)})
             os.replace(staged, self.path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            log.warning("the reference's log-probabilities could not be cached at %s: %s", self.path, error)
+        finally:
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
-            log.warning("the reference's log-probabilities could not be cached at %s: %s", self.path, error)
 
 
-def table_path(reference: str, data: str) -> Path:
-    """Where the table of (reference fingerprint, data fingerprint) lives: `TRUEUP_CACHE` or ~/.cache/trueup."""
+def _read(path: Path, shape: torch.Size) -> Tensor:
+    """A table's values. Raises ValueError when they are not the ones that were written."""
+    with safe_open(path, "pt") as file:
+        values, written = file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
+    if values.shape != shape:
+        raise ValueError(f"it holds {tuple(values.shape)} values, expected {tuple(shape)}")
+    if (found := _digest(values)) != written:
+        raise ValueError(f"its values have sha256 {found}, written were {written}")
+    return values
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.numpy().data).hexdigest()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Stages of this table that a killed process left long ago."""
+    for stage in path.parent.glob(f".{path.name}.*"):
+        with suppress(OSError):
+            if time.time() - stage.stat().st_mtime > _ABANDONED_SECONDS:
+                stage.unlink()
+
+
+def table_path(reference: str, data: str, layout: str = "") -> Path:
+    """Where a table lives: below `TRUEUP_CACHE`, or ~/.cache/trueup.
+
+    The last bits of a value depend on the rows that shared its batch and on the kernels, so these are part of the name:
+    a run must not end otherwise because another one filled the cache first.
+
+    Args:
+        reference: fingerprint of the model, its dtype and layout path.
+        data: fingerprint of the encoded examples.
+        layout: what decides which rows share a batch.
+    """
     root = os.environ.get("TRUEUP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "trueup")
-    key = hashlib.sha256(json.dumps(["v1", reference, data]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(["v2", reference, data, layout]).encode()).hexdigest()
     return Path(root) / "reference" / f"{key}.safetensors"
