@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.models.test_adapters import lora, saved, start, train_a_little
 from tests.models.test_layout import random_rows
@@ -46,6 +48,65 @@ def test_a_table_is_read_again_and_fills_only_its_gaps(tmp_path: Path) -> None:
     assert torch.equal(again.get([2, 3]), torch.tensor([0.0, 1.0, 9.0, 9.0, 9.0, 9.0]))
 
 
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "zeroed", "foreign", "other size", "no digest"])
+def test_a_damaged_table_is_said_and_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    file = tmp_path / "t.safetensors"
+    table = ReferenceTable([3, 2], file)
+    table.put(np.array([0, 1]), torch.arange(5.0))
+    table.save()
+    data = file.read_bytes()
+    match damage:
+        case "flipped":
+            file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        case "truncated":
+            file.write_bytes(data[:-3])
+        case "zeroed":  # as a power cut may leave it
+            file.write_bytes(bytes(len(data)))
+        case "foreign":
+            file.write_text("{}", encoding="utf-8")
+        case "other size":
+            save_file({"logps": torch.zeros(4)}, file)
+        case "no digest":
+            save_file({"logps": torch.arange(5.0)}, file)
+    caplog.clear()
+    again = ReferenceTable([3, 2], file)
+    assert "computed again" in caplog.text and str(file) in caplog.text
+    assert [list(batch) for batch in again.missing([np.array([0, 1])])] == [[0, 1]]
+    again.put(np.array([0, 1]), torch.arange(5.0))
+    again.save()
+    assert torch.equal(ReferenceTable([3, 2], file).values, torch.arange(5.0))
+
+
+def test_a_process_killed_while_it_writes_leaves_the_table_that_was(tmp_path: Path, monkeypatch) -> None:
+    """What it leaves behind is nobody's table, and is removed when it is old."""
+
+    class Killed(BaseException):
+        pass
+
+    def torn(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(b"half a table")
+        monkeypatch.setattr(Path, "unlink", lambda *a, **k: None)  # the dead clean nothing up
+        raise Killed
+
+    file = tmp_path / "t.safetensors"
+    table = ReferenceTable([2], file)
+    table.put(np.array([0]), torch.arange(2.0))
+    table.save()
+    with monkeypatch.context() as patched:
+        patched.setattr("trueup.models.reference.save_file", torn)
+        with pytest.raises(Killed):
+            table.save()
+        monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(ReferenceTable([2], file).values, torch.arange(2.0))
+    for stage in tmp_path.glob(".*"):
+        os.utime(stage, (1, 1))
+    table.save()
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_an_unwritable_cache_costs_nothing_but_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a directory", encoding="utf-8")
@@ -62,4 +123,4 @@ def test_the_fingerprint_follows_the_reference_not_the_policy(tmp_path: Path) ->
     assert reference.fingerprint() == before
     bare, bare_adapters = start()
     assert LiveReference.of(bare, bare_adapters).fingerprint() != before
-    assert table_path(before, "data") != table_path(before, "other data")
+    assert len({table_path(before, *rest) for rest in [("data",), ("other data",), ("data", "other layout")]}) == 3

@@ -21,7 +21,7 @@ from trueup.data.encode import Prepared, prepare
 from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError, Problem
 from trueup.models.load import load_for_evaluation, load_policy, load_tokenizer, pick_device
-from trueup.recipes.batches import eval_batches, plan_batches, train_batches
+from trueup.recipes.batches import eval_batches, eval_layout, plan_batches, train_batches, train_layout
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.program import OfflineProgram, objective_of
 from trueup.recipes.references import build_references
@@ -72,8 +72,9 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         references = None
         if objective_of(cfg).needs_reference:
             batches = {"train": train_batches(plan, arithmetic), **_eval_batches(cfg, prepared)}
+            layouts = {"train": train_layout(plan), **_eval_layouts(cfg, prepared)}
             datasets = {"train": prepared.train, **prepared.eval}
-            references = build_references(cfg, loaded, datasets, batches, backend)
+            references = build_references(cfg, loaded, datasets, batches, layouts, backend)
         program = OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, backend)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
         result = fit(
@@ -97,7 +98,8 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     with open_directory(cfg, backend, prepared) as directory:
         references = None
         if objective_of(cfg).needs_reference:
-            references = build_references(cfg, loaded, prepared.eval, _eval_batches(cfg, prepared), backend)
+            batches, layouts = _eval_batches(cfg, prepared), _eval_layouts(cfg, prepared)
+            references = build_references(cfg, loaded, prepared.eval, batches, layouts, backend)
         no_steps = BatchPlan(np.zeros(0, dtype=np.int64), 1, 1, cfg.train.seed)
         program = OfflineProgram(cfg, loaded, tokenizer, prepared, no_steps, references, backend)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
@@ -125,6 +127,10 @@ def _target(cfg: RunConfig) -> dict:
 
 def _eval_batches(cfg: RunConfig, prepared: Prepared) -> dict[str, list[np.ndarray]]:
     return {name: eval_batches(cfg, dataset) for name, dataset in prepared.eval.items()}
+
+
+def _eval_layouts(cfg: RunConfig, prepared: Prepared) -> dict[str, str]:
+    return dict.fromkeys(prepared.eval, eval_layout(cfg))
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def build_references(
     loaded: Loaded,
     datasets: Mapping[str, EncodedDataset],
     batches: Mapping[str, Iterable[np.ndarray]],
+    layouts: Mapping[str, str],
     backend: Backend,
 ) -> References:
     """The reference's log-probabilities for every batch the run will ask about.
@@ -50,6 +51,7 @@ def build_references(
 
     Args:
         batches: set name → example indices of all its micro-batches, over all processes, in order of use.
+        layouts: set name → what decided, besides the data, which examples are in one micro-batch.
     """
     live = live_reference(cfg, loaded)
     if not cfg.objective.precompute_ref_log_probs:
@@ -58,9 +60,16 @@ def build_references(
     tables = {}
     for name, dataset in datasets.items():
         sizes = [num_predictions(example) for example in dataset]
-        tables[name] = ReferenceTable(sizes, table_path(fingerprint, dataset.fingerprint))
+        layout = f"{layouts[name]} {kernels(backend.device)}"
+        tables[name] = ReferenceTable(sizes, table_path(fingerprint, dataset.fingerprint, layout))
         fill_table(tables[name], live, dataset, batches[name], backend, name)
     return References(None, tables)
+
+
+def kernels(device: torch.device) -> str:
+    """What decides the last bits of a forward pass, besides its inputs."""
+    threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"torch {torch.__version__} {device.type}{threads}"
 
 
 def live_reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
@@ -103,6 +112,7 @@ def fill_table(
     name: str,
 ) -> None:
     """Compute what the table lacks; the processes share the batches and sum their tables (gaps count as zero)."""
+    backend.copy_from_first([table.values])  # or processes that found another state of the file would part here
     missing = table.missing(batches)
     if not missing:
         log.info("reference log-probabilities of %s: read from %s", name, table.path)
