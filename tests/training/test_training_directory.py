@@ -18,6 +18,7 @@ from toy_program import run_toy
 
 from trueup.errors import ConfigError, CorruptStateError, ResourceError
 from trueup.training.compatibility import check_resumable
+from trueup.training.environment import describe_environment
 from trueup.training.run_directory import (
     RunDirectory,
     check_target,
@@ -358,3 +359,11 @@ def test_a_signal_during_the_last_step_still_finishes(tmp_path):
     assert caught.value.exit_code == 143
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert read_status(tmp_path / "run")["state"] == "finished"
+
+
+def test_a_token_on_the_command_line_is_not_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["trueup", "train", "--hf_hub_token", "hf_1", "hf_hub_token=hf_2", "--ms-hub-token=hf_3", "seed=1"]
+    monkeypatch.setattr("sys.argv", words)
+    command = describe_environment()["command"]
+    assert "hf_" not in " ".join(command).replace("hf_hub_token", "")
+    assert command[-1] == "seed=1"

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -21,7 +22,7 @@ _PACKAGES = (
 def describe_environment() -> dict[str, Any]:
     """JSON-able; nothing personal: no user name, no environment variables."""
     return {
-        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "command": [os.path.basename(sys.argv[0]), *_without_secrets(sys.argv[1:])],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
@@ -34,6 +35,21 @@ def describe_environment() -> dict[str, Any]:
         "gpus": _gpus(),
         "git": _git(),
     }
+
+
+#: How the names of keys end whose values are never written down.
+SECRET_ENDINGS = ("_token", "api_key", "password", "_secret")
+
+
+def _without_secrets(words: Sequence[str]) -> list[str]:
+    """A command's words with the values of tokens, keys and passwords blanked out."""
+    shown, hide = [], False
+    for word in words:
+        key, equals, _ = word.partition("=")
+        secret = key.lstrip("-").replace("-", "_").endswith(SECRET_ENDINGS)
+        shown.append("<redacted>" if hide else f"{key}=<redacted>" if secret and equals else word)
+        hide = secret and not equals
+    return shown
 
 
 def _version(package: str) -> str | None:
