@@ -48,7 +48,7 @@ def model_card(
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
         f"# {directory.name}",
-        f"{kind} `{base}`, made with [trueup](https://pypi.org/project/trueup/) by {method} "
+        f"{kind} `{base}`, made with trueup by {method} "
         f"on {', '.join(f'`{name}`' for name in datasets) or 'data that the run does not name'}.",
         "## Results\n" + _table(results, "metric"),
         "## Hyper-parameters\n"
