@@ -82,7 +82,7 @@ def test_a_failure_on_the_first_rank_ends_the_others(tmp_path):
         backend = make_backend("cpu", 60)
         run_toy(tmp_path / "run", backend=backend)
 
-    assert run_ranks(one_rank) == [2, 4]
+    assert run_ranks(one_rank) == [2, 2]  # whichever is heard first, the code is the cause's
 
 
 def test_masters_keep_what_bf16_weights_lose():

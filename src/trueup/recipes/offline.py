@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from transformers import set_seed
 
 from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
@@ -61,6 +63,7 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
 
 def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     """A run that trains, and evaluates if it is asked to."""
+    set_seed(cfg.train.seed)
     with stop_at_warnings(cfg.train.strict):
         tokenizer = load_tokenizer(cfg.model)
         prepared = prepare(cfg, tokenizer)
@@ -68,7 +71,9 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device)
     console.print(prepared.report.render(), markup=False, highlight=False)
     console.print(header(cfg, loaded, prepared, arithmetic), markup=False, highlight=False)
-    with open_directory(cfg, backend, prepared) as directory:
+    fingerprint = prepared.train.fingerprint
+    identity = {"data_fingerprint": fingerprint, "effective_batch": plan.rows_per_step}
+    with open_directory(cfg, backend, prepared, identity) as directory:
         references = None
         if objective_of(cfg).needs_reference:
             batches = {"train": train_batches(plan, arithmetic), **_eval_batches(cfg, prepared)}
@@ -78,8 +83,8 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         program = OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, backend)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
         result = fit(
-            program, cfg.train, directory, backend, observers, data_fingerprint=prepared.train.fingerprint
-        )  # fmt: skip
+            program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint
+        )
         return RunResult(directory.path, {**result.train, **result.evaluation})
 
 
@@ -107,10 +112,19 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
 
 
 @contextmanager
-def open_directory(cfg: RunConfig, backend: Backend, prepared: Prepared) -> Iterator[RunDirectory]:
-    """The run's directory, locked, with the data report in it."""
+def open_directory(
+    cfg: RunConfig, backend: Backend, prepared: Prepared, identity: Mapping[str, Any] | None = None
+) -> Iterator[RunDirectory]:
+    """The run's directory, locked, with the data report in it. `identity` is what a checkpoint to
+    resume from has to agree with.
+    """
     with RunDirectory.open(
-        cfg.train.output_dir, cfg.resolved(), allow=cfg.train.allow_changed, backend=backend, **_target(cfg)
+        cfg.train.output_dir,
+        cfg.resolved(),
+        allow=cfg.train.allow_changed,
+        identity=identity,
+        backend=backend,
+        **_target(cfg),
     ) as directory:
         directory.write_json("data_report.json", prepared.report.to_dict())
         yield directory

@@ -170,11 +170,14 @@ class DDP:
                 action()
             except Exception as error:  # told to the others first, or they would wait for ever
                 failure = error
-        told = self.gather(None if failure is None else str(failure))[0]
+        code = getattr(failure, "exit_code", 1)
+        told = self.gather(None if failure is None else (str(failure), code))[0]
         if failure is not None:
             raise failure
         if told is not None:
-            raise ResourceError(f"rank 0 failed, so this rank stops: {told}")
+            error = ResourceError(f"rank 0 failed, so this rank stops: {told[0]}")
+            error.exit_code = told[1]  # whichever process ends first, the run ends with this code
+            raise error
 
     def barrier(self) -> None:
         self.gather(None)

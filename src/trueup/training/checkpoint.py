@@ -31,7 +31,7 @@ STATE_FILE = "trainer_state.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGE = re.compile(r"\..+\.tmp-\d+")
-_POINT = "checkpoint:write"
+POINT = "checkpoint:write"  # see `durable.boundary`
 _log = logging.getLogger("trueup")
 
 
@@ -78,9 +78,9 @@ def commit(
     target = parent / f"checkpoint-{step}"
     stage = parent / f".{target.name}.tmp-{os.getpid()}"
     with _staged(stage, f"saving {target}"):
-        boundary(_POINT)
+        boundary(POINT)
         write(stage)
-        boundary(_POINT)
+        boundary(POINT)
         files = _seal(stage)
         manifest = {
             "format": FORMAT,
@@ -93,15 +93,15 @@ def commit(
         }
         manifest["manifest_sha256"] = json_hash(manifest)
         durable.write_json(stage / MANIFEST, manifest)
-        boundary(_POINT)
+        boundary(POINT)
         durable.sync_directory(stage)
         if target.exists():  # a bad one of that step, or one of an abandoned continuation
             set_aside(target)
-        boundary(_POINT)
+        boundary(POINT)
         os.rename(stage, target)
-        boundary(_POINT)
+        boundary(POINT)
         durable.sync_directory(parent)
-    boundary(_POINT)
+    boundary(POINT)
     return Checkpoint(target, step, manifest)
 
 
@@ -113,18 +113,18 @@ def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
     """
     stage = directory / f".model.tmp-{os.getpid()}"
     with _staged(stage, f"saving the model to {directory}"):
-        boundary(_POINT)
+        boundary(POINT)
         write(stage)
         files = list(durable.walk_files(stage))
         for path in files:
             durable.sync_file(path)
         for path in sorted(files, key=lambda path: path.suffix == ".json"):
-            boundary(_POINT)
+            boundary(POINT)
             target = directory / path.relative_to(stage)
             target.parent.mkdir(parents=True, exist_ok=True)
             durable.replace(path, target)
         durable.sync_directory(directory)
-    boundary(_POINT)
+    boundary(POINT)
 
 
 def verify(path: Path) -> Checkpoint:
@@ -203,11 +203,11 @@ def retain(
     removed = (surplus | superseded) - kept
     for checkpoint in present:
         if checkpoint.step in removed:
-            boundary(_POINT)
+            boundary(POINT)
             # Renamed first: a half-deleted directory must not bear a checkpoint's name.
             doomed = checkpoint.path.with_name(f".{checkpoint.path.name}.tmp-{os.getpid()}")
             os.rename(checkpoint.path, doomed)
-            boundary(_POINT)
+            boundary(POINT)
             shutil.rmtree(doomed, ignore_errors=True)
     return [checkpoint for checkpoint in present if checkpoint.step not in removed]
 
@@ -230,7 +230,9 @@ def _staged(stage: Path, doing: str):
     try:
         stage.mkdir(parents=True)
         yield
-    except (OSError, _safetensors_error()) as error:
+    except Exception as error:
+        if not durable.disk_trouble(error):
+            raise
         raise ResourceError(
             f"{doing} failed: {error}",
             where=str(stage.parent),
@@ -242,18 +244,12 @@ def _staged(stage: Path, doing: str):
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError  # its I/O errors are not OSErrors
-
-    return SafetensorError
-
-
 def _seal(stage: Path) -> list[dict[str, Any]]:
     """Push the staged files to the disk and describe them."""
     files = []
     for path in durable.walk_files(stage):
         durable.sync_file(path)
-        boundary(_POINT)
+        boundary(POINT)
         name = path.relative_to(stage).as_posix()
         files.append({"name": name, "size": path.stat().st_size, "sha256": durable.sha256(path)})
     for directory in (path for path in stage.rglob("*") if path.is_dir()):

@@ -80,11 +80,13 @@ def write_text(path: Path, text: str, sync: bool = True) -> None:
     """Write a whole text file atomically; durably too, unless it may be lost with the power."""
     stage = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
+        boundary("file:write")
         with open(stage, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
+        boundary("file:write")
         replace(stage, path)
     finally:
         stage.unlink(missing_ok=True)
@@ -93,6 +95,13 @@ def write_text(path: Path, text: str, sync: bool = True) -> None:
 def write_json(path: Path, value: Any, indent: int | None = 2, sync: bool = True) -> None:
     """Write a whole JSON file, as `write_text` does."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n", sync)
+
+
+def disk_trouble(error: Exception) -> bool:
+    """Whether an exception says that a disk refused: Rust libraries (tokenizers, safetensors) have
+    no OSError.
+    """
+    return isinstance(error, OSError) or "(os error " in str(error)
 
 
 def read_json(path: Path) -> Any:

@@ -7,6 +7,7 @@ everything else that influences the numbers is in the checkpoint (`state.py`).
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import psutil
 import torch
 
 from trueup.training import checkpoint as checkpoints
+from trueup.training import durable
 from trueup.training import state as states
 from trueup.training.backend import Backend
 from trueup.training.checkpoint import Checkpoint
@@ -209,6 +211,7 @@ class Trainer(Generic[B]):
             self.saved_step = checkpoint.step
             if self.run.writer:
                 self.saved = checkpoints.all_valid(self.run.path)
+                self._retain()  # what was killed between the save and this
 
     # --- a step ------------------------------------------------------------------------------
 
@@ -342,6 +345,7 @@ class Trainer(Generic[B]):
         def write(directory: Path) -> None:
             progress.lines = self.run.sync_logs()
             self.program.save_model(directory, self.optimizer.masters)
+            durable.boundary(checkpoints.POINT)
             if resumable or self.plan.load_best:
                 states.write_masters(directory, self.optimizer)
             if resumable:
@@ -359,8 +363,7 @@ class Trainer(Generic[B]):
                 identity=self.identity,
             )
             self.saved.append(checkpoints.verify(checkpoint.path))
-            limit, best = self.settings.save_total_limit, progress.best_step
-            self.saved = checkpoints.retain(self.saved, limit, best)
+            self._retain()
             self.run.status(checkpoint=checkpoint.path.name)
             self.observers.tell(Saved(progress.step, checkpoint.path))
 
@@ -369,15 +372,19 @@ class Trainer(Generic[B]):
         self.watchdog.beat()
         self.clock.reset_time()
 
+    def _retain(self) -> None:
+        limit, best = self.settings.save_total_limit, self.progress.best_step
+        self.saved = checkpoints.retain(self.saved, limit, best)
+
     def _stop_if_asked(self) -> None:
         """On a signal to any rank: save, say how to go on, raise Stopped."""
         if not self.backend.any(self.stop()):
             return
         self._save("stop")
-        step, config = self.progress.step, shlex.quote(str(self.run.path / RUN_FILE))
+        step = self.progress.step
         raise self._stopped(
             f"stopped at step {step} of {self.plan.total_steps}; saved checkpoint-{step}",
-            f"resume with: trueup train {config} resume_from_checkpoint=auto",
+            f"resume with: {resume_command(self.run.path, self.backend.world_size)}",
         )
 
     def _stopped(self, what: str, fix: str) -> Stopped:
@@ -484,6 +491,17 @@ class Trainer(Generic[B]):
             "best_model_checkpoint": str(best) if best else None,
             "log_history": read_metrics(self.run.path) if self.run.writer else [],
         }
+
+
+def resume_command(run: Path, world_size: int) -> str:
+    """What to type to go on with a run, as many processes as it has now."""
+    words = ["trueup", "train", str(run / RUN_FILE), "resume_from_checkpoint=auto"]
+    if world_size == 1:
+        return shlex.join(words)
+    on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    nodes = world_size // on_this_node
+    several = f"NNODES={nodes} NODE_RANK=… MASTER_ADDR=… " if nodes > 1 else ""
+    return f"{several}NPROC_PER_NODE={on_this_node} {shlex.join(words)}"
 
 
 def _end_state(error: BaseException) -> str:

@@ -12,12 +12,13 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from trueup.errors import ConfigError, CorruptStateError, ResourceError, UserErr
 from trueup.training import checkpoint as checkpoints
 from trueup.training import durable
 from trueup.training.checkpoint import Checkpoint
-from trueup.training.compatibility import check_resumable
+from trueup.training.compatibility import check_identity, check_resumable
 
 if TYPE_CHECKING:
     from trueup.training.backend import Backend
@@ -78,6 +79,7 @@ class RunDirectory:
         new_run: bool = False,
         join: bool = False,
         allow: Collection[str] = (),
+        identity: Mapping[str, Any] | None = None,
         backend: Backend | None = None,
     ) -> RunDirectory:
         """Lock the directory and make it ready. All ranks call this; rank 0 does it and tells the
@@ -89,6 +91,7 @@ class RunDirectory:
         new_run    use the first free of `<path>`, `<path>-2`, `<path>-3` …
         join       add to a finished run (evaluation): neither refuse nor move anything
         allow      refused configuration changes to accept
+        identity   data fingerprint and effective batch, compared with the checkpoint's
 
         Raises ConfigError for a directory in use by an earlier run, ResourceError when another
         process trains there, CorruptStateError for a checkpoint that does not verify or belongs to
@@ -99,15 +102,17 @@ class RunDirectory:
         def open_here() -> RunDirectory:
             target = Path(path)
             check_target(target, resume=resume, overwrite=overwrite, new_run=new_run, join=join)
-            if new_run:
+            if new_run and not _is_auto(resume):
                 target = _first_free(target)
+                if "output_dir" in config:  # run.yaml has to lead back here
+                    config["output_dir"] = str(target)
             elif overwrite and not _continues(target, resume) and is_occupied(target):
                 _move_aside(target, "overwrite_output_dir")
-            found = cls._locked(target, config, resume, allow)
+            found = cls._locked(target, config, resume, allow, identity or {})
             if resume and not found.checkpoint and _holds_results(target):
                 found.close()
                 _move_aside(target, "nothing here can be resumed, so this run starts afresh")
-                found = cls._locked(target, config, None, allow)
+                found = cls._locked(target, config, None, allow, {})
             found._begin(join)
             return found
 
@@ -129,16 +134,19 @@ class RunDirectory:
         config: Mapping[str, Any],
         resume: str | Path | bool | None,
         allow: Collection[str],
+        identity: Mapping[str, Any],
     ) -> RunDirectory:
         """The directory, made if need be, locked, with its checkpoint; untouched if that fails."""
         made = _make(path)
         run = cls(path, config, checkpoint=None, writer=True)
         run.allow = allow
-        run._acquire()
         try:
+            run._acquire()
             run.checkpoint = _find_checkpoint(path, resume)
             if run.checkpoint:
                 _check_config(run.checkpoint, run.config, allow)
+                where = str(run.checkpoint.path)
+                check_identity(run.checkpoint.manifest, identity, allow, where=where)
         except BaseException:
             run.close()
             if made:
@@ -166,7 +174,8 @@ class RunDirectory:
     def close(self) -> None:
         """Close the logs and give the lock back."""
         for file in self._logs.values():
-            file.close()
+            with contextlib.suppress(OSError):  # it was told when the line could not be written
+                file.close()
         self._logs.clear()
         self._release()
 
@@ -203,27 +212,23 @@ class RunDirectory:
         """
         if not self.writer:
             return
-        try:
+        with _writing(self.path / name):
             durable.boundary("metrics:write")
             file = self._logs.get(name) or self._open_log(name)
             file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
             file.flush()
-        except OSError as error:
-            raise ResourceError(
-                f"{name} cannot be written: {error.strerror or error}",
-                where=str(self.path / name),
-                fix="free space on the disk, then resume_from_checkpoint: auto",
-            ) from error
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a whole JSON file, atomically."""
+        """Write a whole JSON file, atomically. Raises ResourceError when the disk refuses."""
         if self.writer:
-            durable.write_json(self.path / name, _finite(value))
+            with _writing(self.path / name):
+                durable.write_json(self.path / name, _finite(value))
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a whole text file, atomically."""
+        """Write a whole text file, atomically. Raises ResourceError when the disk refuses."""
         if self.writer:
-            durable.write_text(self.path / name, text)
+            with _writing(self.path / name):
+                durable.write_text(self.path / name, text)
 
     def write_results(self, split: str, results: Mapping[str, Any]) -> None:
         """`<split>_results.json`, merged into all_results.json as well (transformers' names)."""
@@ -257,7 +262,7 @@ class RunDirectory:
                 continue
             kept = _lines(path)[: lines.get(name, 0)]
             kept = [line for line in kept if _step_in(line, key) <= step]
-            durable.write_text(path, "".join(line + "\n" for line in kept))
+            self.write_text(name, "".join(line + "\n" for line in kept))
 
     def set_later_checkpoints_aside(self, step: int) -> None:
         """Rename checkpoints after `step`: they belong to a continuation that is now abandoned."""
@@ -288,9 +293,9 @@ class RunDirectory:
         ):  # a file system whose locks do not reach other machines
             self._lock.release()
             raise _in_use(self.path, owner)
-        durable.write_json(
-            owner_file, {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": boot_id()}
-        )
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": boot_id()}
+        with _writing(owner_file):
+            durable.write_json(owner_file, owner)
 
     def _release(self) -> None:
         if self._lock.is_locked:
@@ -323,7 +328,9 @@ def check_target(
     new_run: bool = False,
     join: bool = False,
 ) -> None:
-    """Whether a run may use this directory; reads only. Raises ConfigError (exit code 2) if not."""
+    """Whether a run may use this directory; reads only. Raises ConfigError (exit code 2) if not,
+    ResourceError (4) when another process trains there.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file", where="output_dir", expected="a directory")
@@ -334,7 +341,10 @@ def check_target(
             expected="auto, or the path of a checkpoint-N directory",
             fix=f"checkpoints here: {_names(path)}",
         )
-    if _continues(path, resume) or overwrite or new_run or join or not is_occupied(path):
+    if new_run and not _is_auto(resume) or not is_occupied(path):
+        return
+    _check_not_in_use(path)
+    if _continues(path, resume) or overwrite or join:
         return
     raise ConfigError(
         f"{path} contains {_describe(path)}",
@@ -342,6 +352,21 @@ def check_target(
         expected="an empty or new directory",
         fix="use resume_from_checkpoint: auto, new_run: true or overwrite_output_dir: true",
     )
+
+
+def _check_not_in_use(path: Path) -> None:
+    """Say it at once, not after the model was loaded. Raises ResourceError with the owner."""
+    owner = _read_owner(path / OWNER_FILE)
+    if owner.get("host") != socket.gethostname() or not durable.process_alive(
+        int(owner.get("pid", 0))
+    ):
+        return
+    lock = FileLock(path / LOCK_FILE)  # what decides: the number may be another process's by now
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise _in_use(path, owner) from None
+    lock.release()
 
 
 def is_occupied(path: Path) -> bool:
@@ -489,6 +514,19 @@ def _lives_elsewhere(owner: Mapping[str, Any], path: Path) -> bool:
 
 def _lost(status: Mapping[str, Any]) -> bool:
     return time.time() - float(status.get("heartbeat", 0.0)) > _LOST_HEARTBEAT_SECONDS
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A disk that refuses is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{path.name} cannot be written: {error.strerror or error}",
+            where=str(path),
+            fix="free space on the disk, then resume_from_checkpoint: auto",
+        ) from error
 
 
 def _in_use(path: Path, owner: Mapping[str, Any]) -> UserError:

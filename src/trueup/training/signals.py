@@ -4,11 +4,18 @@ at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType
 
 from trueup.errors import UserError
+
+
+#: A launcher passes a signal on that the whole process group may have got as well (Slurm, systemd):
+#: what comes within this time is the same one.
+_ECHO_SECONDS = 3.0
 
 
 class Stopped(UserError):
@@ -29,6 +36,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._ignored_until = 0.0
         self._before: dict[int, object] = {}
 
     def __call__(self) -> bool:
@@ -47,6 +55,9 @@ class StopRequest:
         self._before.clear()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if self.signum is None:
+            self.signum = signum
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                self._ignored_until = time.monotonic() + _ECHO_SECONDS
+        elif time.monotonic() >= self._ignored_until:
             raise SystemExit(128 + signum)
-        self.signum = signum

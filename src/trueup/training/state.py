@@ -27,7 +27,7 @@ from torch import Tensor
 from trueup.errors import CorruptStateError
 from trueup.training import durable
 from trueup.training.backend import Backend, HostMetrics
-from trueup.training.checkpoint import STATE_FILE
+from trueup.training.checkpoint import POINT, STATE_FILE
 from trueup.training.metrics import MetricSums
 from trueup.training.optim import MasterOptimizer
 
@@ -259,6 +259,7 @@ def _check_same_parameters(
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    durable.boundary(POINT)
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path)
 
 
