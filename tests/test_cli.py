@@ -175,13 +175,16 @@ def test_debug_adds_the_traceback(monkeypatch: pytest.MonkeyPatch):
     assert "Traceback" in fail_with(DataError("broken"), monkeypatch, "--debug").stderr
 
 
-def test_all_problems_are_listed_and_many_are_counted(monkeypatch: pytest.MonkeyPatch):
-    problems = [Problem(f"problem {i}") for i in range(14)]
+def test_all_problems_are_listed_and_what_exceeds_a_screen_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    problems = [Problem(f"problem {i}", fix="mend it") for i in range(14)]
     shown = fail_with(ConfigError(problems), monkeypatch).stderr
     assert "14 problems" in shown
     assert "problem 9" in shown
     assert "problem 10" not in shown
     assert "4 more" in shown
+    assert len(shown.splitlines()) <= 24
 
 
 def test_json_errors_carry_every_problem(monkeypatch: pytest.MonkeyPatch):

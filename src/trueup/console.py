@@ -26,7 +26,7 @@ from trueup.errors import EXIT_BUG, EXIT_OK, EXIT_SIGINT, Problem, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-MOST_PROBLEMS = 10  # more than this does not fit one screen
+MOST_LINES = 20  # of problems: what fits one screen below the notices
 
 
 def console(stream: TextIO | None = None) -> Console:
@@ -194,12 +194,23 @@ def show_problems(problems: list[Problem], level: str = "error") -> None:
         return say(level, str(problems[0]))
     say(level, f"{len(problems)} problems")
     terminal = console(sys.stderr)
-    for problem in problems[:MOST_PROBLEMS]:
+    shown = _screenful(problems)
+    for problem in shown:
         terminal.print(f"  {problem}", markup=False, highlight=False)
-    if len(problems) > MOST_PROBLEMS:
+    if len(problems) > len(shown):
         terminal.print(
-            f"  … and {len(problems) - MOST_PROBLEMS} more; --json lists all", highlight=False
+            f"  … and {len(problems) - len(shown)} more; --json lists all", highlight=False
         )
+
+
+def _screenful(problems: list[Problem]) -> list[Problem]:
+    """The first problems that fit one screen, at least one."""
+    lines = 0
+    for count, problem in enumerate(problems):
+        lines += len(str(problem).splitlines())
+        if count and lines > MOST_LINES:
+            return problems[:count]
+    return problems
 
 
 def _plain(value: Any) -> Any:

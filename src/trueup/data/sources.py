@@ -34,6 +34,7 @@ log = logging.getLogger("trueup")
 
 Row = dict[str, Any]
 _SHOWN = 10  # faults listed per file; the rest is counted
+_IN_FULL = 3
 _SAMPLE = 64 * 1024  # bytes looked at to guess an encoding
 
 
@@ -320,7 +321,7 @@ def _read_table_of_text(label: str, text: str) -> Part:
 
 @dataclass(slots=True)
 class _Faults:
-    """Faults of one file: the first ten in full, the rest counted."""
+    """Faults of one file: the first three with their text, ten with their place, all counted."""
 
     label: str
     problems: list[Problem] = field(default_factory=list)
@@ -330,20 +331,16 @@ class _Faults:
         self.count += 1
         if len(self.problems) < _SHOWN:
             where = f"{self.label}:{line}" + (f":{column}" if column else "")
-            self.problems.append(Problem(what + (f"\n{excerpt}" if excerpt else ""), where))
+            shown = f"\n{excerpt}" if excerpt and len(self.problems) < _IN_FULL else ""
+            self.problems.append(Problem(what + shown, where))
 
     def raise_any(self, good: int) -> None:
         if not self.count:
             return
         if self.count > 1:
-            more = self.count - len(self.problems)
-            shown = f", the first {_SHOWN} are shown above" if more else ""
-            self.problems.append(
-                Problem(
-                    f"{self.count:,} of {good + self.count:,} lines cannot be read{shown}",
-                    self.label,
-                )
-            )
+            shown = f", the first {_SHOWN} of them" if self.count > len(self.problems) else ""
+            total = f"{self.count:,} of {good + self.count:,} lines cannot be read{shown}"
+            self.problems.insert(0, Problem(total, self.label))
         raise DataError(self.problems)
 
 
