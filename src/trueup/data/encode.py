@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     refuse(report, tallies, cfg.data.on_bad_rows, cfg.data.truncation)
     if cfg.data.dataset:
         report.require_usable()
+    _require_splits(encoded, tallies)
     cache.save(encoded, tallies)
     report.splits = {name: len(dataset) for name, dataset in encoded.items()}
     return Prepared(encoded.pop("train"), encoded, report, template)
@@ -138,6 +140,26 @@ def refuse(report: DataReport, tallies: Sequence[Tally], on_bad_rows: str, trunc
             raise DataError(long[:_SHOWN] + (more if len(long) > _SHOWN else []))
     if on_bad_rows == "error":
         report.refuse_bad_rows()
+
+
+def _require_splits(encoded: dict[str, EncodedDataset], tallies: Sequence[Tally]) -> None:
+    """Refuse a split of which no row is left: nothing to train on, or to evaluate (C13)."""
+    problems = []
+    for (name, dataset), tally in zip(encoded.items(), tallies, strict=True):
+        if len(dataset) or not tally.dropped:
+            continue
+        reasons = Counter(reason for _, reason, _ in tally.dropped).most_common()
+        why = ", ".join(f"{number(count)} {reason}" for reason, count in reasons)
+        purpose = "train on" if name == "train" else "evaluate on"
+        problems.append(
+            Problem(
+                f"0 of the {number(len(tally.dropped))} rows to {purpose} are usable: {why}",
+                where="dataset" if name == "train" else f"val_size or eval_dataset ({name})",
+                fix="raise cutoff_len, or choose other rows",
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _load(cfg: RunConfig, cache: _Cache) -> LoadedData:
