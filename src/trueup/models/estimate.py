@@ -60,12 +60,12 @@ def shape_only(cfg: RunConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
 
 
-def estimate(cfg: RunConfig, micro_batch_tokens: int) -> Estimate:
-    """Estimate a run whose longest micro-batch holds so many tokens in the shared layout."""
+def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int) -> Estimate:
+    """Estimate a run of `base` (its shapes are enough) whose longest micro-batch holds so many tokens, shared."""
     device = pick_device(cfg.model.device)
     dtype = pick_dtype(device, cfg.train.bf16, cfg.train.fp16)
     width = dtype.itemsize
-    base = shape_only(cfg).requires_grad_(False)
+    base.requires_grad_(False)
     text = base.config.get_text_config()
     parameters = sum(p.numel() for p in base.parameters())
     if cfg.tuning.finetuning_type == "lora":

@@ -12,8 +12,8 @@ import psutil
 
 from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
-from trueup.models.estimate import Estimate, estimate
-from trueup.models.load import load_tokenizer
+from trueup.models.estimate import Estimate, estimate, shape_only
+from trueup.models.load import check_vocabulary, load_tokenizer
 from trueup.recipes.batches import Arithmetic, plan_batches
 
 GB = 1024**3
@@ -73,13 +73,15 @@ def check(cfg: RunConfig) -> CheckReport:
         ConfigError, DataError, ModelError: whatever would stop the run before its first step.
     """
     tokenizer = load_tokenizer(cfg.model)
+    base = shape_only(cfg)
+    check_vocabulary(base, tokenizer, str(cfg.model.model_name_or_path))
     prepared = prepare(cfg, tokenizer)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
     largest = max(
         int(prepared.train.lengths[group].sum()) for units in plan.steps(0) for group in plan.micro_batches(units)
     )
-    needs = estimate(cfg, largest)
+    needs = estimate(cfg, base, largest)
     return CheckReport(
         cfg, prepared, arithmetic, needs, _free_memory(needs.device), _free_disk(cfg.train.output_dir),
         needs.checkpoint * kept_checkpoints(cfg, arithmetic),
