@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 
 from tests.data.tiny_tokenizers import make_tokenizer
@@ -26,7 +27,7 @@ MODELS = {
     "Qwen2.5-7B": ("qwen2", "qwen", False),
     "Llama-2-7b-hf": ("llama", "llama2", False),
 }
-WORDS = "show all users order by age sum of name city where id table 查询 用户 年龄 count".split()
+WORDS = ["show", "users", "order", "by", "age", "sum", "of", "name", "city", "where", "id", "查询", "用户", "年龄"]
 
 
 def save_model(directory: Path, architecture: str, family: str, chat: bool, **config: Any) -> None:
@@ -84,6 +85,10 @@ def files(directory: Path) -> set[str]:
 
 def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_yaml(path: Path | str) -> Any:
+    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path | str) -> list[dict]:
