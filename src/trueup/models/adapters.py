@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -121,6 +122,7 @@ def attach_lora(
     Raises:
         ModelError: a start does not fit the base (C11), or cannot be carried along.
     """
+    _check_targets(base, wanted)
     loaded = [_load_part(base, path) for path in starts]
     continued = bool(loaded) and not create_new and _same_shape(base, loaded[-1][0], wanted)
     frozen_parts = loaded[:-1] if continued else loaded
@@ -239,6 +241,38 @@ def _targets(base: PreTrainedModel, config: LoraConfig) -> set[str]:
         head = base.get_output_embeddings()
         return {name for name in linear if base.get_submodule(name) is not head}
     return {name for name in linear if check_target_module_exists(config, name)}
+
+
+def _check_targets(base: PreTrainedModel, wanted: LoraConfig) -> None:
+    """Every name in `lora_target` and `additional_target` must be a module's; peft passes over those that are not.
+
+    Raises:
+        ModelError: with every name that matches nothing, and the names there are.
+    """
+    linear = sorted({_leaf(name) for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)})
+    modules = [name for name, _ in base.named_modules() if name]
+    problems = []
+    for key, names in (("lora_target", wanted.target_modules), ("additional_target", wanted.modules_to_save)):
+        if isinstance(names, str):
+            if names != "all-linear" and (fault := _pattern_fault(names, modules)):
+                problems.append(Problem(fault, key, f"a regular expression for whole paths such as {modules[-1]}"))
+            continue
+        for name in sorted(names or ()):
+            if not any(path == name or path.endswith(f".{name}") for path in modules):
+                expected = f"all, or some of {', '.join(linear)}"
+                if key == "additional_target":
+                    expected = "the last part of a module's path, such as embed_tokens or lm_head"
+                problems.append(Problem(f"no module of the model is called {name!r}", key, expected))
+    if problems:
+        raise ModelError(problems)
+
+
+def _pattern_fault(pattern: str, modules: Sequence[str]) -> str | None:
+    try:
+        found = any(re.fullmatch(pattern, path) for path in modules)
+    except re.error as error:
+        return f"{pattern!r} is no regular expression: {error}"
+    return None if found else f"no module of the model matches {pattern!r}"
 
 
 def _refuse_uncarriable(parts: Sequence[Part], starts: Sequence[str | Path]) -> None:

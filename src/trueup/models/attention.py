@@ -19,6 +19,9 @@ from trueup.types import Segment
 
 FOREST_ATTENTION = "trueup_forest"
 
+#: On a CPU in bf16, plain products beat the fused kernel up to about so many keys (docs/log.md, 2026-11-21).
+EAGER_KEYS = 1024
+
 
 class ForestLayout:
     """Who sees whom in a batch, and the masks that say so; made once per batch, used by every layer."""
@@ -30,7 +33,7 @@ class ForestLayout:
         for index, segment in enumerate(segments):
             before = self.paths[segment.parent] if segment.parent >= 0 else []
             self.paths.append([*before, index])
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def mask(self, index: int, window: int | None) -> Tensor | None:
         """Bool mask [queries, keys] of a segment, True = may attend; None where plain causal attention is meant."""
@@ -40,15 +43,18 @@ class ForestLayout:
             window = None
         if total == length and window is None:
             return None
-        if (index, window) not in self._masks:
-            # Along a root-to-leaf path positions count 0 … total-1, and the queries are the last `length` of them.
-            key = torch.arange(total, device=self.device)
-            query = key[total - length :, None]
-            mask = key <= query
-            if window is not None:
-                mask &= key > query - window
-            self._masks[index, window] = mask
-        return self._masks[index, window]
+        key = (length, total, window)
+        if key not in self._masks:
+            self._masks[key] = causal_mask(length, total, window, self.device)
+        return self._masks[key]
+
+
+def causal_mask(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool [length, total]: the queries are the last `length` of `total` positions on a root-to-leaf path."""
+    key = torch.arange(total, device=device)
+    query = key[total - length :, None]
+    mask = key <= query
+    return mask & (key > query - window) if window is not None else mask
 
 
 def forest_attention(
@@ -77,17 +83,18 @@ def forest_attention(
     # One split each way: slicing a segment at a time would make its backward fill a whole [T] of zeros every time.
     queries, keys, values = (states.split(forest.lengths, dim=2) for states in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
+    plain_products = query.device.type == "cpu" and query.dtype == torch.bfloat16
     outputs = []
     for index, path in enumerate(forest.paths):
         path_keys, path_values = _join(keys, path), _join(values, path)
         mask = forest.mask(index, sliding_window)
-        if softcap is None:
+        if softcap is not None or (plain_products and path_keys.shape[2] <= EAGER_KEYS):
+            output = _eager(queries[index], path_keys, path_values, mask, dropout, scaling, softcap)
+        else:
             output = F.scaled_dot_product_attention(
                 queries[index], path_keys, path_values, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
                 scale=scaling, enable_gqa=grouped,
             )  # fmt: skip
-        else:
-            output = _softcapped(queries[index], path_keys, path_values, mask, dropout, scaling, softcap)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -96,26 +103,32 @@ def _join(states: Sequence[Tensor], path: list[int]) -> Tensor:
     return states[path[0]] if len(path) == 1 else torch.cat([states[segment] for segment in path], dim=2)
 
 
-def _softcapped(
+def _eager(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     dropout: float,
     scaling: float | None,
-    softcap: float,
+    softcap: float | None,
 ) -> Tensor:
-    """Attention with capped scores (Gemma 2, arXiv 2408.00118 §2): no fused kernel offers it on a CPU."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scores = query @ key.transpose(-1, -2) * scale
-    scores = softcap * torch.tanh(scores / softcap)
+    """Attention as three products; the only way to cap scores (Gemma 2, arXiv 2408.00118 §2).
+
+    Args:
+        query: [1, heads, L, d]; key, value: [1, kv_heads, K, d]. Heads of a group share one product.
+    """
+    _, heads, length, width = query.shape
+    _, kv_heads, total, _ = key.shape
     if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    scores = scores.masked_fill(~mask, float("-inf"))
-    weights = F.dropout(torch.softmax(scores, dim=-1, dtype=torch.float32), p=dropout)
-    return weights.to(query.dtype) @ value
+        mask = causal_mask(length, total, None, query.device)
+    scale = scaling if scaling is not None else width**-0.5
+    folded = query.reshape(kv_heads, heads // kv_heads * length, width) * scale
+    scores = (folded @ key[0].transpose(-1, -2)).view(heads, length, total)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
+    weights = F.dropout(torch.softmax(scores, dim=-1), p=dropout)
+    return (weights.view(kv_heads, -1, total) @ value[0]).view(1, heads, length, -1)
 
 
 # transformers builds no mask for an implementation it has no mask function for: the layout is the mask.

@@ -65,9 +65,8 @@ def locate(name: str, access: HubAccess, key: str = "model_name_or_path") -> str
         raise unreachable(name, access, error, key) from error
 
 
-def download_adapter(name: str, access: HubAccess) -> str:
-    """A local directory that holds an adapter; Hugging Face ids are downloaded."""
-    key = "adapter_name_or_path"
+def download_adapter(name: str, access: HubAccess, key: str = "adapter_name_or_path") -> str:
+    """A local directory that holds an adapter; Hugging Face ids are downloaded. `key` named it."""
     path = locate(name, access, key)
     if not Path(path).is_dir():
         from huggingface_hub import snapshot_download
@@ -122,19 +121,26 @@ def unreachable(name: str, access: HubAccess, error: Exception, key: str = "mode
     )
 
 
-def resolve_model(name: str, adapters: list[str], access: HubAccess) -> tuple[str, str, list[str]]:
+def resolve_model(
+    name: str,
+    adapters: list[str],
+    access: HubAccess,
+    keys: tuple[str, str] = ("model_name_or_path", "adapter_name_or_path"),
+) -> tuple[str, str, list[str]]:
     """What to load: (name of the root base, its location, adapter directories in order).
+
+    `keys` are the config's keys that named the model and its adapters, for messages.
 
     A `name` that is a directory holding only an adapter stands for its base plus that adapter (guide G4).
     """
-    location = locate(name, access)
-    chain = [download_adapter(adapter, access) for adapter in adapters]
+    location = locate(name, access, keys[0])
+    chain = [download_adapter(adapter, access, keys[1]) for adapter in adapters]
     seen = {location}
     while is_adapter_dir(location):
         chain.insert(0, location)
         name = read_base_of(location)
-        location = locate(name, access)
+        location = locate(name, access, keys[0])
         if location in seen:
-            raise ModelError(f"the adapter at {location} names itself as its base", where="model_name_or_path")
+            raise ModelError(f"the adapter at {location} names itself as its base", where=keys[0])
         seen.add(location)
     return name, location, chain
