@@ -100,8 +100,8 @@ class DatasetSpec:
 
     Exactly one of `source` (file, folder or glob pattern on this machine), `hub_id` and `url` is
     set. `columns` maps roles to column names, as far as given (None: leave that role out); `tags`
-    likewise. `kind` is what `type` says, `ranking` as written or None. `origin` is "file:line" or
-    how it was named.
+    likewise. `kind` is what `type` says, `ranking` as written or None. `origin` is the
+    registry's "file:line", or the path, or how it was named.
     """
 
     name: str
@@ -441,7 +441,7 @@ def _unregistered(
     is_pattern = any(mark in name for mark in "*?[")
     for path in (Path(name).expanduser(), directory / name):
         if path.exists() or (is_pattern and glob.has_magic(name) and _any_match(path)):
-            return DatasetSpec(_short_name(path), "path", source=path)
+            return DatasetSpec(_short_name(path), str(path), source=path)
     looks_like_path = (
         is_pattern
         or Path(name).suffix.lower() in FILE_SUFFIXES

@@ -15,6 +15,8 @@ from trueup.data.encode import Prepared, prepare
 from trueup.models.estimate import Estimate, estimate, shape_only
 from trueup.models.load import check_vocabulary, load_tokenizer
 from trueup.recipes.batches import Arithmetic, plan_batches
+from trueup.recipes.offline import check_output
+from trueup.recipes.references import check_reference
 
 GB = 1024**3
 
@@ -72,7 +74,9 @@ def check(cfg: RunConfig) -> CheckReport:
     Raises:
         ConfigError, DataError, ModelError: whatever would stop the run before its first step.
     """
+    check_output(cfg)
     tokenizer = load_tokenizer(cfg.model)
+    check_reference(cfg, tokenizer)
     base = shape_only(cfg)
     check_vocabulary(base, tokenizer, str(cfg.model.model_name_or_path))
     prepared = prepare(cfg, tokenizer)

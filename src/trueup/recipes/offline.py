@@ -26,7 +26,7 @@ from trueup.models.load import load_for_evaluation, load_policy, load_tokenizer,
 from trueup.recipes.batches import eval_batches, eval_layout, plan_batches, train_batches, train_layout
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.program import OfflineProgram, objective_of
-from trueup.recipes.references import build_references
+from trueup.recipes.references import build_references, check_reference
 from trueup.training.backend import Backend, make_backend
 from trueup.training.evaluation import evaluate_run
 from trueup.training.loop import fit
@@ -51,7 +51,7 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
     """
     console = console or Console()
     console.quiet |= os.environ.get("RANK", "0") != "0"
-    check_target(cfg.train.output_dir, **_target(cfg))
+    check_output(cfg)
     if cfg.train.full_determinism:
         torch.use_deterministic_algorithms(True)
     backend = make_backend(pick_device(cfg.model.device), cfg.train.ddp_timeout)
@@ -66,6 +66,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     set_seed(cfg.train.seed)
     with stop_at_warnings(cfg.train.strict):
         tokenizer = load_tokenizer(cfg.model)
+        check_reference(cfg, tokenizer)
         prepared = prepare(cfg, tokenizer)
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device)
@@ -92,6 +93,7 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     """A run that only evaluates a model, or a model with its adapters, on held-out data."""
     with stop_at_warnings(cfg.train.strict):
         tokenizer = load_tokenizer(cfg.model)
+        check_reference(cfg, tokenizer)
         prepared = prepare(cfg, tokenizer)
         loaded = load_for_evaluation(cfg.model, cfg.train, tokenizer, backend.device)
     if not prepared.eval:
@@ -128,6 +130,11 @@ def open_directory(
     ) as directory:
         directory.write_json("data_report.json", prepared.report.to_dict())
         yield directory
+
+
+def check_output(cfg: RunConfig) -> None:
+    """Whether the run may use its output directory; ConfigError (C15) if not."""
+    check_target(cfg.train.output_dir, **_target(cfg))
 
 
 def _target(cfg: RunConfig) -> dict:

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from trueup.config.methods import needs_reference
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset
 from trueup.data.forest import build_forest, num_predictions
-from trueup.errors import ConfigError
-from trueup.models.load import Loaded, load_frozen
+from trueup.errors import ConfigError, ModelError
+from trueup.models.hub import resolve_model, unreachable
+from trueup.models.load import Loaded, hub_access, load_frozen
 from trueup.models.reference import LiveReference, ReferenceTable, table_path
 from trueup.recipes.batches import Batch
 from trueup.training.backend import Backend
@@ -72,6 +75,46 @@ def kernels(device: torch.device) -> str:
     return f"torch {torch.__version__} {device.type}{threads}"
 
 
+def check_reference(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether there is a reference that knows the tokens; seen before anything large is loaded (C14).
+
+    Raises:
+        ModelError: `ref_model` or `ref_model_adapters` is not there, or was made for fewer tokens.
+        ConfigError: an evaluation has nothing to compare the model with.
+    """
+    if not needs_reference(cfg):
+        return
+    access = hub_access(cfg.model)
+    if cfg.objective.ref_model:
+        names = cfg.objective.ref_model, cfg.objective.ref_model_adapters
+        name, location, _ = resolve_model(*names, access, ("ref_model", "ref_model_adapters"))
+        _check_tokens(cfg, name, location, len(tokenizer))
+    elif not cfg.train.do_train:
+        _, _, starts = resolve_model(cfg.model.model_name_or_path, cfg.model.adapter_name_or_path, access)
+        if not starts:  # a model compared with itself says nothing
+            raise ConfigError(
+                "evaluating preferences compares the model with a reference, and none is named", where="ref_model",
+                fix="set ref_model to the model the training started from, or give base and adapter separately",
+            )  # fmt: skip
+
+
+def _check_tokens(cfg: RunConfig, name: str, location: str, num_tokens: int) -> None:
+    access = hub_access(cfg.model)
+    try:
+        config = AutoConfig.from_pretrained(
+            location, revision=access.revision, token=access.token, cache_dir=access.cache_dir,
+            trust_remote_code=cfg.model.trust_remote_code,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise unreachable(name, access, error, "ref_model") from error
+    rows = config.get_text_config().vocab_size
+    if rows < num_tokens:
+        raise ModelError(
+            f"{name} has embeddings for {rows} tokens, the tokenizer has {num_tokens}", where="ref_model",
+            expected="a reference that reads the same tokens as the model",
+        )  # fmt: skip
+
+
 def live_reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
     """The model that stands for the reference, ready to be run."""
     if cfg.objective.ref_model:
@@ -84,17 +127,7 @@ def live_reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
 
 
 def base_reference(loaded: Loaded) -> LiveReference:
-    """What an evaluation without `ref_model` compares with: the model without its adapters.
-
-    Raises:
-        ConfigError: there are no adapters to switch off, and a model compared with itself says nothing.
-    """
-    if not loaded.starts:
-        raise ConfigError(
-            "evaluating preferences compares the model with a reference, and none is named",
-            where="ref_model",
-            fix="set ref_model to the model the training started from, or give base and adapter separately",
-        )
+    """What an evaluation without `ref_model` compares with: the model without its adapters."""
     log.warning(
         "evaluating against %s without adapters; if the training started from an adapter, name it: ref_model: %s, "
         "ref_model_adapters: DIR",
