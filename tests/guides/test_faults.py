@@ -471,6 +471,31 @@ def test_paths_that_hold_no_model_or_adapter(adapter: Path, here: Path):
     refuse(f"{line} builtin:nothing", 6, "builtin:nothing", "builtin:sql-tiny")
 
 
+def test_targets_that_are_no_modules_are_refused_and_none_is_passed_over():
+    line = f"--stage dpo --model_name_or_path {MODEL} --dataset dpo_en_demo --output_dir out"
+    for verb in ("train", "check"):
+        refuse(f"{verb} {line} --lora_target q_proj,query", 6, "lora_target: no module of the model is called 'query'",
+               "gate_proj, k_proj")  # fmt: skip
+    refuse(f"train {line} --lora_target '.*(q_proj'", 6, "lora_target", "is no regular expression")
+    refuse(f"train {line} --lora_target 'layers[.]q_proj'", 6, "no module of the model matches")
+    refuse(f"train {line} --additional_target embeddings", 6, "additional_target", "'embeddings'", "embed_tokens")
+    succeed(f"train {line} --lora_target '.*layers[.]1[.].*_proj' --additional_target embed_tokens --max_steps 1")
+
+
+def test_c14_a_reference_that_is_not_there_or_reads_other_tokens(here: Path):
+    put(pairs(3))
+    line = f"{TRAIN} --dataset rows.jsonl --ref_model"
+    refuse(f"{line} ./nowhere", 6, f"ref_model: no such directory: {here}/nowhere")
+    refuse(f"{line} ./Qwen3-4B-Base --ref_model_adapters ./nowhere", 6, "ref_model_adapters: no such directory")
+    save_model(Path("fewer"), "qwen2", "qwen", True, vocab_size=100)
+    refuse(f"{line} ./fewer", 6, "ref_model: ./fewer has embeddings for 100 tokens")
+
+
+def test_an_evaluation_of_preferences_without_a_reference():
+    put(pairs(3))
+    refuse(f"{TRAIN} --do_train false --do_eval --eval_dataset rows.jsonl", 2, "ref_model", "none is named")
+
+
 # --- arithmetic and the output directory ---------------------------------------------------------
 
 
@@ -521,6 +546,7 @@ def test_c15_a_directory_with_other_files_is_refused():
     refuse(f"{TRAIN} --dataset rows.jsonl", 2, "output_dir: out contains", "thesis.docx", "an empty or new directory")
     Path("file").write_text("mine")
     refuse(f"{TRAIN} --dataset rows.jsonl --output_dir file", 2, "file is a file")
+    refuse(f"check{TRAIN.removeprefix('train')} --dataset rows.jsonl", 2, "output_dir: out contains", "thesis.docx")
 
 
 def test_c15_the_three_ways_out():

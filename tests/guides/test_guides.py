@@ -501,3 +501,18 @@ def test_a_line_works_as_a_process_and_leaves_no_noise(work: Path):
     assert "trueup chat --model_name_or_path Qwen/Qwen1.5-7B-Chat" in done.stdout
     assert done.stderr.strip() == ""
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.slow
+def test_g3_on_two_devices_as_the_guide_starts_it(work: Path):
+    """FORCE_TORCHRUN and a YAML; two processes on the CPU stand for the guide's two GPUs."""
+    g3_data()
+    g3_sft_checkpoint()
+    environment = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "trueup", *g3_config().split(), "device=cpu", "report_to=none"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "× 2 processes" in done.stdout
+    assert done.stdout.count("next\n") == 1
+    assert [row["step"] for row in read_lines("saves/qwen3-4b-base/lora/dpo/metrics.jsonl")] == [1, 2]
+    assert read_json("saves/qwen3-4b-base/lora/dpo/status.json")["state"] == "finished"
