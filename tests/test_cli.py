@@ -48,12 +48,7 @@ def test_every_verb_has_help(name: str):
 
 
 def test_version_in_all_its_spellings():
-    assert (
-        run("version").output
-        == run("--version").output
-        == run("-V").output
-        == f"trueup {__version__}\n"
-    )
+    assert run("version").output == run("--version").output == run("-V").output == f"trueup {__version__}\n"
 
 
 @pytest.mark.parametrize("name", [*LATER, "api", "webui", "webchat"])
@@ -160,9 +155,7 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str
 def test_a_user_error_is_a_message_and_an_exit_code_without_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    error = DataError(
-        "no column `chosen`", where="pairs.json:3", expected="prompt, chosen", fix="rename it"
-    )
+    error = DataError("no column `chosen`", where="pairs.json:3", expected="prompt, chosen", fix="rename it")
     result = fail_with(error, monkeypatch)
     assert result.exit_code == 3
     assert result.stdout == ""
@@ -201,17 +194,13 @@ def test_json_errors_carry_every_problem(monkeypatch: pytest.MonkeyPatch):
     }
 
 
-def test_a_bug_says_it_is_ours_and_where_its_traceback_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_a_bug_says_it_is_ours_and_where_its_traceback_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = fail_with(ZeroDivisionError("by zero"), monkeypatch)
     assert result.exit_code == 1
     assert "this is a bug in trueup: ZeroDivisionError" in result.stderr
     assert "Traceback" not in result.stderr
-    assert "ZeroDivisionError: by zero" in (tmp_path / "trueup-error.txt").read_text(
-        encoding="utf-8"
-    )
+    assert "ZeroDivisionError: by zero" in (tmp_path / "trueup-error.txt").read_text(encoding="utf-8")
 
 
 def test_ctrl_c_leaves_with_130(monkeypatch: pytest.MonkeyPatch):
@@ -295,9 +284,7 @@ def test_a_reader_that_leaves_early_is_no_error():
         reader, writer = os.pipe()
         os.close(reader)
         command = [sys.executable, "-m", "trueup", *words]
-        done = subprocess.run(
-            command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False
-        )
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
         os.close(writer)
         assert (done.returncode, done.stderr) == (0, "")
 
@@ -366,9 +353,7 @@ def test_a_launch_over_machines_names_them():
 
 
 def test_an_elastic_launch_has_a_rendezvous():
-    made = launch.launcher_words(
-        [], 1, {"RDZV_ID": "job", "MIN_NNODES": "1", "MAX_NNODES": "4", "MAX_RESTARTS": "3"}
-    )
+    made = launch.launcher_words([], 1, {"RDZV_ID": "job", "MIN_NNODES": "1", "MAX_NNODES": "4", "MAX_RESTARTS": "3"})
     assert {"--nnodes=1:4", "--max-restarts=3", "--rdzv-id=job"} <= set(made)
 
 
@@ -391,9 +376,7 @@ def test_a_failing_worker_gives_its_exit_code(tmp_path: Path):
         "--dataset",
         str(missing),
     ]
-    done = run_process(
-        "train", *words, "--output_dir", str(tmp_path / "out"), env={"NPROC_PER_NODE": "2"}
-    )
+    done = run_process("train", *words, "--output_dir", str(tmp_path / "out"), env={"NPROC_PER_NODE": "2"})
     assert done.returncode in (3, 6), done.stderr
     assert "ChildFailedError" not in done.stderr
     assert not (tmp_path / "out").exists()

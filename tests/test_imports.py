@@ -101,9 +101,7 @@ def loaded_by(code: str) -> set[str]:
     """Heavy packages that a fresh interpreter has loaded after running `code`."""
     code += f"\nimport sys, json\nfound = [n for n in {HEAVY!r} if n in sys.modules]"
     code += "\nprint('LOADED', json.dumps(found))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert "LOADED" in done.stdout, done.stderr
     return set(json.loads(done.stdout.rpartition("LOADED")[2]))
 
@@ -117,9 +115,7 @@ def test_quick_modules_load_nothing_heavy(module: str):
     assert loaded_by(f"import {module}") == set()
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["version"], ["train", "-h"], ["help", "pref_beta"], ["runs"]]
-)
+@pytest.mark.parametrize("words", [["--help"], ["version"], ["train", "-h"], ["help", "pref_beta"], ["runs"]])
 def test_quick_verbs_load_nothing_heavy(words: list[str]):
     assert loaded_by(verb(*words)) == set()
 
@@ -131,9 +127,7 @@ def test_a_bad_config_is_refused_before_anything_heavy_is_loaded(tmp_path: Path)
         assert loaded_by(verb(name, str(config))) == set()
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["version"], ["check", "leraning_rate=1", "pref_beta=-1"]], ids=" ".join
-)
+@pytest.mark.parametrize("words", [["--help"], ["version"], ["check", "leraning_rate=1", "pref_beta=-1"]], ids=" ".join)
 def test_quick_verbs_take_half_a_second_of_cpu(words: list[str]):
     assert min(cpu_seconds([sys.executable, "-m", "trueup", *words]) for _ in range(3)) < 0.5
 
@@ -141,8 +135,6 @@ def test_quick_verbs_take_half_a_second_of_cpu(words: list[str]):
 def cpu_seconds(command: list[str]) -> float:
     resource = pytest.importorskip("resource", reason="CPU time of children is read the Unix way")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
-        command, capture_output=True, env={**os.environ, "COLUMNS": "80"}, timeout=60, check=False
-    )
+    subprocess.run(command, capture_output=True, env={**os.environ, "COLUMNS": "80"}, timeout=60, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -51,9 +51,7 @@ def test_commands_in_the_documents_exist(path: Path):
             assert words[1] not in LATER, f"{line}: not there yet"
 
 
-@pytest.mark.parametrize(
-    "path", [*DOCS, *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", [*DOCS, *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
 def test_links_between_documents_lead_somewhere(path: Path):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     missing = [link for link in links if not (path.parent / link).exists()]
@@ -104,9 +102,7 @@ def test_pins_satisfy_the_ranges_and_cover_core_and_dev():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     first = next(line for line in lines if not line.startswith("#"))
-    assert first == f"torch=={pins['torch']}", (
-        "torch comes first: others would pull in another build"
-    )
+    assert first == f"torch=={pins['torch']}", "torch comes first: others would pull in another build"
     for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
         requirement = Requirement(text)
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, text
@@ -114,9 +110,7 @@ def test_pins_satisfy_the_ranges_and_cover_core_and_dev():
 
 def test_floors_close_the_known_holes():
     """S6, S10 of the security requirements."""
-    floors = {
-        Requirement(text).name: Requirement(text).specifier for text in PROJECT["dependencies"]
-    }
+    floors = {Requirement(text).name: Requirement(text).specifier for text in PROJECT["dependencies"]}
     for name, unsafe in {"torch": "2.9.1", "transformers": "5.2.0", "jinja2": "3.1.5"}.items():
         assert unsafe not in floors[name]
 
@@ -133,15 +127,11 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 def make(*words: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(
-        ["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @needs_make
-@pytest.mark.parametrize(
-    "target", ["quickstart", "test", "check", "bench", "prove", "builtin-model"]
-)
+@pytest.mark.parametrize("target", ["quickstart", "test", "check", "bench", "prove", "builtin-model"])
 def test_every_target_installs_first_with_torch_before_the_rest(target: str, tmp_path: Path):
     lines = make("-n", target, f"VENV={tmp_path}/venv").stdout.splitlines()
     installs = [line for line in lines if "pip install" in line]
@@ -211,19 +201,14 @@ def test_the_wheel_carries_version_licence_and_command(wheel: zipfile.ZipFile):
 
 def test_no_machine_of_ours_is_named_anywhere():
     """Paths and hosts of whoever built this are no part of the project."""
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
     private = re.compile(r"/(?:work|opt/venv|home/\w+|root)/\w")
     found = []
     for name in listed.stdout.splitlines():
         path = ROOT / name
-        if (
-            path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", ".json", ".cff")
-            and path.exists()
-        ):
+        if path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", ".json", ".cff") and path.exists():
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 if private.search(line) and name != "tests/test_packaging.py":
                     found.append(f"{name}:{number}")

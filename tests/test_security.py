@@ -41,9 +41,7 @@ LOADER_CLASSES = (
     "PeftConfig",
 )
 
-SOURCES = sorted(
-    path for folder in ("src", "benchmarks", "recipes") for path in (ROOT / folder).rglob("*.py")
-)
+SOURCES = sorted(path for folder in ("src", "benchmarks", "recipes") for path in (ROOT / folder).rglob("*.py"))
 
 
 def dotted(node: ast.expr) -> str:
@@ -58,9 +56,7 @@ def findings(tree: ast.AST) -> Iterator[tuple[int, str]]:
         match node:
             case ast.Import(names=names):
                 yield from (
-                    (node.lineno, f"import {n.name}")
-                    for n in names
-                    if n.name.split(".")[0] in FORBIDDEN_IMPORTS
+                    (node.lineno, f"import {n.name}") for n in names if n.name.split(".")[0] in FORBIDDEN_IMPORTS
                 )
             case ast.ImportFrom(module=str(module)) if module.split(".")[0] in FORBIDDEN_IMPORTS:
                 yield node.lineno, f"import {module}"
@@ -69,19 +65,13 @@ def findings(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 if name in FORBIDDEN_CALLS:
                     yield node.lineno, f"{name}: {FORBIDDEN_CALLS[name]}"
                 for word in keywords:
-                    if (
-                        isinstance(word.value, ast.Constant)
-                        and (word.arg, word.value.value) in FORBIDDEN_ARGUMENTS
-                    ):
+                    if isinstance(word.value, ast.Constant) and (word.arg, word.value.value) in FORBIDDEN_ARGUMENTS:
                         yield node.lineno, f"{name}({word.arg}={word.value.value})"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_shell_no_pickle_no_code_from_text(path: Path):
-    found = [
-        f"{path}:{line}: {reason}"
-        for line, reason in findings(ast.parse(path.read_text(encoding="utf-8")))
-    ]
+    found = [f"{path}:{line}: {reason}" for line, reason in findings(ast.parse(path.read_text(encoding="utf-8")))]
     assert not found, "\n".join(found)
 
 
@@ -109,8 +99,7 @@ def test_only_the_model_layer_turns_names_into_models():
     found = [
         f"{path}:{node.lineno}: {dotted(node.func)}"
         for path in sorted(package.rglob("*.py"))
-        if path.relative_to(package).parts[0] not in LOADERS
-        and path.relative_to(package).as_posix() not in EXCEPTIONS
+        if path.relative_to(package).parts[0] not in LOADERS and path.relative_to(package).as_posix() not in EXCEPTIONS
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)
         and dotted(node.func).endswith(".from_pretrained")

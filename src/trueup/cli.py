@@ -44,9 +44,7 @@ LATER = {
 class Program(click.Group):
     """The group of all verbs; every way it can end goes through one `Session`."""
 
-    def main(
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
-    ) -> NoReturn:
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
         words = list(sys.argv[1:] if args is None else args)
         if instruction := os.environ.get(COMPLETE_VARIABLE):
             sys.exit(shell_complete(self, {}, "trueup", COMPLETE_VARIABLE, instruction))
@@ -73,11 +71,7 @@ class Program(click.Group):
         return f"; did you mean `trueup {near[0]}`?" if near else ""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        now = {
-            name: self.commands[name].get_short_help_str(80)
-            for name in self.commands
-            if name not in LATER
-        }
+        now = {name: self.commands[name].get_short_help_str(80) for name in self.commands if name not in LATER}
         for title, verbs in (
             ("Verbs", now),
             ("To come", {name: what for name, (what, _) in LATER.items()}),
@@ -96,9 +90,7 @@ class ConfigCommand(click.Command):
         return [*super().shell_complete(ctx, incomplete), *complete_key(ctx, None, incomplete)]
 
 
-def complete_key(
-    ctx: click.Context, param: click.Parameter | None, incomplete: str
-) -> list[CompletionItem]:
+def complete_key(ctx: click.Context, param: click.Parameter | None, incomplete: str) -> list[CompletionItem]:
     """Config keys as `--key` or `key=`, and files while no `=` is typed."""
     from trueup.config.schema import FIELDS
 
@@ -121,9 +113,7 @@ def _option(name: str, text: str, act: Callable[[Session], None]) -> Callable[[C
         if value:
             act(ctx.ensure_object(Session))
 
-    return click.option(
-        f"--{name}", is_flag=True, expose_value=False, is_eager=True, help=text, callback=callback
-    )
+    return click.option(f"--{name}", is_flag=True, expose_value=False, is_eager=True, help=text, callback=callback)
 
 
 debug_option = _option("debug", "Show tracebacks.", lambda session: setattr(session, "debug", True))
@@ -161,9 +151,7 @@ def read_config(words: Sequence[str], **how: Any) -> RunConfig:
 def split_source(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """`(file or None, overrides)`. Only the first word can be the file."""
     first = words[0] if words else ""
-    is_file = (
-        first.lower().endswith(CONFIG_SUFFIXES) and "=" not in first and not first.startswith("--")
-    )
+    is_file = first.lower().endswith(CONFIG_SUFFIXES) and "=" not in first and not first.startswith("--")
     return (first, list(words[1:])) if is_file else (None, list(words))
 
 
@@ -248,9 +236,7 @@ def chat(words: tuple[str, ...], compare: bool) -> None:
 
 
 @main.command(context_settings=CONTEXT)
-@click.argument(
-    "file", type=click.Path(dir_okay=False, path_type=Path), default=None, required=False
-)
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), default=None, required=False)
 @click.option("--stage", default="dpo", show_default=True, help="What to train: pt, sft, dpo …")
 @click.option("--model", default=None, help="Model to start from: a hub name or a directory.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")

@@ -156,9 +156,7 @@ class Session:
 
     def _describe_bug(self, error: Exception) -> Problem:
         log = self._error_log() or Path(tempfile.gettempdir()) / "trueup-error.txt"
-        kept = (
-            f"the traceback is in {log}" if _append(log, error) else "--debug shows the traceback"
-        )
+        kept = f"the traceback is in {log}" if _append(log, error) else "--debug shows the traceback"
         return Problem(
             f"this is a bug in trueup: {type(error).__name__}: {error}",
             fix=f"please report it with the traceback and the output of `trueup doctor`; {kept}",
@@ -198,9 +196,7 @@ def show_problems(problems: list[Problem], level: str = "error") -> None:
     for problem in shown:
         terminal.print(f"  {problem}", markup=False, highlight=False)
     if len(problems) > len(shown):
-        terminal.print(
-            f"  … and {len(problems) - len(shown)} more; --json lists all", highlight=False
-        )
+        terminal.print(f"  … and {len(problems) - len(shown)} more; --json lists all", highlight=False)
 
 
 def _screenful(problems: list[Problem]) -> list[Problem]:
@@ -242,9 +238,7 @@ def _rank() -> int:
 def _make_streams_safe() -> None:
     """A terminal that cannot show a character gets a `?` instead of a crash."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(
-            AttributeError, ValueError
-        ):  # replaced streams, as under a test runner
+        with contextlib.suppress(AttributeError, ValueError):  # replaced streams, as under a test runner
             stream.reconfigure(errors="replace")
 
 

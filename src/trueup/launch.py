@@ -22,11 +22,7 @@ def is_requested(environment: Mapping[str, str] = os.environ) -> bool:
     if is_worker(environment):
         return False
     forced = environment.get("FORCE_TORCHRUN", "").lower() in _TRUE
-    return (
-        forced
-        or number(environment, "NNODES", 1) > 1
-        or number(environment, "NPROC_PER_NODE", 1) > 1
-    )
+    return forced or number(environment, "NNODES", 1) > 1 or number(environment, "NPROC_PER_NODE", 1) > 1
 
 
 def number(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -39,9 +35,7 @@ def number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(value)
 
 
-def launcher_words(
-    words: Sequence[str], num_gpus: int, environment: Mapping[str, str] = os.environ
-) -> list[str]:
+def launcher_words(words: Sequence[str], num_gpus: int, environment: Mapping[str, str] = os.environ) -> list[str]:
     """Arguments of `torch.distributed.run` for `trueup train WORDS` on this node."""
     processes = number(environment, "NPROC_PER_NODE", max(num_gpus, 1))
     nodes = number(environment, "NNODES", 1)
@@ -77,9 +71,7 @@ def launch(words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the workers say what happened
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers say what happened
     arguments = torchrun.parse_args(launcher_words(words, torch.cuda.device_count()))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     # The launcher would give each process one thread; give each its share of the cores instead.
@@ -88,9 +80,7 @@ def launch(words: Sequence[str]) -> int:
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:
-        return _exit_code(
-            min(error.failures.values(), key=lambda failure: failure.timestamp).exitcode
-        )
+        return _exit_code(min(error.failures.values(), key=lambda failure: failure.timestamp).exitcode)
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

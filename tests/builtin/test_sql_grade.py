@@ -53,9 +53,7 @@ def test_a_wrong_query_is_caught(wrong):
     ("operator", "others"),
     [(">", (">=", "<", "<=", "=")), (">=", (">", "<")), ("<", ("<=", ">")), ("<=", ("<", ">="))],
 )
-@pytest.mark.parametrize(
-    ("column", "value"), [("salary", 9000), ("age", 35), ("hire_date", "'2021-05-06'")]
-)
+@pytest.mark.parametrize(("column", "value"), [("salary", 9000), ("age", 35), ("hire_date", "'2021-05-06'")])
 def test_a_wrong_comparison_is_caught(column, value, operator, others):
     query = f"select * from employees where {column} {operator} {value}"
     assert same_result(query, query)

@@ -47,9 +47,7 @@ def test_chat_template_is_chatml_and_its_marks_are_single_tokens(tokenizer):
 
 
 def test_greedy_answers_to_heldout_requests_are_right_and_bare(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(
-        builtin_path("builtin:sql-tiny"), dtype=torch.float32
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(builtin_path("builtin:sql-tiny"), dtype=torch.float32).eval()
     tasks = read_tasks(BUILTIN_DATA / "sql_heldout.jsonl")[:40]
     prompts = [
         tokenizer.apply_chat_template(
@@ -60,9 +58,7 @@ def test_greedy_answers_to_heldout_requests_are_right_and_bare(tokenizer):
     batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     with torch.inference_mode():
         tokens = model.generate(**batch, max_new_tokens=120)
-    answers = tokenizer.batch_decode(
-        tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answers = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     found = grade(answers, tasks)
     assert found.right >= 0.95
     assert found.formatted <= 0.05

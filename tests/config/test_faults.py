@@ -159,9 +159,7 @@ def test_out_of_range_names_the_range(key, value, expected):
 
 
 def test_a_bad_value_under_a_synonym_shows_both_names():
-    assert problems({**BASE, "stage": "dpo"}, "--dpo_beta", "0")[0].what.startswith(
-        "`dpo_beta` (`pref_beta`)"
-    )
+    assert problems({**BASE, "stage": "dpo"}, "--dpo_beta", "0")[0].what.startswith("`dpo_beta` (`pref_beta`)")
 
 
 def test_missing_keys_are_named():

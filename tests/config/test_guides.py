@@ -134,8 +134,7 @@ eval_steps: 500
 INFERENCE = [
     "--model_name_or_path ./Qwen3-4B-Base --template qwen3 "
     "--adapter_name_or_path ./saves/qwen3-4b-base/lora/dpo/checkpoint-1875",
-    "--model_name_or_path ./m --adapter_name_or_path ./dpo_output --finetuning_type lora "
-    "--device cuda:0",
+    "--model_name_or_path ./m --adapter_name_or_path ./dpo_output --finetuning_type lora --device cuda:0",
     "--model_name_or_path ./m --adapter_name_or_path ./dpo_output --export_dir ./merged_model "
     "--export_size 2 --export_legacy_format False",
 ]

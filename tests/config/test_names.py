@@ -99,9 +99,7 @@ def test_refused_keys_at_their_default_are_let_pass(key, value):
 def test_every_training_argument_of_transformers_is_known_with_its_default():
     transformers = pytest.importorskip("transformers")
     arguments = {
-        field.name: field.default
-        if field.default_factory is dataclasses.MISSING
-        else field.default_factory()
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(transformers.Seq2SeqTrainingArguments)
     }
     plain = {key: getattr(value, "value", value) for key, value in arguments.items()}
@@ -188,9 +186,7 @@ def test_stage_kinds():
     assert not methods.needs_reference(load_config(BASE))
 
 
-@pytest.mark.parametrize(
-    "variable, hub", [("USE_MODELSCOPE_HUB", "modelscope"), ("USE_OPENMIND_HUB", "modelers")]
-)
+@pytest.mark.parametrize("variable, hub", [("USE_MODELSCOPE_HUB", "modelscope"), ("USE_OPENMIND_HUB", "modelers")])
 def test_hub_variables_act_and_the_key_wins(variable, hub, monkeypatch):
     monkeypatch.setenv(variable, "1")
     assert load_config(BASE).model.hub == hub

@@ -155,9 +155,7 @@ def test_plain_pairs_are_opened_and_closed_as_the_tokenizer_does(kind):
         ("one two", "one two three", "one two"),
     ],
 )
-def test_a_plain_pair_without_prompt_splits_at_a_token_where_a_word_ends(
-    kind, chosen, rejected, prompt
-):
+def test_a_plain_pair_without_prompt_splits_at_a_token_where_a_word_ends(kind, chosen, rejected, prompt):
     tokenizer = make_tokenizer("llama2", kind)
     template = load_template(tokenizer, "empty")
     (example,) = encode([plain_pair(chosen, rejected)], template)
@@ -192,9 +190,7 @@ def test_every_token_of_a_document_is_predicted_once(text, cutoff_len):
     assert whole[0] == tokenizer.bos_token_id and whole[-1] == tokenizer.eos_token_id
     assert all(len(p.prompt) + len(p.answers[0].ids) <= cutoff_len for p in pieces)
     assert [len(p.prompt) for p in pieces] == [0] + [1] * (len(pieces) - 1)
-    assert all(
-        q.prompt[0] == p.answers[0].ids[-1] for p, q in zip(pieces, pieces[1:], strict=False)
-    )
+    assert all(q.prompt[0] == p.answers[0].ids[-1] for p, q in zip(pieces, pieces[1:], strict=False))
     assert all(piece.answers[0].mask.all() for piece in pieces)
 
 
@@ -360,9 +356,7 @@ def test_a_dataset_is_saved_and_read_back_whole(template, tmp_path):
     assert again.fingerprint == dataset.fingerprint and about == {"a": 1}
     for one, other in zip(dataset, again, strict=True):
         assert one.row == other.row and one.scores == other.scores
-        assert all(
-            np.array_equal(x.mask, y.mask) for x, y in zip(one.answers, other.answers, strict=True)
-        )
+        assert all(np.array_equal(x.mask, y.mask) for x, y in zip(one.answers, other.answers, strict=True))
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["train"]
 
 
@@ -381,10 +375,7 @@ def test_changed_bytes_are_noticed(template, tmp_path):
 
 @pytest.fixture(name="rows")
 def preference_file(tmp_path):
-    rows = [
-        {"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"}
-        for i in range(20)
-    ]
+    rows = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
     rows.append({"prompt": LONG * 2, "chosen": "a", "rejected": "b"})
     path = tmp_path / "prefs.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
@@ -484,9 +475,7 @@ def test_documents_need_no_template_and_say_nothing_about_one(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "trueup"):
         prepared = prepare(cfg, tokenizer)
     assert not caplog.records
-    assert (
-        text_of(prepared.template, prepared.train[0].answers[0].ids) == "hello world<|endoftext|>"
-    )
+    assert text_of(prepared.template, prepared.train[0].answers[0].ids) == "hello world<|endoftext|>"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data are not at {SHARED}")

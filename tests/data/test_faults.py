@@ -14,9 +14,7 @@ GOOD = {"prompt": "Why?", "chosen": "Because of this.", "rejected": "No idea."}
 
 
 def pairs(count: int, **changes) -> list[dict]:
-    return [
-        {"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(count)
-    ]
+    return [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(count)]
 
 
 def jsonl(rows) -> str:
@@ -200,9 +198,7 @@ RANKED = {"prompt": "q", "responses": ["a", "b", "c"]}
     ],
 )
 def test_d12_scores_and_ranks_that_do_not_fit_are_refused(tmp_path, row, words):
-    assert words in refuse(
-        tmp_path, jsonl([{**RANKED, **{k: [1, 2, 3] for k in row if k in ("scores", "rank")}}, row])
-    )
+    assert words in refuse(tmp_path, jsonl([{**RANKED, **{k: [1, 2, 3] for k in row if k in ("scores", "rank")}}, row]))
 
 
 @pytest.mark.parametrize(
@@ -222,9 +218,7 @@ def test_d12_rankings_that_rank_nothing_are_dropped(tmp_path, row, reason):
     [(True, True), (1, True), (0, False), ("true", True), ("No", False), (" YES ", True)],
 )
 def test_d13_labels_map_without_loss(tmp_path, label, desirable):
-    data = load(
-        tmp_path, jsonl([{"prompt": "q", "completion": "a", "label": label}]), kind="feedback"
-    )
+    data = load(tmp_path, jsonl([{"prompt": "q", "completion": "a", "label": label}]), kind="feedback")
     assert data.train[0].desirable is desirable
 
 
@@ -260,24 +254,18 @@ def test_d19_a_pattern_without_a_match(tmp_path):
 
 
 def test_d19_a_registered_file_that_is_gone(tmp_path):
-    (tmp_path / "dataset_info.json").write_text(
-        '{"mine": {"file_name": "a.json"}}', encoding="utf-8"
-    )
+    (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "a.json"}}', encoding="utf-8")
     with pytest.raises(DataError, match="dataset 'mine'.*no such file or folder") as caught:
         load_examples(["mine"], kind="pair", dataset_dir=tmp_path)
     assert "dataset_info.json:1" in str(caught.value)
 
 
 def test_d20_an_unknown_name_lists_the_known_ones(tmp_path):
-    (tmp_path / "dataset_info.json").write_text(
-        '{\n "my_pairs": {"file_name": "a.json"}}', encoding="utf-8"
-    )
+    (tmp_path / "dataset_info.json").write_text('{\n "my_pairs": {"file_name": "a.json"}}', encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
         load_examples(["my_pair"], kind="pair", dataset_dir=tmp_path)
     message = str(caught.value)
-    assert (
-        "dataset 'my_pair' is not registered" in message and "did you mean 'my_pairs'?" in message
-    )
+    assert "dataset 'my_pair' is not registered" in message and "did you mean 'my_pairs'?" in message
     assert "dataset_info.json:2" in message and "dpo_en_demo" in message
 
 

@@ -341,9 +341,7 @@ def test_a_prompt_may_end_with_tool_results():
     assert pair.prompt[1].tool_calls == (
         {"type": "function", "function": {"name": "get", "arguments": {"city": "Oslo"}}},
     )
-    assert pair.tools == (
-        {"type": "function", "function": {"name": "get", "parameters": {"type": "object"}}},
-    )
+    assert pair.tools == ({"type": "function", "function": {"name": "get", "parameters": {"type": "object"}}},)
 
 
 # ---- tools ----
@@ -381,19 +379,13 @@ def test_several_calls_in_a_turn_and_several_results():
     ],
 )
 def test_function_calls_of_sharegpt(value, thought, names):
-    row = {
-        "conversations": sharegpt(
-            ("human", "q"), ("function_call", value), ("observation", "1"), ("gpt", "a")
-        )
-    }
+    row = {"conversations": sharegpt(("human", "q"), ("function_call", value), ("observation", "1"), ("gpt", "a"))}
     message = parse(row, "chat").messages[1]
     assert message.content == thought
     assert [call["function"]["name"] for call in message.tool_calls] == names
 
 
-@pytest.mark.parametrize(
-    "value", ["no json", "{", '{"arguments": {}}', '{"name": "f", "arguments": [1]}']
-)
+@pytest.mark.parametrize("value", ["no json", "{", '{"arguments": {}}', '{"name": "f", "arguments": [1]}'])
 def test_a_call_that_is_none_is_a_problem_of_its_row(value):
     with pytest.raises(RowProblem, match="bad tool call"):
         parse({"conversations": sharegpt(("human", "q"), ("function_call", value))}, "chat")
@@ -448,9 +440,7 @@ def test_prompts_come_from_rows_of_any_kind(row):
 
 # ---- nothing crashes, nothing is lost ----
 
-scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just("Human: a")
-)
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just("Human: a"))
 turn = st.dictionaries(
     st.sampled_from(["from", "value", "role", "content", "tool_calls"]),
     st.one_of(st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool"]), scalars),
@@ -491,9 +481,7 @@ good_pairs = st.fixed_dictionaries(
 )
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(good_pairs, min_size=1, max_size=12))
 def test_read_equals_kept_plus_dropped(tmp_path, rows):
     path = tmp_path / "rows.jsonl"

@@ -17,9 +17,7 @@ def messages(*texts) -> tuple[Message, ...]:
 
 
 def pair(row, prompt="q", chosen="good", rejected="bad") -> Pair:
-    return Pair(
-        messages(prompt), (Message("assistant", chosen),), (Message("assistant", rejected),), row
-    )
+    return Pair(messages(prompt), (Message("assistant", chosen),), (Message("assistant", rejected),), row)
 
 
 def filled() -> DataReport:

@@ -42,10 +42,8 @@ TEXTS = {
     "objects.json": "\n".join(json.dumps(row, indent=2) for row in ROWS),
     "objects_on_a_line.json": " ".join(map(dump, ROWS)),
     "objects_with_commas.json": ",\n".join(map(dump, ROWS)),
-    "table.csv": 'instruction,output\r\nSay “hello”,"Hello,\nworld"\r\n'
-    "你好吗？,很好 \u2028 谢谢\r\n",
-    "table.tsv": 'instruction\toutput\nSay “hello”\t"Hello,\nworld"\n\n'
-    "你好吗？\t很好 \u2028 谢谢\n",
+    "table.csv": 'instruction,output\r\nSay “hello”,"Hello,\nworld"\r\n你好吗？,很好 \u2028 谢谢\r\n',
+    "table.tsv": 'instruction\toutput\nSay “hello”\t"Hello,\nworld"\n\n你好吗？\t很好 \u2028 谢谢\n',
 }
 
 
@@ -188,9 +186,7 @@ class Loaded:
         ("modelers", "openmind", "OmDataset", "load_dataset", "name"),
     ],
 )
-def test_each_hub_is_asked_through_its_own_library(
-    monkeypatch, hub, module, owner, function, subset_key
-):
+def test_each_hub_is_asked_through_its_own_library(monkeypatch, hub, module, owner, function, subset_key):
     asked = {}
 
     def load(*args, **options):

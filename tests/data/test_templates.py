@@ -74,10 +74,7 @@ def all_ids(template, spans):
 # --- what the shipped templates render: the published formats --- --------------
 
 S, Q, A, Q2 = "SYS", "Q1", "A1", "Q2"
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
-)
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -271,11 +268,7 @@ def test_no_merge_crosses_the_border_of_prompt_and_answer():
 def test_answers_inside_a_glm_conversation_end_with_the_next_header():
     template = load_template(make_tokenizer("glm4"), "glm4")
     messages = (user("a"), assistant("b"), user("c"), assistant("d"))
-    trained = [
-        text
-        for text, is_trained in pieces(template, template.chat_spans(messages)[0])
-        if is_trained
-    ]
+    trained = [text for text, is_trained in pieces(template, template.chat_spans(messages)[0]) if is_trained]
     assert trained == ["\nb<|user|>", "\nd<|user|>"]
 
 
@@ -298,9 +291,7 @@ def test_an_answer_of_several_turns_masks_the_questions_in_it():
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=30), min_size=1, max_size=3)
-)
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=30), min_size=1, max_size=3))
 def test_any_text_survives_as_the_trained_tokens(answers):
     tokenizer = make_tokenizer("chatml")
     template = load_template(tokenizer, "chatml")
@@ -357,9 +348,7 @@ def test_where_the_empty_thought_goes(enable_thinking, answer, expected):
 
 def test_both_sides_of_a_pair_stand_after_one_header():
     template = load_template(make_tokenizer("qwen3"), "qwen3", enable_thinking=None)
-    chosen, rejected = template.answer_spans(
-        (user("a"),), [[assistant(THOUGHT)], [assistant("no")]]
-    )
+    chosen, rejected = template.answer_spans((user("a"),), [[assistant(THOUGHT)], [assistant("no")]])
     assert chosen[0] == rejected[0] and chosen[0].text.endswith("assistant\n")
     assert rejected[1].text == "<think>\n\n</think>\n\nno<|im_end|>"
 
@@ -389,10 +378,7 @@ def test_a_header_that_opens_a_thought_is_followed_by_the_content_itself():
 
 # --- the tokenizer's own templates ------------------------------------------------------
 
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
-)
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
 HEADER = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 
 
@@ -454,9 +440,7 @@ def test_generation_marks_of_a_template_are_heeded():
     trained = [s.text for s in template.chat_spans(messages)[0] if s.trained]
     assert trained == [m.content + "<|im_end|>" for m in messages if m.role == "assistant"]
     plain = own(CHATML + HEADER)
-    assert all_ids(template, template.chat_spans(messages)[0]) == all_ids(
-        plain, plain.chat_spans(messages)[0]
-    )
+    assert all_ids(template, template.chat_spans(messages)[0]) == all_ids(plain, plain.chat_spans(messages)[0])
 
 
 def test_the_day_of_training_does_not_change_the_tokens():
@@ -564,9 +548,7 @@ def test_a_default_system_message_is_saved_with_the_template(name):
     assert ours == plain.render([system('Say "hi" 你好 😀\n{{ x }} \\'), user("a")], None, True)
     assert template.render([system("S"), user("a")]) == plain.render([system("S"), user("a")])
     template.attach(tokenizer)
-    again = tokenizer.apply_chat_template(
-        [user("a").to_dict()], add_generation_prompt=True, tokenize=False
-    )
+    again = tokenizer.apply_chat_template([user("a").to_dict()], add_generation_prompt=True, tokenize=False)
     assert again == ours
 
 
@@ -604,9 +586,7 @@ def test_templates_without_tools_say_so():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "name", ["llama2", "llama3", "mistral", "gemma", "deepseek", "vicuna", "alpaca"]
-)
+@pytest.mark.parametrize("name", ["llama2", "llama3", "mistral", "gemma", "deepseek", "vicuna", "alpaca"])
 def test_there_is_one_bos(name, kind):
     tokenizer = make_tokenizer(name, kind)
     ids = load_template(tokenizer, name).encode_prompt([user("hi")])
@@ -657,11 +637,7 @@ def test_control_tokens_in_messages_stay_text(name, evil, kind):
     template = load_template(tokenizer, name)
     harmless = template.chat_spans((system("s"), user("u"), assistant("a")))[0]
     spans = template.chat_spans((system(evil), user(evil), assistant(evil)))[0]
-    controls = {
-        token
-        for token in tokenizer.get_added_vocab()
-        if not token.startswith(("<think", "</think"))
-    }
+    controls = {token for token in tokenizer.get_added_vocab() if not token.startswith(("<think", "</think"))}
     ids = {tokenizer.convert_tokens_to_ids(token) for token in controls}
 
     def count(spans):
@@ -701,9 +677,7 @@ def test_each_distinct_string_is_tokenised_once(monkeypatch):
     template = load_template(make_tokenizer("qwen"), "qwen")
     batches = []
     tokenise = template.spans._ids
-    monkeypatch.setattr(
-        template.spans, "_ids", lambda texts: batches.append(texts) or tokenise(texts)
-    )
+    monkeypatch.setattr(template.spans, "_ids", lambda texts: batches.append(texts) or tokenise(texts))
     spans = [Span("prompt", False), Span("answer", True)]
     encoded = template.spans.encode([spans, [spans[0], Span("other", True)], spans])
     assert batches[0] == ["prompt", "answer", "other"]

@@ -20,12 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
     "Hello there, how are you today? I am fine. The quick brown fox jumps over the lazy dog.",
-    "User: Human: Assistant: System: hello answer question"
-    " reasoning thinking system user assistant model",
-    "Below is an instruction that describes a task. Write"
-    " a response that appropriately completes the request.",
-    "A chat between a curious user and an artificial intelligence"
-    " assistant. ### Instruction: ### Response:",
+    "User: Human: Assistant: System: hello answer question reasoning thinking system user assistant model",
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "A chat between a curious user and an artificial intelligence assistant. ### Instruction: ### Response:",
     "你好，世界。今天天气很好。我们一起学习语言模型。你是谁？我是一个助手。",
     "line one\nline two\n\nline three\n    indented\n\ttabbed  double  spaces",
     "def add(a, b):\n    return a + b\n",
@@ -121,9 +118,7 @@ ORDINARY_ADDED = {
 def _byte_level(special: tuple[str, ...]) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = Regex(
-        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+    split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(split, "isolated"),
@@ -145,9 +140,7 @@ def _byte_level(special: tuple[str, ...]) -> str:
 def _sentencepiece_like(special: tuple[str, ...]) -> str:
     """BPE over ▁-marked text with byte fallback, a ▁ before every text: as Llama 2's."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
@@ -186,9 +179,7 @@ def make_tokenizer(
         backend.normalizer = None
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    backend.add_tokens(
-        [AddedToken(token, normalized=False) for token in ORDINARY_ADDED.get(family, [])]
-    )
+    backend.add_tokens([AddedToken(token, normalized=False) for token in ORDINARY_ADDED.get(family, [])])
     if bos and adds_bos is not False:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",

@@ -24,9 +24,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
     tokenizer = make_tokenizer("qwen")
     tokenizer.save_pretrained(directory)
-    tiny_model("qwen2", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(
-        directory
-    )
+    tiny_model("qwen2", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(directory)
     return directory
 
 
@@ -79,9 +77,7 @@ def test_clear_forgets_and_without_it_the_conversation_matters(model_dir, monkey
     cfg = config(model_dir)
     fresh = talk(cfg, "hello\n", monkeypatch, capsys).splitlines()[0]
     for command in ("/clear", "clear"):
-        cleared = talk(cfg, f"one two three\n{command}\nhello\n", monkeypatch, capsys).split(
-            "(forgotten)\n"
-        )[1]
+        cleared = talk(cfg, f"one two three\n{command}\nhello\n", monkeypatch, capsys).split("(forgotten)\n")[1]
         assert cleared.splitlines()[0] == fresh
     kept = talk(cfg, "one two three\nhello\n", monkeypatch, capsys)
     assert not kept.endswith(fresh + "\n")
@@ -95,9 +91,7 @@ def test_commands_are_explained_and_unknown_ones_named(model_dir, monkeypatch, c
 
 
 def test_a_sentence_that_begins_with_a_command_word_is_a_question(model_dir, monkeypatch, capsys):
-    assert "assistant: " in talk(
-        config(model_dir), "clear skies today?\n/etc/hosts is what\n", monkeypatch, capsys
-    )
+    assert "assistant: " in talk(config(model_dir), "clear skies today?\n/etc/hosts is what\n", monkeypatch, capsys)
 
 
 def test_the_system_message_changes_the_answer(model_dir):

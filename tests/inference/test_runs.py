@@ -36,13 +36,9 @@ def make_run(path: Path, state: str = "finished", pid: int = 0, ago: float = 0, 
         **status,
     }
     (path / "status.json").write_text(json.dumps(status), encoding="utf-8")
-    (path / "run.yaml").write_text(
-        "stage: dpo\nmodel_name_or_path: some/tiny-model\n", encoding="utf-8"
-    )
+    (path / "run.yaml").write_text("stage: dpo\nmodel_name_or_path: some/tiny-model\n", encoding="utf-8")
     rows = [row, {"step": 10, "eval_rewards/accuracies": 0.75}]
-    (path / "metrics.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in rows) + '{"torn', encoding="utf-8"
-    )
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"torn', encoding="utf-8")
     return path
 
 
@@ -79,9 +75,7 @@ def test_the_latest_comes_first_and_what_is_inside_a_run_is_not_a_run(tmp_path: 
 def test_a_directory_of_another_tool_and_a_broken_one_are_listed(tmp_path: Path):
     foreign = tmp_path / "llamafactory"
     foreign.mkdir()
-    (foreign / "trainer_log.jsonl").write_text(
-        '{"current_steps": 5, "loss": 1.25}\n', encoding="utf-8"
-    )
+    (foreign / "trainer_log.jsonl").write_text('{"current_steps": 5, "loss": 1.25}\n', encoding="utf-8")
     broken = make_run(tmp_path / "broken")
     (broken / "run.yaml").write_text("a: [", encoding="utf-8")
     (broken / "status.json").write_text("{", encoding="utf-8")
@@ -95,9 +89,7 @@ def test_the_table_and_the_json_show_the_same_runs(tmp_path: Path):
     table = CliRunner().invoke(main, ["runs", str(tmp_path)]).output
     for word in ("first", "finished", "dpo", "tiny-model", "10/40", "0.5234", "0.875"):
         assert word in table
-    listed = json.loads(CliRunner().invoke(main, ["runs", str(tmp_path), "--json"]).output)[
-        "result"
-    ]
+    listed = json.loads(CliRunner().invoke(main, ["runs", str(tmp_path), "--json"]).output)["result"]
     assert listed[0]["path"] == str(tmp_path / "first")
     assert listed[0]["metrics"]["kl"] == 0.01
 
@@ -108,8 +100,6 @@ def test_no_runs_is_no_error(tmp_path: Path):
     assert "no runs" in result.output
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(-3, "0s"), (59, "59s"), (60, "1m"), (7200, "2h"), (200000, "2d")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(-3, "0s"), (59, "59s"), (60, "1m"), (7200, "2h"), (200000, "2d")])
 def test_age_in_its_largest_unit(seconds: float, text: str):
     assert age(seconds) == text

@@ -27,9 +27,7 @@ def test_max_steps_overrides_epochs_and_epochs_may_be_fractions():
 
 
 def test_intervals_below_one_are_shares_of_all_steps():
-    plan = make_plan(
-        settings(num_train_epochs=2, logging_steps=0.25, save_strategy="steps", save_steps=0.5), 10
-    )
+    plan = make_plan(settings(num_train_epochs=2, logging_steps=0.25, save_strategy="steps", save_steps=0.5), 10)
     assert due(plan, "logs") == [5, 10, 15, 20]
     assert due(plan, "saves") == [10, 20]
 

@@ -26,16 +26,12 @@ KEYS = dict(max_steps=6, save_strategy="steps", save_steps=2, logging_steps=1)
 
 
 def result_of(directory: Path):
-    rows = [
-        {k: v for k, v in row.items() if k not in WALL_CLOCK} for row in read_metrics(directory)
-    ]
+    rows = [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in read_metrics(directory)]
     return (directory / "model.safetensors").read_bytes(), rows
 
 
 def commit(parent: Path, step: int, reason: str = "schedule", text: str = "x"):
-    return checkpoints.commit(
-        parent, step, lambda d: (d / "a.txt").write_text(text, "utf-8"), reason=reason
-    )
+    return checkpoints.commit(parent, step, lambda d: (d / "a.txt").write_text(text, "utf-8"), reason=reason)
 
 
 # --- the manifest -----------------------------------------------------------------------------
@@ -59,9 +55,7 @@ def test_files_in_subdirectories_count(tmp_path):
         (directory / "adapters" / "reference" / "a.txt").write_text("x", "utf-8")
 
     checkpoints.commit(tmp_path, 1, write)
-    assert checkpoints.verify(tmp_path / "checkpoint-1").manifest["files"][0]["name"] == (
-        "adapters/reference/a.txt"
-    )
+    assert checkpoints.verify(tmp_path / "checkpoint-1").manifest["files"][0]["name"] == ("adapters/reference/a.txt")
     (tmp_path / "checkpoint-1" / "adapters" / "reference" / "a.txt").write_text("y", "utf-8")
     with pytest.raises(CorruptStateError):
         checkpoints.verify(tmp_path / "checkpoint-1")
@@ -89,9 +83,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_falls_back_to_the_previous_checkpoint(
-    saved, tmp_path, caplog, name, damage
-):
+def test_a_damaged_file_falls_back_to_the_previous_checkpoint(saved, tmp_path, caplog, name, damage):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     file = run / "checkpoint-6" / name
@@ -154,9 +146,7 @@ def test_newest_is_by_number_not_by_time(tmp_path):
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize("boundary", [2, 5, 9])
-def test_a_disk_that_refuses_leaves_the_last_checkpoint(
-    tmp_path, monkeypatch, boundary, code, saved
-):
+def test_a_disk_that_refuses_leaves_the_last_checkpoint(tmp_path, monkeypatch, boundary, code, saved):
     run = tmp_path / "run"
     config = {"output_dir": str(saved)}
     run_toy(run, config=config, **{**KEYS, "max_steps": 2})
@@ -241,14 +231,10 @@ def kill_at_random_times(run: Path, whole: Path, times: int, keys: dict) -> None
     assert result_of(run) == result_of(whole)
 
 
-@pytest.mark.parametrize(
-    "times", [6, pytest.param(60, marks=pytest.mark.prove)], ids=["few", "many"]
-)
+@pytest.mark.parametrize("times", [6, pytest.param(60, marks=pytest.mark.prove)], ids=["few", "many"])
 @needs_fork
 def test_killed_at_random_times_resumes_to_the_bit(tmp_path, times):
-    keys = dict(
-        max_steps=30, save_strategy="steps", save_steps=1, save_total_limit=3, logging_steps=4
-    )
+    keys = dict(max_steps=30, save_strategy="steps", save_steps=1, save_total_limit=3, logging_steps=4)
     run_toy(tmp_path / "whole", **keys)
     kill_at_random_times(tmp_path / "run", tmp_path / "whole", times, keys)
 

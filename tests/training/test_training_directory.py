@@ -190,9 +190,7 @@ def test_every_artefact_of_a_finished_run(tmp_path):
     assert (status["state"], status["step"], status["pid"]) == ("finished", 12, os.getpid())
     assert time.time() - status["heartbeat"] < 60
     line = json.loads((run / "trainer_log.jsonl").read_text("utf-8").splitlines()[3])
-    assert {"current_steps", "total_steps", "loss", "accuracy", "lr", "epoch", "percentage"} <= (
-        line.keys()
-    )
+    assert {"current_steps", "total_steps", "loss", "accuracy", "lr", "epoch", "percentage"} <= (line.keys())
     assert {"elapsed_time", "remaining_time", "throughput", "total_tokens"} <= line.keys()
     card = (run / "README.md").read_text("utf-8")
     assert "base_model: toy" in card and "training_loss.png" in card
@@ -204,9 +202,7 @@ class _Writer(RunDirectory):
     """Writes results and logs of a run that another object holds open."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(
-            path, {"stage": "dpo", "model_name_or_path": "toy"}, checkpoint=None, writer=True
-        )
+        super().__init__(path, {"stage": "dpo", "model_name_or_path": "toy"}, checkpoint=None, writer=True)
 
 
 def test_a_torn_last_line_does_not_hurt(tmp_path):
@@ -320,15 +316,11 @@ def test_stopped_in_the_middle_resumes_to_the_bit(tmp_path):
         run_toy(tmp_path / "run", observers=[StopAfter(4)], config=config, **keys)
     assert caught.value.exit_code == 143
     assert "stopped at step 4 of 7" in str(caught.value)
-    assert f"resume with: trueup train {tmp_path}/run/run.yaml resume_from_checkpoint=auto" in (
-        str(caught.value)
-    )
+    assert f"resume with: trueup train {tmp_path}/run/run.yaml resume_from_checkpoint=auto" in (str(caught.value))
     run_toy(tmp_path / "run", resume="auto", config=config, **keys)
     weights = [tmp_path / name / "model.safetensors" for name in ("whole", "run")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert [r["loss"] for r in read_metrics(tmp_path / "run")] == [
-        r["loss"] for r in read_metrics(tmp_path / "whole")
-    ]
+    assert [r["loss"] for r in read_metrics(tmp_path / "run")] == [r["loss"] for r in read_metrics(tmp_path / "whole")]
 
 
 def test_stopped_while_it_evaluates_evaluates_after_the_resume(tmp_path):

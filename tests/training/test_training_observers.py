@@ -264,10 +264,7 @@ def test_noise_of_the_first_steps_is_no_collapse():
 
 
 def test_accuracy_that_stays_at_one_half_is_told():
-    rows = [
-        {"step": 5 * i, "rewards/accuracies": 0.5 + 0.03 * (-1) ** i, "rewards/margins": 0.0}
-        for i in range(30)
-    ]
+    rows = [{"step": 5 * i, "rewards/accuracies": 0.5 + 0.03 * (-1) ** i, "rewards/margins": 0.0} for i in range(30)]
     assert ["accuracy stays at 0.50" in text for text in warnings_of(rows)] == [True]
     assert warnings_of(rows[:10]) == []
 

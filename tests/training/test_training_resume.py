@@ -119,9 +119,7 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path, caplog):
     assert "max_steps was 4, is 6" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "change", [{"seed": 8}, {"config": {"lora_rank": 16}}, {"config": {"pref_loss": "ipo"}}]
-)
+@pytest.mark.parametrize("change", [{"seed": 8}, {"config": {"lora_rank": 16}}, {"config": {"pref_loss": "ipo"}}])
 def test_another_experiment_is_refused_unless_allowed(tmp_path, change):
     keys = dict(max_steps=2, save_strategy="steps", save_steps=1)
     run_toy(tmp_path / "run", config={"lora_rank": 8, "pref_loss": "sigmoid"}, **keys)
@@ -157,9 +155,7 @@ def test_two_processes_resume_to_the_bit_too(tmp_path):
             backend = make_backend("cpu", 60)
             program = dict(micro=2, accumulate=2, rank=backend.rank, world_size=2)
             config = {"output_dir": "x"}
-            run_toy(
-                directory, resume=resume, backend=backend, program=program, config=config, **keys
-            )
+            run_toy(directory, resume=resume, backend=backend, program=program, config=config, **keys)
             backend.close()
 
         return one_rank

@@ -148,9 +148,7 @@ class ToyProgram:
 
     def save_model(self, directory: Path, masters: Mapping[str, Tensor]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {n: t.contiguous().cpu() for n, t in masters.items()}, directory / "model.safetensors"
-        )
+        save_file({n: t.contiguous().cpu() for n, t in masters.items()}, directory / "model.safetensors")
         (directory / "config.json").write_text('{"model_type": "toy"}', encoding="utf-8")
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,8 +178,6 @@ def run_toy(
     keys = {**SETTINGS, **changes}
     flat = {"output_dir": str(directory), **keys, **(config or {})}
     toy = ToyProgram(**(program or {}))
-    with RunDirectory.open(
-        directory, flat, resume=resume, overwrite=overwrite, backend=backend
-    ) as run:
+    with RunDirectory.open(directory, flat, resume=resume, overwrite=overwrite, backend=backend) as run:
         result = fit(toy, settings(**changes), run, backend, observers, data_fingerprint="toy")
     return result, toy

@@ -2,7 +2,7 @@
 
     make builtin-model        (python -m trueup.builtin.build)
 
-Some eight minutes on two CPU cores. Every step is seeded; the card beside the model keeps the
+Some twenty minutes on two CPU cores. Every step is seeded; the card beside the model keeps the
 figures. The pairs that come with the package are written too.
 """
 
@@ -112,9 +112,7 @@ def grade_model(directory: Path, tasks: list[Task]) -> Grade:
     batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     with torch.inference_mode():
         tokens = model.generate(**batch, max_new_tokens=160, do_sample=False)
-    answers = tokenizer.batch_decode(
-        tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answers = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return grade(answers, tasks)
 
 

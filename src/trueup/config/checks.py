@@ -78,9 +78,7 @@ def _evaluation(cfg: RunConfig) -> dict[str, Any]:
 _INFERENCE_RULES = [rule for rule in RULES if rule.keys == ("model_name_or_path",)]
 
 
-def check(
-    cfg: RunConfig, place: Place, bad: set[str], *, training: bool
-) -> tuple[list[Problem], list[Problem]]:
+def check(cfg: RunConfig, place: Place, bad: set[str], *, training: bool) -> tuple[list[Problem], list[Problem]]:
     """All problems across keys, and those about keys without effect, which may be let pass.
 
     Rules that touch a key already found bad are left out: they would only repeat it.
@@ -97,9 +95,7 @@ def _broken(cfg: RunConfig, place: Place, bad: set[str], rules: list[Rule]) -> l
     found = []
     for rule in rules:
         if not bad.intersection(rule.keys) and rule.broken(view):
-            places = dict.fromkeys(
-                filter(None, (place(key) for key in rule.keys if key in cfg.explicit))
-            )
+            places = dict.fromkeys(filter(None, (place(key) for key in rule.keys if key in cfg.explicit)))
             found.append(Problem(rule.what, " and ".join(places) or None, fix=rule.fix))
     return found
 
@@ -120,15 +116,9 @@ def _not_yet(cfg: RunConfig, place: Place, training: bool) -> list[Problem]:
         if key in ("stage", "pref_loss", "optim") and value not in LATER_VALUES[key]:
             near = closest_choice(key, value)
             fix = f"did you mean {near}?" if near else None
-            found.append(
-                Problem(
-                    f"{shown} is unknown", place(key), "one of " + ", ".join(LATER_VALUES[key]), fix
-                )
-            )
+            found.append(Problem(f"{shown} is unknown", place(key), "one of " + ", ".join(LATER_VALUES[key]), fix))
         elif LATER_VALUES.get(key, {}).get(value if isinstance(value, str) else ""):
-            found.append(
-                _later(f"{shown} is not supported yet", place(key), LATER_VALUES[key][value])
-            )
+            found.append(_later(f"{shown} is not supported yet", place(key), LATER_VALUES[key][value]))
         elif key in LATER and value != default(key) and value not in (None, False, [], {}, 0):
             found.append(_later(f"`{key}` is not supported yet", place(key), LATER[key]))
     return found
@@ -151,11 +141,7 @@ def _without_effect(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem
         if key in QUIET:
             log.info("%s", what)
         else:
-            found.append(
-                Problem(
-                    what, place(key), fix=f"drop it; it acts with {condition_words(other, allowed)}"
-                )
-            )
+            found.append(Problem(what, place(key), fix=f"drop it; it acts with {condition_words(other, allowed)}"))
     return found
 
 
@@ -170,18 +156,9 @@ def say(cfg: RunConfig) -> None:
     idle = [key for key in SECTION_OF if key in cfg.explicit & NOT_ACTING_YET]
     if idle:
         log.info("accepted, without effect so far: %s", ", ".join(idle))
-    if (
-        cfg.train.max_steps > 0
-        and "num_train_epochs" in cfg.explicit
-        and "max_steps" in cfg.explicit
-    ):
+    if cfg.train.max_steps > 0 and "num_train_epochs" in cfg.explicit and "max_steps" in cfg.explicit:
         log.info("`max_steps: %d` wins over `num_train_epochs`", cfg.train.max_steps)
     if cfg.train.resume_from_checkpoint and cfg.train.overwrite_output_dir:
         log.info("`resume_from_checkpoint` wins over `overwrite_output_dir`")
-    if (
-        "do_eval" not in cfg.explicit
-        and cfg.train.do_eval
-        and cfg.train.do_train
-        and cfg.train.eval_strategy == "no"
-    ):
+    if "do_eval" not in cfg.explicit and cfg.train.do_eval and cfg.train.do_train and cfg.train.eval_strategy == "no":
         log.info("held-out data is evaluated at the end; eval_strategy: steps shows it on the way")

@@ -69,12 +69,7 @@ def _literals(annotation: Any) -> list[Any]:
 def _literal_values(annotation: Any) -> list[Any]:
     if getattr(annotation, "__origin__", None) is Literal:
         return list(get_args(annotation))
-    return [
-        value
-        for part in get_args(annotation)
-        if part is not None
-        for value in _literal_values(part)
-    ]
+    return [value for part in get_args(annotation) if part is not None for value in _literal_values(part)]
 
 
 def describe_error(key: str, error: Any, value: Any) -> tuple[str, str]:
@@ -138,9 +133,7 @@ def explain(key: str) -> str:
     lines.append(f"  default: {'unset' if default(key) in (None, []) else default(key)}")
     if choices(key):
         later = LATER_VALUES.get(key, {})
-        lines.append(
-            "  values: " + ", ".join(f"{v} (not yet)" if later.get(v) else v for v in choices(key))
-        )
+        lines.append("  values: " + ", ".join(f"{v} (not yet)" if later.get(v) else v for v in choices(key)))
     lines += [f"  acts with {condition_words(*item)}" for item in ACTS_WITH.get(key, {}).items()]
     if key in LATER:
         lines.append(f"  not supported yet; {alternative(LATER[key])}")

@@ -67,9 +67,7 @@ def load_config(
     if unreadable and not entries:
         raise ConfigError(unreadable)
     base, base_problems, base_unknown = _settle(entries, unreadable, words=False)
-    over, over_problems, over_unknown = _settle(
-        *read_words(overrides, _takes), words=True, below=base
-    )
+    over, over_problems, over_unknown = _settle(*read_words(overrides, _takes), words=True, below=base)
     settings = {**_environment(), **base, **over}
     cfg, bad, value_problems = _validate(settings)
     cfg = derive(cfg)
@@ -146,9 +144,7 @@ def _settle(
             continue
         value = resolved.value
         if path:
-            value = _merged(
-                settings.get(resolved.key) or (below or {}).get(resolved.key), path, value
-            )
+            value = _merged(settings.get(resolved.key) or (below or {}).get(resolved.key), path, value)
         if value is None and resolved.key in settings:
             continue  # left unset under one of its names
         new = Setting(value, name, where)
@@ -222,9 +218,7 @@ def _validate(settings: Mapping[str, Setting]) -> tuple[RunConfig, set[str], lis
             wrong = _wrong_values(error, settings)
             problems += wrong.values()
             bad |= wrong.keys()
-            sections[name] = model(
-                **{key: value for key, value in values.items() if key not in wrong}
-            )
+            sections[name] = model(**{key: value for key, value in values.items() if key not in wrong})
     return RunConfig(**sections, explicit=frozenset(given) - bad), bad, problems
 
 
@@ -255,9 +249,7 @@ def _wrong_values(error: ValidationError, settings: Mapping[str, Setting]) -> di
         if setting.name != key:
             what = what.replace(f"`{key}`", f"`{setting.name}` (`{key}`)", 1)
         near = closest_choice(key, setting.value)
-        wrong[key] = Problem(
-            what, setting.where, expected, f"did you mean {near}?" if near else None
-        )
+        wrong[key] = Problem(what, setting.where, expected, f"did you mean {near}?" if near else None)
     return wrong
 
 

@@ -42,24 +42,14 @@ STAGES: dict[str, Stage] = {
     "pt": Stage("text", "continue pre-training on plain text"),
     "sft": Stage("chat", "learn to give the answers of the data"),
     "dpo": Stage("pair", "prefer the chosen over the rejected answer", reference=True),
-    "rm": Stage(
-        "ranking", "train a reward model on rankings", instead=f"{DPO_NOW} on the same pairs"
-    ),
-    "ppo": Stage(
-        "prompt", "learn from a reward model (PPO)", True, f"{DPO_NOW}, which needs no reward model"
-    ),
+    "rm": Stage("ranking", "train a reward model on rankings", instead=f"{DPO_NOW} on the same pairs"),
+    "ppo": Stage("prompt", "learn from a reward model (PPO)", True, f"{DPO_NOW}, which needs no reward model"),
     "kto": Stage("feedback", "learn from good and bad answers (KTO)", True, f"{DPO_NOW} on pairs"),
-    "orpo": Stage(
-        "pair", "SFT and preference in one loss (ORPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"
-    ),
+    "orpo": Stage("pair", "SFT and preference in one loss (ORPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"),
     "simpo": Stage("pair", "preference without a reference (SimPO)", instead=DPO_NOW),
     "cpo": Stage("pair", "contrastive preference (CPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"),
-    "grpo": Stage(
-        "prompt", "learn from rewards of answer groups (GRPO)", True, f"{DPO_NOW} on ranked samples"
-    ),
-    "rloo": Stage(
-        "prompt", "learn from rewards, leave-one-out (RLOO)", True, f"{DPO_NOW} on ranked samples"
-    ),
+    "grpo": Stage("prompt", "learn from rewards of answer groups (GRPO)", True, f"{DPO_NOW} on ranked samples"),
+    "rloo": Stage("prompt", "learn from rewards, leave-one-out (RLOO)", True, f"{DPO_NOW} on ranked samples"),
     "online_dpo": Stage("prompt", "DPO on judged samples", True, f"{DPO_NOW} on judged samples"),
 }
 
@@ -230,8 +220,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
         {"reward_model": SET},
     ),
     (
-        "ppo_buffer_size ppo_epochs ppo_kl_coeff ppo_clip_ratio ppo_score_norm ppo_target "
-        "ppo_whiten_rewards",
+        "ppo_buffer_size ppo_epochs ppo_kl_coeff ppo_clip_ratio ppo_score_norm ppo_target ppo_whiten_rewards",
         {"stage": ("ppo",)},
     ),
     ("train_on_prompt mask_history predict_with_generate compute_accuracy", {"stage": ("sft",)}),
@@ -239,8 +228,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("asft_alpha", {"use_asft_loss": (True,)}),
     ("eaft_alpha", {"use_eaft_loss": (True,)}),
     (
-        "lora_rank lora_alpha lora_dropout lora_target use_rslora use_dora loraplus_lr_ratio "
-        "pissa_init",
+        "lora_rank lora_alpha lora_dropout lora_target use_rslora use_dora loraplus_lr_ratio pissa_init",
         _LORA,
     ),
     ("loraplus_lr_embedding", {"loraplus_lr_ratio": SET}),
@@ -252,8 +240,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("module_dropout oft_rank oft_block_size oft_target", {"finetuning_type": ("oft",)}),
     (
-        "galore_target galore_rank galore_update_interval galore_scale galore_proj_type "
-        "galore_layerwise",
+        "galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise",
         {"use_galore": (True,)},
     ),
     (

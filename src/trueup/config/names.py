@@ -134,9 +134,7 @@ _KT = "KTransformers is no backend of trueup"
 _SGLANG = "SGLang is no engine of trueup; the built-in engine or vLLM is"
 _HYPER = "HyperParallel is no backend of trueup"
 _BADAM = "BAdam is not kept up; LoRA, or finetuning_type: freeze, trains in as little memory"
-_SWANLAB = (
-    "SwanLab reads it from its own environment variables (SWANLAB_API_KEY, SWANLAB_WORKSPACE …)"
-)
+_SWANLAB = "SwanLab reads it from its own environment variables (SWANLAB_API_KEY, SWANLAB_WORKSPACE …)"
 _TRACKIO = "Trackio reads it from its own environment variables (TRACKIO_SPACE_ID …)"
 _PROFILER = "profile: true is planned; torch's own profiler can wrap `python -m trueup`"
 
@@ -214,8 +212,7 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse(
         _SWANLAB,
-        "swanlab_workspace swanlab_api_key swanlab_logdir "
-        "swanlab_lark_webhook_url swanlab_lark_secret",
+        "swanlab_workspace swanlab_api_key swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret",
         swanlab_mode="cloud",
     ),
     **_refuse(
@@ -237,15 +234,11 @@ REFUSED: dict[str, Refused] = {
     **_refuse("it rewrites the architecture; export such a model first", "mixture_of_depths"),
     **_refuse("trueup's own kernels are always on", "use_v1_kernels"),
     **_refuse("weights are saved as safetensors, never pickled", "", save_safetensors=True),
-    **_refuse(
-        "set cutoff_len and truncation: prompt and answer share one length", "max_prompt_length"
-    ),
+    **_refuse("set cutoff_len and truncation: prompt and answer share one length", "max_prompt_length"),
     **_refuse("set cutoff_len", "max_target_length"),
     **_refuse("torchrun and its environment variables say it", "master_addr master_port"),
     **_refuse(_TPU, "tpu_num_cores tpu_metrics_debug"),
-    **_refuse(
-        "no longer part of transformers; set device", "use_ipex jit_mode_eval", past_index=-1
-    ),
+    **_refuse("no longer part of transformers; set device", "use_ipex jit_mode_eval", past_index=-1),
     **_refuse(
         "device, bf16 and torchrun say how a run computes",
         "mp_parameters accelerator_config parallelism_config",
@@ -293,11 +286,7 @@ class Resolved:
 
 def is_on(value: Any) -> bool:
     """Whether a switch of another tool is set."""
-    return (
-        value.strip().lower() not in OFF_WORDS | {"0", "f", "n"}
-        if isinstance(value, str)
-        else bool(value)
-    )
+    return value.strip().lower() not in OFF_WORDS | {"0", "f", "n"} if isinstance(value, str) else bool(value)
 
 
 def resolve(name: str, value: Any) -> Resolved:

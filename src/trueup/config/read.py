@@ -83,11 +83,7 @@ def read_file(path: Path) -> tuple[list[Entry], list[Problem]]:
     """The keys of a YAML or JSON file, with what is wrong with it as a file."""
     name = str(path)
     if not path.is_file():
-        near = (
-            ", ".join(sorted(str(p) for p in path.parent.glob("*.y*ml"))[:5])
-            if path.parent.is_dir()
-            else ""
-        )
+        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.y*ml"))[:5]) if path.parent.is_dir() else ""
         return [], [
             Problem(
                 f"no such config file ({path.absolute()})",
@@ -204,9 +200,7 @@ class _Reader:
     @staticmethod
     def _check_tag(node: yaml.Node) -> None:
         if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-            raise _Refusal(
-                node.start_mark.line, f"tag {node.tag} is not read", "write a plain value"
-            )
+            raise _Refusal(node.start_mark.line, f"tag {node.tag} is not read", "write a plain value")
 
 
 def _scalar(node: yaml.Node) -> Any:
@@ -234,10 +228,7 @@ def _read_json(text: str, name: str) -> tuple[list[Entry], list[Problem]]:
         return dict(pairs)
 
     def line_of(key: str, nth: int = 0) -> int:
-        hits = [
-            m.start()
-            for m in re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
-        ]
+        hits = [m.start() for m in re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)]
         return text.count("\n", 0, hits[min(nth, len(hits) - 1)]) + 1 if hits else 1
 
     try:
@@ -259,9 +250,7 @@ def _read_json(text: str, name: str) -> tuple[list[Entry], list[Problem]]:
     return [Entry(key, value, f"{name}:{line_of(key)}") for key, value in content.items()], problems
 
 
-def read_words(
-    words: Sequence[str], takes: Callable[[str], Takes]
-) -> tuple[list[Entry], list[Problem]]:
+def read_words(words: Sequence[str], takes: Callable[[str], Takes]) -> tuple[list[Entry], list[Problem]]:
     """`key=value`, `--key value`, `--key=value`, `--flag` and `--no-flag` words, in order.
 
     `takes(key)` tells what may follow a key: a "flag" means true when it stands alone, and takes

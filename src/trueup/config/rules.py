@@ -21,9 +21,7 @@ def _not_multiple(c: Any) -> bool:
     if not c.load_best_model_at_end or c.eval_strategy != "steps" or c.save_strategy != "steps":
         return False
     if c.eval_steps < 1 or c.save_steps < 1:
-        return (c.eval_steps < 1) != (c.save_steps < 1) or abs(
-            c.save_steps / c.eval_steps % 1
-        ) > 1e-6
+        return (c.eval_steps < 1) != (c.save_steps < 1) or abs(c.save_steps / c.eval_steps % 1) > 1e-6
     return bool(c.save_steps % c.eval_steps)
 
 
@@ -37,8 +35,7 @@ RULES = [
     Rule(
         ("quantization_bit", "finetuning_type"),
         lambda c: c.quantization_bit and c.finetuning_type not in ("lora", "oft"),
-        "a quantised base cannot be trained itself: "
-        "`quantization_bit` excludes `finetuning_type: full` and `freeze`",
+        "a quantised base cannot be trained itself: `quantization_bit` excludes `finetuning_type: full` and `freeze`",
         "drop quantization_bit, or set finetuning_type: lora",
     ),
     Rule(
@@ -74,19 +71,15 @@ RULES = [
     Rule(
         ("load_best_model_at_end", "save_strategy", "eval_strategy"),
         lambda c: (
-            c.load_best_model_at_end
-            and c.eval_strategy != "no"
-            and c.save_strategy not in ("best", c.eval_strategy)
+            c.load_best_model_at_end and c.eval_strategy != "no" and c.save_strategy not in ("best", c.eval_strategy)
         ),
-        "`load_best_model_at_end` needs a checkpoint at each evaluation: "
-        "`save_strategy` and `eval_strategy` differ",
+        "`load_best_model_at_end` needs a checkpoint at each evaluation: `save_strategy` and `eval_strategy` differ",
         "give save_strategy and eval_strategy the same value",
     ),
     Rule(
         ("load_best_model_at_end", "save_steps", "eval_steps"),
         _not_multiple,
-        "`load_best_model_at_end` needs an evaluation at each checkpoint: "
-        "`save_steps` is no multiple of `eval_steps`",
+        "`load_best_model_at_end` needs an evaluation at each checkpoint: `save_steps` is no multiple of `eval_steps`",
         "make save_steps a multiple of eval_steps",
     ),
     Rule(
@@ -121,9 +114,7 @@ RULES = [
     ),
     Rule(
         ("interleave_probs",),
-        lambda c: (
-            c.interleave_probs and (min(c.interleave_probs) < 0 or sum(c.interleave_probs) <= 0)
-        ),
+        lambda c: c.interleave_probs and (min(c.interleave_probs) < 0 or sum(c.interleave_probs) <= 0),
         "`interleave_probs` are shares: none is negative and not all are 0",
         "give each dataset a share",
     ),
@@ -147,11 +138,7 @@ RULES = [
     ),
     Rule(
         ("freeze_trainable_layers", "finetuning_type"),
-        lambda c: (
-            c.finetuning_type == "freeze"
-            and c.freeze_trainable_layers == 0
-            and not c.freeze_extra_modules
-        ),
+        lambda c: c.finetuning_type == "freeze" and c.freeze_trainable_layers == 0 and not c.freeze_extra_modules,
         "`freeze_trainable_layers: 0` trains nothing",
         "set it to the number of last layers to train",
     ),
@@ -169,9 +156,7 @@ RULES = [
     ),
     Rule(
         ("dataset", "eval_dataset"),
-        lambda c: (
-            not c.do_train and (c.do_eval or c.do_predict) and not (c.dataset or c.eval_dataset)
-        ),
+        lambda c: not c.do_train and (c.do_eval or c.do_predict) and not (c.dataset or c.eval_dataset),
         "`eval_dataset` is missing: there is nothing to evaluate on",
         "name a dataset",
     ),

@@ -31,17 +31,11 @@ SECTIONS: dict[str, type[Section]] = {
 SECRETS = frozenset({"hf_hub_token", "ms_hub_token", "om_hub_token"})
 REDACTED = "<redacted>"
 #: how a run is started, not what it is.
-OF_THE_COMMAND = frozenset(
-    {"resume_from_checkpoint", "new_run", "overwrite_output_dir", "allow_changed"}
-)
+OF_THE_COMMAND = frozenset({"resume_from_checkpoint", "new_run", "overwrite_output_dir", "allow_changed"})
 
 #: key → the section it is in, and its field.
-SECTION_OF: dict[str, str] = {
-    key: name for name, model in SECTIONS.items() for key in model.model_fields
-}
-FIELDS: dict[str, FieldInfo] = {
-    key: SECTIONS[name].model_fields[key] for key, name in SECTION_OF.items()
-}
+SECTION_OF: dict[str, str] = {key: name for name, model in SECTIONS.items() for key in model.model_fields}
+FIELDS: dict[str, FieldInfo] = {key: SECTIONS[name].model_fields[key] for key, name in SECTION_OF.items()}
 for _field in FIELDS.values():
     _field.description = " ".join((_field.description or "").split())
 
@@ -110,8 +104,7 @@ class RunConfig:
         return {
             key: REDACTED if key in SECRETS and self[key] else self[key]
             for key in SECTION_OF
-            if key not in OF_THE_COMMAND
-            and (self[key] != default(key) or missing_condition(key, self) is None)
+            if key not in OF_THE_COMMAND and (self[key] != default(key) or missing_condition(key, self) is None)
         }
 
 

@@ -100,9 +100,7 @@ class ChatTemplate:
         thinking = self.enable_thinking
         return self.renderer.text(dicts, tools, header=add_generation_prompt, thinking=thinking)
 
-    def encode_prompt(
-        self, messages: Sequence[Message], tools: Sequence[Json] | None = None
-    ) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Json] | None = None) -> list[int]:
         """Token ids of a prompt, including the assistant's header. Raises TemplateRefusal."""
         span = Span(self.prompt_text(messages, tools), trained=False)
         return self.spans.encode([[span]])[0][0].tolist()
@@ -196,16 +194,12 @@ class ChatTemplate:
         """The assistant turns from message `first` on, each with its own `thinking` by default."""
         dicts, tools = self._clean(messages), self._protect(tools)
         return [
-            self._turn(
-                dicts[: i + 1], tools, self._thinking([message]) if thinking is None else thinking
-            )
+            self._turn(dicts[: i + 1], tools, self._thinking([message]) if thinking is None else thinking)
             for i, message in enumerate(messages)
             if i >= first and message.role == "assistant"
         ]
 
-    def _turn(
-        self, messages: list[Json], tools: Sequence[Json] | None, thinking: bool | None
-    ) -> Turn:
+    def _turn(self, messages: list[Json], tools: Sequence[Json] | None, thinking: bool | None) -> Turn:
         prompt = self.renderer.text(messages[:-1], tools, header=True, thinking=thinking)
         full = self.renderer.text(messages, tools, thinking=thinking)
         content = messages[-1]["content"]

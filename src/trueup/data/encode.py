@@ -63,9 +63,7 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     are in the report.
     """
     template = run_template(cfg, tokenizer)
-    policy = Policy(
-        cfg.data.cutoff_len, cfg.data.truncation, cfg.data.train_on_prompt, cfg.data.mask_history
-    )
+    policy = Policy(cfg.data.cutoff_len, cfg.data.truncation, cfg.data.train_on_prompt, cfg.data.mask_history)
     cache = _Cache(cfg, template, policy, tokenizer)
     data = _load(cfg, cache)
     report = data.report
@@ -167,18 +165,14 @@ def _load(cfg: RunConfig, cache: _Cache) -> LoadedData:
     if not cfg.data.dataset and cache.exists:
         return LoadedData([], {name: [] for name in cache.splits if name != "train"}, DataReport())
     if not cfg.data.dataset and not cfg.data.eval_dataset:
-        raise ConfigError(
-            "no dataset is given", where="dataset", fix="dataset: NAME or a file's path"
-        )
+        raise ConfigError("no dataset is given", where="dataset", fix="dataset: NAME or a file's path")
     return load_examples_for(cfg)
 
 
 class _Cache:
     """The tokenised copy in `tokenized_path`: a folder a split, with what it was made from."""
 
-    def __init__(
-        self, cfg: RunConfig, template: ChatTemplate, policy: Policy, tokenizer: Any
-    ) -> None:
+    def __init__(self, cfg: RunConfig, template: ChatTemplate, policy: Policy, tokenizer: Any) -> None:
         self.template = template
         self.policy = policy
         self.root = Path(cfg.data.tokenized_path) if cfg.data.tokenized_path else None
@@ -219,9 +213,7 @@ class _Cache:
 
     def _compare(self, now: dict[str, Any], then: dict[str, Any]) -> None:
         changed = [
-            f"{key} ({then.get(key)} → {value})"
-            if isinstance(value, (int, bool)) or len(value) < 20
-            else key
+            f"{key} ({then.get(key)} → {value})" if isinstance(value, (int, bool)) or len(value) < 20 else key
             for key, value in now.items()
             if then.get(key) != value
         ]

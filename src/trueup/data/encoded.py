@@ -120,9 +120,7 @@ class EncodedDataset(Sequence[Encoded]):
         part, end = int(self._first[i]), int(self._first[i + 1])
         spans = [slice(int(self._bounds[p]), int(self._bounds[p + 1])) for p in range(part, end)]
         answers = tuple(Answer(self._tokens[span], self._mask[span]) for span in spans[1:])
-        return Encoded(
-            self.rows[i], self._tokens[spans[0]], answers, self._scores[i] if self._scores else ()
-        )
+        return Encoded(self.rows[i], self._tokens[spans[0]], answers, self._scores[i] if self._scores else ())
 
     def _hash(self) -> str:
         digest = hashlib.sha256()
@@ -155,9 +153,7 @@ class EncodedDataset(Sequence[Encoded]):
                 "fingerprint": self.fingerprint,
                 "about": about or {},
             }
-            (staging / "index.json").write_text(
-                json.dumps(index, ensure_ascii=False), encoding="utf-8"
-            )
+            (staging / "index.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
             for path in staging.iterdir():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())

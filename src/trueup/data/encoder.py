@@ -134,9 +134,7 @@ class _Encoder:
             return _plain_sequences(example, template)
         match example:
             case Chat():
-                sequences = template.chat_spans(
-                    example.messages, example.tools, self.policy.mask_history
-                )
+                sequences = template.chat_spans(example.messages, example.tools, self.policy.mask_history)
                 if len(sequences) > 1:
                     self.tally.split_turns.append(example.row)
                 return sequences
@@ -162,10 +160,7 @@ class _Encoder:
                 yield self._shared(example, *_common_prefix(*self._whole_texts(ids), self.template))
             else:
                 prompt = self._opened(ids[0][0]) if example.plain else ids[0][0]
-                answers = [
-                    flatten(spans[1:], tokens[1:])
-                    for spans, tokens in zip(draft.sequences, ids, strict=True)
-                ]
+                answers = [flatten(spans[1:], tokens[1:]) for spans, tokens in zip(draft.sequences, ids, strict=True)]
                 yield self._shared(example, prompt, [] if isinstance(example, Prompt) else answers)
         except RowProblem as problem:
             self.tally.dropped.append((example.row, problem.reason, problem.detail))
@@ -188,9 +183,7 @@ class _Encoder:
             piece = document[start : start + limit - 1]
             yield Encoded(example.row, document[start - 1 : start], (_all_trained(piece),))
 
-    def _chats(
-        self, example: Chat, sequences: list[list[Span]], ids: list[list[np.ndarray]]
-    ) -> list[Encoded]:
+    def _chats(self, example: Chat, sequences: list[list[Span]], ids: list[list[np.ndarray]]) -> list[Encoded]:
         """One example, or one for each answer; later ones beyond the limit are a cut tail."""
         flat = [flatten(spans, tokens) for spans, tokens in zip(sequences, ids, strict=True)]
         mask = flat[-1][1]
@@ -219,9 +212,7 @@ class _Encoder:
             return Encoded(example.row, ids[:0], (_all_trained(whole),))
         return Encoded(example.row, ids[:first], (Answer(cut, cut_mask),))
 
-    def _shared(
-        self, example: Shared, prompt: np.ndarray, answers: list[tuple[np.ndarray, np.ndarray]]
-    ) -> Encoded:
+    def _shared(self, example: Shared, prompt: np.ndarray, answers: list[tuple[np.ndarray, np.ndarray]]) -> Encoded:
         parts = ("chosen", "rejected") if isinstance(example, Pair) else ("answer",) * len(answers)
         sizes = {part: max(len(ids) for ids, _ in answers) for part in dict.fromkeys(parts)}
         if isinstance(example, Pair):
@@ -235,12 +226,8 @@ class _Encoder:
             for part, (ids, mask) in zip(parts, answers, strict=True)
         ]
         if _all_equal(fitted):
-            raise RowProblem(
-                "equal after truncation", f"they part beyond cutoff_len {self.policy.cutoff_len}"
-            )
-        return Encoded(
-            example.row, prompt, tuple(Answer(*answer) for answer in fitted), _scores(example)
-        )
+            raise RowProblem("equal after truncation", f"they part beyond cutoff_len {self.policy.cutoff_len}")
+        return Encoded(example.row, prompt, tuple(Answer(*answer) for answer in fitted), _scores(example))
 
     def _fit(
         self, row: str, part: str, prompt_len: int, ids: np.ndarray, mask: np.ndarray
@@ -250,9 +237,7 @@ class _Encoder:
         room = self.policy.cutoff_len - prompt_len
         if len(ids) > room:
             if self.policy.truncation in ("drop", "error"):
-                raise RowProblem(
-                    TOO_LONG, f"{prompt_len + len(ids)} tokens, cutoff_len {self.policy.cutoff_len}"
-                )
+                raise RowProblem(TOO_LONG, f"{prompt_len + len(ids)} tokens, cutoff_len {self.policy.cutoff_len}")
             self.tally.truncated.append((row, part))
             kept = slice(-room, None) if self.policy.truncation == "keep_end" else slice(room)
             ids, mask = ids[kept], mask[kept]
@@ -265,9 +250,7 @@ class _Encoder:
 
     def _check_prompt(self, length: int) -> None:
         if length >= self.policy.cutoff_len:
-            raise RowProblem(
-                PROMPT_TOO_LONG, f"{length} tokens, cutoff_len {self.policy.cutoff_len}"
-            )
+            raise RowProblem(PROMPT_TOO_LONG, f"{length} tokens, cutoff_len {self.policy.cutoff_len}")
 
     def _opened(self, ids: np.ndarray) -> np.ndarray:
         """Plain text as the tokenizer opens it (BOS), which its text may already do."""
@@ -290,9 +273,7 @@ class _Encoder:
 # --- helpers of single kinds ------------------------------------------------------------
 
 
-def _plain_sequences(
-    example: Chat | Pair | Ranking | Feedback | Prompt, template: ChatTemplate
-) -> list[list[Span]]:
+def _plain_sequences(example: Chat | Pair | Ranking | Feedback | Prompt, template: ChatTemplate) -> list[list[Span]]:
     """Raw text, as TRL has it: string after string, EOS at the end, control tokens as written."""
 
     def text(messages: Sequence[Message]) -> str:
@@ -315,10 +296,7 @@ def _plain_sequences(
             answers = list(example.answers)
         case Feedback():
             answers = [example.answer]
-    return [
-        [Span(text(example.prompt), trained=False), Span(closed(answer), trained=True)]
-        for answer in answers
-    ]
+    return [[Span(text(example.prompt), trained=False), Span(closed(answer), trained=True)] for answer in answers]
 
 
 def _share_turns(
@@ -438,8 +416,7 @@ def _say(tally: Tally, template: ChatTemplate, policy: Policy) -> None:
     if cut:
         loses = "its end, and with it the token that stops it"
         log.warning(
-            "%s rows have an answer cut at cutoff_len %d: it loses %s. Raise cutoff_len, or set "
-            "truncation: drop.",
+            "%s rows have an answer cut at cutoff_len %d: it loses %s. Raise cutoff_len, or set truncation: drop.",
             number(cut),
             policy.cutoff_len,
             "its beginning" if policy.truncation == "keep_end" else loses,

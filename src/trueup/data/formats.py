@@ -179,9 +179,7 @@ def _history(read: _Reader) -> Messages:
     turns: list[Message] = []
     for exchange in value if isinstance(value, list) else [value]:
         two_texts = (
-            isinstance(exchange, list)
-            and len(exchange) == 2
-            and all(isinstance(text, str) for text in exchange)
+            isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(text, str) for text in exchange)
         )
         if not two_texts:
             raise ShapeProblem(column, describe(value), "a list of [question, answer] texts")
@@ -277,9 +275,7 @@ def _pair(read: _Reader, row: str) -> Pair:
 def _sides(read: _Reader) -> tuple[Messages, Messages, Messages, bool]:
     """(prompt, chosen, rejected, plain) of a row with two sides."""
     good, bad = read.required("chosen"), read.required("rejected")
-    has_prompt = read.layout.conversational or bool(
-        {"prompt", "query"} & read.layout.columns.keys()
-    )
+    has_prompt = read.layout.conversational or bool({"prompt", "query"} & read.layout.columns.keys())
     if not has_prompt and isinstance(good, str) and isinstance(bad, str):
         return _two_texts(read, good, bad)
     chosen = _answer(read, "chosen", good, "chosen")
@@ -320,9 +316,7 @@ def _refuse_equal(chosen: Messages, rejected: Messages) -> None:
 def _ranking(read: _Reader, row: str) -> Ranking:
     if read.layout.gives == "pair":
         pair = _pair(read, row)
-        return Ranking(
-            pair.prompt, (pair.chosen, pair.rejected), row, tools=pair.tools, plain=pair.plain
-        )
+        return Ranking(pair.prompt, (pair.chosen, pair.rejected), row, tools=pair.tools, plain=pair.plain)
     role = "answers" if "answers" in read.layout.columns else "response"
     column, values = read.layout.columns[role], read.required(role)
     if not isinstance(values, list):

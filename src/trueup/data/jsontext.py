@@ -25,9 +25,7 @@ class JsonFault(Exception):
     `truncated`: the text ends inside a value. `complete`: sound, but a key is given twice.
     """
 
-    def __init__(
-        self, message: str, offset: int, *, truncated: bool = False, complete: bool = False
-    ) -> None:
+    def __init__(self, message: str, offset: int, *, truncated: bool = False, complete: bool = False) -> None:
         super().__init__(message)
         self.message = message
         self.offset = offset
@@ -60,9 +58,7 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
         return _decoder.raw_decode(text, start)
     except json.JSONDecodeError as error:
         message = re.sub(r"( starting)? at$", "", error.msg)
-        raise JsonFault(
-            message[0].lower() + message[1:], error.pos, truncated=_ends_at(text, error)
-        ) from None
+        raise JsonFault(message[0].lower() + message[1:], error.pos, truncated=_ends_at(text, error)) from None
     except _DuplicateKey as error:
         raise JsonFault(
             f"key {json.dumps(error.key, ensure_ascii=False)} is given twice in one object",

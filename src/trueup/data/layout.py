@@ -118,9 +118,7 @@ def choose_layout(spec: DatasetSpec, rows: Sequence[Mapping[str, Any]], want: Ki
     if declared and not _compatible(declared, want):
         raise DataError([_wrong_kind(spec, want, declared)])
     if gives is None:
-        other = next(
-            (k for k in ("pair", "ranking", "feedback", "chat", "text") if k in offers), None
-        )
+        other = next((k for k in ("pair", "ranking", "feedback", "chat", "text") if k in offers), None)
         if other and not declared and not _mentions(spec, want):
             raise DataError([_wrong_kind(spec, want, other)])
         raise DataError([_missing_columns(spec, found, columns, want)])
@@ -220,9 +218,7 @@ def _is_answer_list(value: Any) -> bool:
     if not isinstance(value, list) or not value:
         return False
     first = value[0]
-    return isinstance(first, str) or (
-        isinstance(first, dict) and not {"role", "from"} & first.keys()
-    )
+    return isinstance(first, str) or (isinstance(first, dict) and not {"role", "from"} & first.keys())
 
 
 def _ends_with_answer(messages: Any, beside_pairs: bool) -> bool:
@@ -251,9 +247,7 @@ def _mentions(spec: DatasetSpec, want: Kind) -> bool:
 # ---- what to say ---------------------------------------------------------------------------------
 
 
-def _say_what_was_guessed(
-    spec: DatasetSpec, columns: Mapping[str, str], conversational: bool
-) -> None:
+def _say_what_was_guessed(spec: DatasetSpec, columns: Mapping[str, str], conversational: bool) -> None:
     names = ", ".join(dict.fromkeys(columns.values()))
     if conversational and spec.formatting == "auto" and not spec.columns.get("messages"):
         log.info("dataset %s: no `formatting` given; %s look like sharegpt", spec.name, names)
@@ -278,9 +272,7 @@ def _wrong_kind(spec: DatasetSpec, want: Kind, have: str) -> Problem:
     )
 
 
-def _missing_columns(
-    spec: DatasetSpec, found: Sequence[str], columns: Mapping[str, str], want: Kind
-) -> Problem:
+def _missing_columns(spec: DatasetSpec, found: Sequence[str], columns: Mapping[str, str], want: Kind) -> Problem:
     needed = _NEEDED[want]
     if spec.formatting in ("sharegpt", "openai") and want in ("chat", "prompt", "feedback"):
         needed = ("messages", *(role for role in needed if role not in ("prompt", "response")))
@@ -288,8 +280,7 @@ def _missing_columns(
     missing = [r for r in needed if r not in columns and not (r == "prompt" and have_prompt)]
     if "messages" in columns and spec.formatting == "alpaca":
         return Problem(
-            f"dataset {spec.name!r}: `formatting` is alpaca, "
-            f"but column `{columns['messages']}` holds turns",
+            f"dataset {spec.name!r}: `formatting` is alpaca, but column `{columns['messages']}` holds turns",
             where=spec.origin,
             fix='write `"formatting": "sharegpt"` (or leave it out)',
         )
@@ -299,10 +290,7 @@ def _missing_columns(
             where=spec.origin,
             fix="say which column is which: `columns: {…}` in dataset_info.json",
         )
-    names = [
-        spec.columns.get(role) or (role if role in found else USUAL_NAMES[role][0])
-        for role in missing
-    ]
+    names = [spec.columns.get(role) or (role if role in found else USUAL_NAMES[role][0]) for role in missing]
     guesses = suggest_columns(missing, [name for name in found if name not in columns.values()])
     if guesses:
         pairs = ", ".join(f"{role}: {name}" for role, name in guesses.items())

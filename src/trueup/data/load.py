@@ -197,15 +197,10 @@ def _shape_problems(
     for (column, found, expected), indices in ordered[:_SHOWN]:
         which = ", ".join(str(i) for i in indices[:_SHOWN])
         more = f" … and {number(len(indices) - _SHOWN)} more" if len(indices) > _SHOWN else ""
-        count = (
-            "every row"
-            if len(indices) == read
-            else f"{number(len(indices))} of {number(read)} rows"
-        )
+        count = "every row" if len(indices) == read else f"{number(len(indices))} of {number(read)} rows"
         problems.append(
             Problem(
-                f"dataset {spec.name!r}: column `{column}` holds {found} in {count} "
-                f"(row {which}{more})",
+                f"dataset {spec.name!r}: column `{column}` holds {found} in {count} (row {which}{more})",
                 where=rows.where(indices[0]),
                 expected=f"{expected}, in every row",
                 fix="mend or remove these rows; nothing is converted by guessing",
@@ -213,9 +208,7 @@ def _shape_problems(
         )
     if len(ordered) > _SHOWN:
         rest = sum(len(indices) for _, indices in ordered[_SHOWN:])
-        problems.append(
-            Problem(f"dataset {spec.name!r}: {number(rest)} more rows with faults of this sort")
-        )
+        problems.append(Problem(f"dataset {spec.name!r}: {number(rest)} more rows with faults of this sort"))
     return problems
 
 
@@ -249,9 +242,7 @@ def _hold_out(
     wanted.
     """
     if val_size and has_eval_data:
-        raise ConfigError(
-            "`val_size` and `eval_dataset` both name the evaluation data", fix="drop one of the two"
-        )
+        raise ConfigError("`val_size` and `eval_dataset` both name the evaluation data", fix="drop one of the two")
     if not val_size and (has_eval_data or not eval_wanted):
         return {}
     distinct = list({d.name: d for d in training}.values())
@@ -260,8 +251,7 @@ def _hold_out(
     count = int(size) if size >= 1 else max(1, round(size * len(rows)))
     if count >= len(rows):
         raise ConfigError(
-            f"holding out {number(count)} of {number(len(rows))} usable rows "
-            "leaves none to train on",
+            f"holding out {number(count)} of {number(len(rows))} usable rows leaves none to train on",
             where="val_size" if val_size else "eval_strategy",
             fix="hold out fewer rows, give an `eval_dataset`, or do not evaluate",
         )
@@ -279,9 +269,7 @@ def _hold_out(
     return dict(held_out)
 
 
-def _mixed(
-    parts: Sequence[list[Example]], strategy: str, probs: Sequence[float] | None, seed: int
-) -> list[Example]:
+def _mixed(parts: Sequence[list[Example]], strategy: str, probs: Sequence[float] | None, seed: int) -> list[Example]:
     return [parts[d][i] for d, i in mix([len(p) for p in parts], strategy, probs, seed)]
 
 

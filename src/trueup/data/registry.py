@@ -170,8 +170,7 @@ def _distinct(names: Sequence[str], specs: list[DatasetSpec]) -> list[DatasetSpe
     for name, spec in zip(names, specs, strict=True):
         given.setdefault(spec.name, set()).add(name)
     return [
-        replace(spec, name=name) if len(given[spec.name]) > 1 else spec
-        for name, spec in zip(names, specs, strict=True)
+        replace(spec, name=name) if len(given[spec.name]) > 1 else spec for name, spec in zip(names, specs, strict=True)
     ]
 
 
@@ -181,10 +180,7 @@ def registered(directory: str | Path) -> dict[str, _Entry]:
     for name in REGISTRY_NAMES:
         path = directory / name
         if path.is_file():
-            return {
-                key: _Entry(value, f"{path}:{line}", directory)
-                for key, value, line in _read_registry(path)
-            }
+            return {key: _Entry(value, f"{path}:{line}", directory) for key, value, line in _read_registry(path)}
     return {}
 
 
@@ -237,10 +233,7 @@ def _read_registry(path: Path) -> Iterable[tuple[str, Any, int]]:
 
 def _json_members(path: Path, text: str) -> list[tuple[str, Any, int]]:
     try:
-        return [
-            (name, value, line_and_column(text, offset)[0])
-            for name, value, offset in object_members(text)
-        ]
+        return [(name, value, line_and_column(text, offset)[0]) for name, value, offset in object_members(text)]
     except JsonFault as fault:
         line, column = line_and_column(text, fault.offset)
         raise ConfigError(
@@ -268,9 +261,7 @@ def _yaml_members(path: Path, text: str) -> list[tuple[str, Any, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(
-            getattr(error, "problem", None) or str(error), where=f"{path}{line}"
-        ) from None
+        raise ConfigError(getattr(error, "problem", None) or str(error), where=f"{path}{line}") from None
     finally:
         loader.dispose()
 
@@ -289,9 +280,7 @@ def _refuse_yaml_surprises(path: Path, root: yaml.Node) -> None:
     while nodes:
         node = nodes.pop()
         if id(node) in visited:
-            raise ConfigError(
-                "anchors are not allowed in a registry", where=f"{path}:{node.start_mark.line + 1}"
-            )
+            raise ConfigError("anchors are not allowed in a registry", where=f"{path}:{node.start_mark.line + 1}")
         visited.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
@@ -432,9 +421,7 @@ def _source(value: dict, entry: _Entry, hub: str, wrong, problems: list[Problem]
     raise ConfigError(problems)
 
 
-def _unregistered(
-    name: str, directory: Path, hub: str, registry: Mapping[str, _Entry]
-) -> DatasetSpec:
+def _unregistered(name: str, directory: Path, hub: str, registry: Mapping[str, _Entry]) -> DatasetSpec:
     """A path, URL or hub id given directly. Raises ConfigError (D20) or DataError (D19)."""
     if _URL(name):
         return DatasetSpec(name, "URL", url=name)
@@ -443,10 +430,7 @@ def _unregistered(
         if path.exists() or (is_pattern and glob.has_magic(name) and _any_match(path)):
             return DatasetSpec(_short_name(path), str(path), source=path)
     looks_like_path = (
-        is_pattern
-        or Path(name).suffix.lower() in FILE_SUFFIXES
-        or name.startswith((".", "/", "~"))
-        or "\\" in name
+        is_pattern or Path(name).suffix.lower() in FILE_SUFFIXES or name.startswith((".", "/", "~")) or "\\" in name
     )
     if is_pattern:
         tried = Path(name).expanduser().absolute()

@@ -92,13 +92,9 @@ class Renderer:
                 **asked,
             )
         except _FAULTS as fault:
-            raise TemplateRefusal(
-                "the chat template refuses the conversation", str(fault)
-            ) from fault
+            raise TemplateRefusal("the chat template refuses the conversation", str(fault)) from fault
         if len(texts[0]) > MAX_RENDERED_CHARS:
-            raise TemplateRefusal(
-                "the rendered conversation is too long", f"{len(texts[0])} characters"
-            )
+            raise TemplateRefusal("the rendered conversation is too long", f"{len(texts[0])} characters")
         return texts, marks
 
 
@@ -113,7 +109,6 @@ def _frozen_days(source: str) -> str:
     if not formats:
         return ""
     cases = "".join(
-        f"{{% if format == {quoted(f)} %}}{{{{ {quoted(_DAY.strftime(f))} }}}}{{% endif %}}"
-        for f in formats
+        f"{{% if format == {quoted(f)} %}}{{{{ {quoted(_DAY.strftime(f))} }}}}{{% endif %}}" for f in formats
     )
     return f"{{% macro strftime_now(format) %}}{cases}{{% endmacro %}}\n"

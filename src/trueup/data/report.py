@@ -76,9 +76,7 @@ class DatasetReport:
     def arithmetic(self) -> str:
         """ "0 of 1 200 rows usable: 1 150 too long, 50 equal pair"."""
         reasons = ", ".join(f"{number(r.count)} {reason}" for reason, r in _largest(self.dropped))
-        return f"{number(self.kept)} of {number(self.read)} rows usable" + (
-            f": {reasons}" if reasons else ""
-        )
+        return f"{number(self.kept)} of {number(self.read)} rows usable" + (f": {reasons}" if reasons else "")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -165,9 +163,7 @@ class DataReport:
                 mirror = pairs.get(_digest(example.prompt, example.rejected, example.chosen))
                 if mirror:
                     self.reversed_pairs.add(example.row, f"the reverse of {mirror}")
-                pairs.setdefault(
-                    _digest(example.prompt, example.chosen, example.rejected), example.row
-                )
+                pairs.setdefault(_digest(example.prompt, example.chosen, example.rejected), example.row)
 
     def compare_splits(self, train: Iterable[Example], evaluation: Iterable[Example]) -> None:
         """Count evaluation rows whose prompt (or, without prompts, text) is trained on as well
@@ -197,8 +193,7 @@ class DataReport:
         """Raise DataError if any row was dropped: what `on_bad_rows: error` asks for."""
         problems = [
             Problem(
-                f"dataset {d.name!r}: {reason} in {number(rows.count)} of {number(d.read)} rows: "
-                f"{some_ids(rows)}",
+                f"dataset {d.name!r}: {reason} in {number(rows.count)} of {number(d.read)} rows: {some_ids(rows)}",
                 d.origin,
                 fix="mend or remove these rows, or set `on_bad_rows: skip` to leave them out",
             )
@@ -262,9 +257,7 @@ class DataReport:
     def render(self, width: int = _WIDTH, color: bool = False) -> str:
         """The report as text for a terminal of `width` columns."""
         out = io.StringIO()
-        console = Console(
-            file=out, width=width, force_terminal=color, no_color=not color, highlight=False
-        )
+        console = Console(file=out, width=width, force_terminal=color, no_color=not color, highlight=False)
         console.print(self)
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines()) + "\n"
 
@@ -304,9 +297,7 @@ class DataReport:
             for reason, rows in _largest(losses):
                 name = reason if len(self.datasets) == 1 else f"{d.name}: {reason}"
                 # As Text, because what data say is never markup.
-                table.add_row(
-                    *map(RichText, (name, number(rows.count), _short_ids(rows), rows.excerpt))
-                )
+                table.add_row(*map(RichText, (name, number(rows.count), _short_ids(rows), rows.excerpt)))
         which, first = table.columns[2:]
         which.no_wrap = first.no_wrap = True
         first.overflow, first.ratio, table.expand = "ellipsis", 1, True
@@ -315,9 +306,7 @@ class DataReport:
     def _table_of_lengths(self) -> Table:
         table = _table("tokens", ">p50", ">p95", ">max", ">mean")
         for part, stats in self.statistics().items():
-            table.add_row(
-                part, *(number(round(stats[key])) for key in ("p50", "p95", "max", "mean"))
-            )
+            table.add_row(part, *(number(round(stats[key])) for key in ("p50", "p95", "max", "mean")))
         return table
 
     def _remarks(self) -> Iterator[str]:
@@ -365,9 +354,7 @@ def _table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
     for header in headers:
         right = header.startswith(">")
-        table.add_column(
-            header.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
-        )
+        table.add_column(header.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
     return table
 
 

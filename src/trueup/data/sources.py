@@ -87,9 +87,7 @@ class Part:
     notes: list[str] = field(default_factory=list)
 
 
-def read_rows(
-    spec: DatasetSpec, *, token: str | None = None, cache_dir: str | Path | None = None
-) -> Rows:
+def read_rows(spec: DatasetSpec, *, token: str | None = None, cache_dir: str | Path | None = None) -> Rows:
     """Every row of a dataset. Raises DataError with all faults, or ModelError if a hub is out of
     reach.
     """
@@ -118,9 +116,7 @@ def list_files(source: Path, spec: DatasetSpec) -> list[Path]:
         files = sorted(Path(p) for p in glob.glob(str(source), recursive=True))
         files = [p for p in files if p.is_file()]
         if not files:
-            raise DataError(
-                f"no file matches {source.absolute()}", where=where, fix="check the pattern"
-            )
+            raise DataError(f"no file matches {source.absolute()}", where=where, fix="check the pattern")
         _refuse_unknown_types(files, where)
         _refuse_mixed_types(files, source, where)
         return files
@@ -291,9 +287,7 @@ def _note_blank(part: Part, blank: int) -> None:
 def _read_table_of_text(label: str, text: str) -> Part:
     """CSV or TSV with a header. Every cell is text, as written."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(
-        io.StringIO(text, newline=""), strict=True, delimiter="\t" if label.endswith("tsv") else ","
-    )
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if label.endswith("tsv") else ",")
     faults, part = _Faults(label), Part([])
     try:
         header = next(reader, [])
@@ -416,9 +410,7 @@ def _collect(label: str, text: str, elements: Iterator[tuple[Any, int]]) -> Part
                 part.values.append(value)
                 part.lines.append(line)
             else:
-                faults.add(
-                    line, f"element {len(part.lines)} is {_kind(value)}, not an object with columns"
-                )
+                faults.add(line, f"element {len(part.lines)} is {_kind(value)}, not an object with columns")
     except JsonFault as fault:
         number, column = jsontext.line_and_column(text, fault.offset)
         where = f"{label}:{number}:{column}"
@@ -483,9 +475,7 @@ def _fetch(url: str) -> bytes:
         with fsspec.open(url, "rb") as file:
             return file.read()
     except ImportError as error:
-        raise ModelError(
-            f"reading {url} needs another library: {error}", fix="pip install it"
-        ) from None
+        raise ModelError(f"reading {url} needs another library: {error}", fix="pip install it") from None
     except FileNotFoundError:
         raise DataError(f"nothing is there: {url}") from None
     except Exception as error:  # each file system has errors of its own
@@ -493,9 +483,7 @@ def _fetch(url: str) -> bytes:
 
 
 def _read_hub(spec: DatasetSpec, token: str | None, cache_dir) -> list[Row]:
-    loader = {"modelscope": _load_modelscope, "modelers": _load_modelers}.get(
-        spec.hub, _load_huggingface
-    )
+    loader = {"modelscope": _load_modelscope, "modelers": _load_modelers}.get(spec.hub, _load_huggingface)
     try:
         return loader(spec, token, cache_dir).to_list()
     except (DataError, ModelError):

@@ -60,11 +60,7 @@ class SpanTokenizer:
         empty = np.empty(0, dtype=np.int32)
 
         def join(atoms: list[int]) -> np.ndarray:
-            return (
-                ids[atoms[0]]
-                if len(atoms) == 1
-                else np.concatenate([empty, *(ids[i] for i in atoms)])
-            )
+            return ids[atoms[0]] if len(atoms) == 1 else np.concatenate([empty, *(ids[i] for i in atoms)])
 
         return [[join(atoms) for atoms in plan] for plan in plans]
 

@@ -91,18 +91,14 @@ def resolve_name(name: str) -> str:
     key = ALIASES.get(key, key)
     if key in TEMPLATES:
         return key
-    near = KNOWN_ELSEWHERE.get(key) or difflib.get_close_matches(
-        key, [*TEMPLATES, *ALIASES], n=3, cutoff=0.5
-    )
+    near = KNOWN_ELSEWHERE.get(key) or difflib.get_close_matches(key, [*TEMPLATES, *ALIASES], n=3, cutoff=0.5)
     known = key in KNOWN_ELSEWHERE
     raise ConfigError(
         f"template {name!r} is a template of LLaMA-Factory that trueup does not ship"
         if known
         else f"there is no template named {name!r}",
         where="template",
-        expected=("nearest: " + ", ".join(near) + "; " if near else "")
-        + "all: "
-        + ", ".join(TEMPLATES),
+        expected=("nearest: " + ", ".join(near) + "; " if near else "") + "all: " + ", ".join(TEMPLATES),
         fix="leave template empty to use the tokenizer's own",
     )
 

@@ -90,10 +90,7 @@ def control_tokens(renderer: Renderer, tokenizer: Any, thinking: bool | None) ->
         token.content
         for token in tokenizer.added_tokens_decoder.values()
         if len(token.content.strip()) > 1
-        and (
-            token.special
-            or (token.content in header and not re.fullmatch(r"</?\w+>", token.content))
-        )
+        and (token.special or (token.content in header and not re.fullmatch(r"</?\w+>", token.content)))
     }
 
 

@@ -105,9 +105,7 @@ def parse_turn(turn: Any, index: int, column: str, tags: Tags) -> Message:
         raise ShapeProblem(column, missing, f"turns with `{role_key}` and `{content_key}`")
     role = tags.roles.get(name)
     if role is None:
-        raise RowProblem(
-            "wrong roles", f"turn {index} is by {name!r}; known: {', '.join(tags.roles)}"
-        )
+        raise RowProblem("wrong roles", f"turn {index} is by {name!r}; known: {', '.join(tags.roles)}")
     calls = turn.get("tool_calls")
     content = _content(turn.get(content_key), bool(calls), column, content_key)
     if calls:
@@ -117,9 +115,7 @@ def parse_turn(turn: Any, index: int, column: str, tags: Tags) -> Message:
     return Message(role, content)
 
 
-def check_roles(
-    messages: Sequence[Message], ends_with: str, first: int = 0, after: str = "start"
-) -> None:
+def check_roles(messages: Sequence[Message], ends_with: str, first: int = 0, after: str = "start") -> None:
     """Raise RowProblem unless the turns follow [system], user, assistant, user, … up to
     `ends_with`.
 
@@ -132,9 +128,7 @@ def check_roles(
         if message.role not in _MAY_FOLLOW[previous]:
             before = "at the start" if previous == "start" else f"after {previous}"
             expected = " or ".join(_MAY_FOLLOW[previous])
-            raise RowProblem(
-                "wrong roles", f"turn {index} is {message.role} {before}; expected {expected}"
-            )
+            raise RowProblem("wrong roles", f"turn {index} is {message.role} {before}; expected {expected}")
         blank = not message.content.strip() and not message.tool_calls
         if blank and message.role == "user":
             # An assistant's blank is reported by its side's name; a tool may well return nothing.
@@ -298,9 +292,7 @@ def _part(part: Json, column: str, key: str) -> str:
     """A text part of a content given in parts."""
     text = part.get("text", part.get("value"))
     if part.get("type", "text") != "text" or not isinstance(text, str):
-        raise ShapeProblem(
-            f"{column}[].{key}", f"a part of type {part.get('type')!r}", "parts of type 'text'"
-        )
+        raise ShapeProblem(f"{column}[].{key}", f"a part of type {part.get('type')!r}", "parts of type 'text'")
     return text
 
 

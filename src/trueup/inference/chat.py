@@ -52,9 +52,7 @@ class Side:
         if room <= 0:
             yield f"({len(prompt)} tokens are more than this model takes: /clear starts anew)"
             return
-        limited = Sampling(
-            **{**sampling.__dict__, "max_new_tokens": min(sampling.max_new_tokens, room)}
-        )
+        limited = Sampling(**{**sampling.__dict__, "max_new_tokens": min(sampling.max_new_tokens, room)})
         said = ""
         try:
             with self._voice(), contextlib.closing(self.engine.stream(prompt, limited)) as pieces:
@@ -69,9 +67,7 @@ class Side:
         return contextlib.nullcontext() if self.adapted else model.disable_adapter()
 
     def _room(self, used: int) -> int:
-        longest = getattr(
-            self.engine.policy.base.config.get_text_config(), "max_position_embeddings", None
-        )
+        longest = getattr(self.engine.policy.base.config.get_text_config(), "max_position_embeddings", None)
         return longest - used if longest else sys.maxsize
 
 
@@ -130,9 +126,7 @@ def sampling_of(cfg: RunConfig) -> Sampling:
     )
 
 
-def converse(
-    sides: Sequence[Side], sampling: Sampling, start: Sequence[Message], terminal: Console
-) -> None:
+def converse(sides: Sequence[Side], sampling: Sampling, start: Sequence[Message], terminal: Console) -> None:
     """The loop: a line is a command or a question."""
     start = list(start)
     _begin(sides, start)
@@ -155,9 +149,7 @@ def converse(
                 _begin(sides, start)
                 terminal.print(Text("(a new conversation)", style="dim"))
             case _ if word.startswith("/") and word[1:].isalpha():
-                terminal.print(
-                    f"there is no command {word}; /help lists them", markup=False, highlight=False
-                )
+                terminal.print(f"there is no command {word}; /help lists them", markup=False, highlight=False)
             case _:
                 answer(sides, line, sampling, terminal)
 
@@ -167,9 +159,7 @@ def questions() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
-    with contextlib.suppress(
-        ImportError
-    ):  # line editing and history, where Python was built with them
+    with contextlib.suppress(ImportError):  # line editing and history, where Python was built with them
         import readline  # noqa: F401
     while True:
         try:

@@ -63,15 +63,9 @@ def examine() -> dict[str, Any]:
         "executable": Path(sys.executable).name,
         "precision": precision(),
         "memory_free_gb": round(psutil.virtual_memory().available / _GB, 1),
-        "disk_free_gb": {
-            str(path): free
-            for path in (Path.cwd(), hub_cache())
-            if (free := _free(path)) is not None
-        },
+        "disk_free_gb": {str(path): free for path in (Path.cwd(), hub_cache()) if (free := _free(path)) is not None},
         "extras": extras(),
-        "environment": {
-            n: "set" if "PROXY" in n else os.environ[n] for n in _ENVIRONMENT if n in os.environ
-        },
+        "environment": {n: "set" if "PROXY" in n else os.environ[n] for n in _ENVIRONMENT if n in os.environ},
         "problems": problems(),
     }
 
@@ -169,11 +163,7 @@ def _rows(found: dict[str, Any]) -> dict[str, str]:
 
 def _belongs(requirement: Requirement, extra: str) -> bool:
     marker = requirement.marker
-    return (
-        marker is not None
-        and marker.evaluate({"extra": extra})
-        and not marker.evaluate({"extra": ""})
-    )
+    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
 
 
 def _version(package: str) -> str | None:

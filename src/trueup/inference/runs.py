@@ -84,9 +84,7 @@ def render(runs: Sequence[Run], directory: Path) -> Table | str:
     from rich.table import Table
     from rich.text import Text
 
-    shown = [
-        name for name, metric in HEADLINES.items() if any(metric in run.metrics for run in runs)
-    ]
+    shown = [name for name, metric in HEADLINES.items() if any(metric in run.metrics for run in runs)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("run", overflow="fold")
     for name in ("state", "stage", "model"):
@@ -123,18 +121,14 @@ def _run_directories(directory: Path) -> Iterator[Path]:
         if STATUS_FILE in files or TRAINER_LOG_FILE in files:
             children.clear()
             yield path
-        children[:] = [
-            c for c in children if not c.startswith(".") and len(path.parts) - base < _DEEPEST
-        ]
+        children[:] = [c for c in children if not c.startswith(".") and len(path.parts) - base < _DEEPEST]
 
 
 def _latest_metrics(path: Path) -> dict[str, float]:
     """The last value of each headline metric; training and evaluation write separate rows."""
     latest: dict[str, float] = {}
     for row in read_metrics(path) or read_metrics(path, TRAINER_LOG_FILE):
-        latest |= {
-            name: row[name] for name in HEADLINES.values() if isinstance(row.get(name), int | float)
-        }
+        latest |= {name: row[name] for name in HEADLINES.values() if isinstance(row.get(name), int | float)}
     return latest
 
 

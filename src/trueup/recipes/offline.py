@@ -83,9 +83,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
             references = build_references(cfg, loaded, datasets, batches, layouts, backend)
         program = OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, backend)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
-        result = fit(
-            program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint
-        )
+        result = fit(program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint)
         return RunResult(directory.path, {**result.train, **result.evaluation})
 
 

@@ -10,7 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
 
 from trueup.models.policy import Policy
 
@@ -48,9 +53,7 @@ class Engine:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
 
     @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int = 32
-    ) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int = 32) -> list[list[int]]:
         """Answers to token prompts, in order, without stop tokens; left-padded in batches of similar length."""
         answers: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

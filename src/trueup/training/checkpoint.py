@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def commit(
     """
     target = parent / f"checkpoint-{step}"
     stage = parent / f".{target.name}.tmp-{os.getpid()}"
-    with _staged(stage, f"saving {target}"):
+    with _disk(parent, f"saving {target}"), _staged(stage):
         boundary(POINT)
         write(stage)
         boundary(POINT)
@@ -101,7 +101,7 @@ def commit(
         os.rename(stage, target)
         boundary(POINT)
         durable.sync_directory(parent)
-    boundary(POINT)
+        boundary(POINT)
     return Checkpoint(target, step, manifest)
 
 
@@ -112,7 +112,7 @@ def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
     `commit` does.
     """
     stage = directory / f".model.tmp-{os.getpid()}"
-    with _staged(stage, f"saving the model to {directory}"):
+    with _disk(directory, f"saving the model to {directory}"), _staged(stage):
         boundary(POINT)
         write(stage)
         files = list(durable.walk_files(stage))
@@ -124,7 +124,7 @@ def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             durable.replace(path, target)
         durable.sync_directory(directory)
-    boundary(POINT)
+        boundary(POINT)
 
 
 def verify(path: Path) -> Checkpoint:
@@ -187,9 +187,7 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def retain(
-    valid: Iterable[Checkpoint], limit: int | None, best_step: int | None
-) -> list[Checkpoint]:
+def retain(valid: Iterable[Checkpoint], limit: int | None, best_step: int | None) -> list[Checkpoint]:
     """Remove old checkpoints beyond `limit`, and superseded ones that were saved only for being
     best.
 
@@ -203,13 +201,17 @@ def retain(
     removed = (surplus | superseded) - kept
     for checkpoint in present:
         if checkpoint.step in removed:
-            boundary(POINT)
-            # Renamed first: a half-deleted directory must not bear a checkpoint's name.
-            doomed = checkpoint.path.with_name(f".{checkpoint.path.name}.tmp-{os.getpid()}")
-            os.rename(checkpoint.path, doomed)
-            boundary(POINT)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(checkpoint.path)
     return [checkpoint for checkpoint in present if checkpoint.step not in removed]
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a half-deleted directory must not bear a checkpoint's name.
+    doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with _disk(path.parent, f"removing {path}"), _staged(doomed, make=False):
+        boundary(POINT)
+        os.rename(path, doomed)
+        boundary(POINT)
 
 
 def remove_stale_stages(parent: Path) -> None:
@@ -225,23 +227,32 @@ def remove_stale_stages(parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def _staged(stage: Path, doing: str):
+def _staged(stage: Path, make: bool = True) -> Iterator[None]:
+    """A directory that is gone afterwards, unless it was renamed."""
     shutil.rmtree(stage, ignore_errors=True)
     try:
-        stage.mkdir(parents=True)
+        if make:
+            stage.mkdir(parents=True)
+        yield
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk(directory: Path, doing: str) -> Iterator[None]:
+    """A disk that refuses is the user's to mend."""
+    try:
         yield
     except Exception as error:
         if not durable.disk_trouble(error):
             raise
         raise ResourceError(
             f"{doing} failed: {error}",
-            where=str(stage.parent),
+            where=str(directory),
             expected="a disk that takes the file",
             fix="free space or lower save_total_limit, then resume_from_checkpoint: auto; "
             "earlier checkpoints are intact",
         ) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _seal(stage: Path) -> list[dict[str, Any]]:
@@ -268,9 +279,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             fix="give another checkpoint, or resume_from_checkpoint: auto",
         ) from None
     except (OSError, ValueError) as error:
-        raise CorruptStateError(
-            f"the manifest cannot be read: {error}", where=str(path / MANIFEST)
-        ) from error
+        raise CorruptStateError(f"the manifest cannot be read: {error}", where=str(path / MANIFEST)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CorruptStateError("this is not a manifest of trueup", where=str(path / MANIFEST))
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -295,8 +304,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise CorruptStateError("the file is missing", where=str(path))
-    size = path.stat().st_size
-    digest = durable.sha256(path)
+    try:
+        size, digest = path.stat().st_size, durable.sha256(path)
+    except OSError as error:
+        raise CorruptStateError(f"the file cannot be read: {error}", where=str(path)) from error
     if size != entry["size"] or digest != entry["sha256"]:
         raise CorruptStateError(
             f"its bytes are not the ones that were written: {size} bytes, sha256 {digest}",

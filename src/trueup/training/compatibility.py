@@ -75,13 +75,9 @@ def check_resumable(
         _log.warning("resuming with a changed configuration: %s", "; ".join(said))
 
 
-def check_identity(
-    then: Mapping[str, Any], now: Mapping[str, Any], allow: Collection[str] = (), *, where: str
-) -> None:
+def check_identity(then: Mapping[str, Any], now: Mapping[str, Any], allow: Collection[str] = (), *, where: str) -> None:
     """Refuse a resume on other data or with another effective batch, unless `allow` names them."""
-    keys = [
-        key for key in ("data_fingerprint", "effective_batch") if then.get(key) and now.get(key)
-    ]
+    keys = [key for key in ("data_fingerprint", "effective_batch") if then.get(key) and now.get(key)]
     check_resumable({k: then[k] for k in keys}, {k: now[k] for k in keys}, allow, where=where)
 
 

@@ -79,9 +79,7 @@ def _git() -> dict[str, Any] | None:
     """Commit of the working directory, and whether it has changes; None outside a repository."""
 
     def git(*words: str) -> str:
-        answer = subprocess.run(
-            ["git", *words], capture_output=True, text=True, timeout=5, check=True
-        )
+        answer = subprocess.run(["git", *words], capture_output=True, text=True, timeout=5, check=True)
         return answer.stdout.strip()
 
     try:

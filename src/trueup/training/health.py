@@ -29,9 +29,7 @@ class Thresholds:
 class Health:
     """Watches the rows and warns once of each sign. `say(text, step)` receives the words."""
 
-    def __init__(
-        self, say: Callable[[str, int], None], thresholds: Thresholds | None = None
-    ) -> None:
+    def __init__(self, say: Callable[[str, int], None], thresholds: Thresholds | None = None) -> None:
         self.say = say
         self.limits = thresholds or Thresholds()
         self.rows: list[Row] = []

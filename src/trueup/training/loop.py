@@ -48,9 +48,7 @@ from trueup.training.watchdog import Watchdog
 
 #: Fields of metrics.jsonl that depend on the clock or the machine; all others are the same to the
 #: bit on a resume.
-WALL_CLOCK = frozenset(
-    {"time", "seconds", "tokens_per_second", "memory_gb", "eval_runtime", "eval_samples_per_second"}
-)
+WALL_CLOCK = frozenset({"time", "seconds", "tokens_per_second", "memory_gb", "eval_runtime", "eval_samples_per_second"})
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,7 @@ def fit(
     does not fit.
     """
     with StopRequest() as stop, Watchdog(run) as watchdog:
-        trainer = Trainer(
-            program, settings, run, backend, observers, stop, watchdog, data_fingerprint
-        )
+        trainer = Trainer(program, settings, run, backend, observers, stop, watchdog, data_fingerprint)
         try:
             return trainer.train()
         except BaseException as error:
@@ -118,9 +114,7 @@ class Trainer(Generic[B]):
         self.observers = Observers(observers if backend.rank == 0 else ())
         self.stop, self.watchdog = stop, watchdog
         self.plan = make_plan(settings, program.steps_per_epoch)
-        self.optimizer = MasterOptimizer.from_settings(
-            program.trainable, settings, self.plan.total_steps
-        )
+        self.optimizer = MasterOptimizer.from_settings(program.trainable, settings, self.plan.total_steps)
         self.sums = MetricSums(backend.device)
         self.progress = Progress()
         self.identity = {
@@ -200,9 +194,7 @@ class Trainer(Generic[B]):
     def _resume(self, checkpoint: Checkpoint) -> None:
         where = str(checkpoint.path)
         check_identity(checkpoint.manifest, self.identity, self.run.allow, where=where)
-        self.progress, program_state = states.restore(
-            checkpoint.path, self.optimizer, self.sums, self.backend
-        )
+        self.progress, program_state = states.restore(checkpoint.path, self.optimizer, self.sums, self.backend)
         self.program.load_state_dict(program_state)
         self.run.truncate_logs(self.progress.step, self.progress.lines)
         self.run.set_later_checkpoints_aside(self.progress.step)
@@ -219,9 +211,7 @@ class Trainer(Generic[B]):
         progress = self.progress
         self.learning_rate = self.optimizer.learning_rate
         try:
-            result = train_step(
-                self.program, self.optimizer, self.backend, progress.step, self.sums
-            )
+            result = train_step(self.program, self.optimizer, self.backend, progress.step, self.sums)
         except NotFinite as error:
             self._record_divergence(error)
             raise
@@ -349,9 +339,7 @@ class Trainer(Generic[B]):
             if resumable or self.plan.load_best:
                 states.write_masters(directory, self.optimizer)
             if resumable:
-                states.write_state(
-                    directory, self.optimizer, progress, ranks, program_state, self.run.config
-                )
+                states.write_state(directory, self.optimizer, progress, ranks, program_state, self.run.config)
 
         def commit() -> None:
             checkpoint = checkpoints.commit(
@@ -400,9 +388,7 @@ class Trainer(Generic[B]):
         results.
         """
         best = self._best_checkpoint()
-        reload = (
-            self.plan.load_best and best is not None and best != self._path_of(self.progress.step)
-        )
+        reload = self.plan.load_best and best is not None and best != self._path_of(self.progress.step)
         if reload and best is not None:
             states.load_best_masters(best, self.optimizer)
         self.backend.on_first(
@@ -441,9 +427,7 @@ class Trainer(Generic[B]):
         steps = {checkpoint.step for checkpoint in self.saved}
         has_best = self.backend.gather(self.progress.best_step in steps)[0]
         if self.plan.load_best and not has_best:
-            self.run.warn(
-                "load_best_model_at_end: no evaluated step was saved; the last weights stay"
-            )
+            self.run.warn("load_best_model_at_end: no evaluated step was saved; the last weights stay")
         return self._path_of(self.progress.best_step) if has_best else None
 
     def _final_evaluation(self, reloaded: bool) -> dict[str, float]:
@@ -451,11 +435,7 @@ class Trainer(Generic[B]):
         asked = self.plan.evaluation.strategy != "no" or self.settings.do_eval
         if not (asked and self.program.eval_sets):
             return {}
-        if (
-            self.last_evaluation
-            and not reloaded
-            and self.progress.evaluated_step == self.progress.step
-        ):
+        if self.last_evaluation and not reloaded and self.progress.evaluated_step == self.progress.step:
             return self.last_evaluation
         row = self._evaluate_sets()
         if row is None:

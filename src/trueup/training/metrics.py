@@ -49,10 +49,7 @@ class MetricSums:
 
     def load(self, sums: HostMetrics) -> None:
         """Go on from sums read before; exact, because a host float holds every fp64."""
-        self._sums = {
-            name: torch.tensor(pair, dtype=self.dtype, device=self.device)
-            for name, pair in sums.items()
-        }
+        self._sums = {name: torch.tensor(pair, dtype=self.dtype, device=self.device) for name, pair in sums.items()}
 
 
 def means(sums: HostMetrics) -> dict[str, float]:

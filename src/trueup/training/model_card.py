@@ -28,9 +28,7 @@ _HYPERPARAMETERS = (
 )
 
 
-def model_card(
-    directory: Path, config: Mapping[str, Any], results: Mapping[str, Any], pictures: list[str]
-) -> str:
+def model_card(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any], pictures: list[str]) -> str:
     """The card's text. Numbers only where the run measured them."""
     base = config.get("model_name_or_path") or "unknown"
     adapter = (directory / "adapter_config.json").exists()
@@ -51,8 +49,7 @@ def model_card(
         f"{kind} `{base}`, made with trueup by {method} "
         f"on {', '.join(f'`{name}`' for name in datasets) or 'data that the run does not name'}.",
         "## Results\n" + _table(results, "metric"),
-        "## Hyper-parameters\n"
-        + _table({k: config[k] for k in _HYPERPARAMETERS.split() if config.get(k)}, "key"),
+        "## Hyper-parameters\n" + _table({k: config[k] for k in _HYPERPARAMETERS.split() if config.get(k)}, "key"),
         "Everything else is in `run.yaml`, `environment.json` and `metrics.jsonl`.",
     ]
     parts += [f"![{name}]({name})" for name in pictures]

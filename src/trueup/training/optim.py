@@ -217,15 +217,11 @@ class MasterOptimizer:
         fp16 = any(p.dtype == torch.float16 for p in self.parameters.values())
         self.loss_scale = LossScale() if fp16 else None
         self.optimizer = self._make(optim, learning_rate, betas, eps, weight_decay)
-        self.schedule = self._make_schedule(
-            lr_scheduler_type, lr_scheduler_kwargs, num_warmup_steps, total_steps
-        )
+        self.schedule = self._make_schedule(lr_scheduler_type, lr_scheduler_kwargs, num_warmup_steps, total_steps)
         self.schedule.set(0)
 
     @classmethod
-    def from_settings(
-        cls, parameters: Mapping[str, nn.Parameter], settings: Any, total_steps: int
-    ) -> MasterOptimizer:
+    def from_settings(cls, parameters: Mapping[str, nn.Parameter], settings: Any, total_steps: int) -> MasterOptimizer:
         """From the train section's keys (transformers' TrainingArguments names)."""
         return cls(
             parameters,
@@ -260,13 +256,9 @@ class MasterOptimizer:
             return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
         if optim == "sgd":
             return torch.optim.SGD(groups, lr=learning_rate)
-        raise ConfigError(
-            f"optim: {optim} is not supported", where="optim", expected="adamw_torch or sgd"
-        )
+        raise ConfigError(f"optim: {optim} is not supported", where="optim", expected="adamw_torch or sgd")
 
-    def _make_schedule(
-        self, name: str, kwargs: dict[str, Any] | None, warmup: int, total: int
-    ) -> _Schedule:
+    def _make_schedule(self, name: str, kwargs: dict[str, Any] | None, warmup: int, total: int) -> _Schedule:
         try:
             schedule = get_scheduler(
                 name,

@@ -54,9 +54,7 @@ def write_plots(rows: Sequence[Mapping[str, Any]], directory: Path) -> list[Path
             written.append(_draw(rows, name, held_out, title, directory))
         for key in held_out:
             held_title = f"{title} (held out)"
-            written.append(
-                _draw(rows, key, [], held_title.replace("Training", "Held-out"), directory)
-            )
+            written.append(_draw(rows, key, [], held_title.replace("Training", "Held-out"), directory))
     return written
 
 

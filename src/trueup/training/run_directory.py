@@ -54,9 +54,7 @@ class RunDirectory:
     `checkpoint` is the verified checkpoint to resume from, or None for a fresh start.
     """
 
-    def __init__(
-        self, path: Path, config: Mapping[str, Any], *, checkpoint: Checkpoint | None, writer: bool
-    ) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], *, checkpoint: Checkpoint | None, writer: bool) -> None:
         self.path = path
         self.config = dict(config)
         self.checkpoint = checkpoint
@@ -288,9 +286,7 @@ class RunDirectory:
         except Timeout:
             raise _in_use(self.path, _read_owner(owner_file)) from None
         owner = _read_owner(owner_file)
-        if _lives_elsewhere(
-            owner, self.path
-        ):  # a file system whose locks do not reach other machines
+        if _lives_elsewhere(owner, self.path):  # a file system whose locks do not reach other machines
             self._lock.release()
             raise _in_use(self.path, owner)
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": boot_id()}
@@ -357,9 +353,7 @@ def check_target(
 def _check_not_in_use(path: Path) -> None:
     """Say it at once, not after the model was loaded. Raises ResourceError with the owner."""
     owner = _read_owner(path / OWNER_FILE)
-    if owner.get("host") != socket.gethostname() or not durable.process_alive(
-        int(owner.get("pid", 0))
-    ):
+    if owner.get("host") != socket.gethostname() or not durable.process_alive(int(owner.get("pid", 0))):
         return
     lock = FileLock(path / LOCK_FILE)  # what decides: the number may be another process's by now
     try:

@@ -12,7 +12,6 @@ from types import FrameType
 
 from trueup.errors import UserError
 
-
 #: A launcher passes a signal on that the whole process group may have got as well (Slurm, systemd):
 #: what comes within this time is the same one.
 _ECHO_SECONDS = 3.0

@@ -94,10 +94,7 @@ class RankState:
         generators = {"cpu": self.torch_cpu}
         if self.torch_cuda is not None:
             generators["cuda"] = self.torch_cuda
-        sums = {
-            f"metric.{name}": torch.tensor(pair, dtype=torch.float64)
-            for name, pair in self.sums.items()
-        }
+        sums = {f"metric.{name}": torch.tensor(pair, dtype=torch.float64) for name, pair in self.sums.items()}
         return {f"generator.{name}": state for name, state in generators.items()} | sums
 
     @classmethod
@@ -211,16 +208,12 @@ def version_of(package: str) -> str | None:
 def _say_inexact(then: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now if then.get(k) != now[k]]
     if not now["deterministic"]:
-        changed.append(
-            f"{now['device']} runs without deterministic kernels (full_determinism: true)"
-        )
+        changed.append(f"{now['device']} runs without deterministic kernels (full_determinism: true)")
     if changed:
         _log.warning("resuming is sound, but not exact to the bit: %s", "; ".join(changed))
 
 
-def _restore_rank(
-    directory: Path, generators: list[dict[str, Any]], sums: MetricSums, backend: Backend
-) -> None:
+def _restore_rank(directory: Path, generators: list[dict[str, Any]], sums: MetricSums, backend: Backend) -> None:
     tensors = load_file(directory / RANDOM_FILE)
 
     def of(rank: int) -> RankState:
@@ -239,9 +232,7 @@ def _restore_rank(
         first.restore(sums)
 
 
-def _check_same_parameters(
-    directory: Path, stored: dict[str, Tensor], here: dict[str, Tensor]
-) -> None:
+def _check_same_parameters(directory: Path, stored: dict[str, Tensor], here: dict[str, Tensor]) -> None:
     def shape(tensors: dict[str, Tensor], name: str) -> list[int] | None:
         return list(tensors[name].shape) if name in tensors else None
 

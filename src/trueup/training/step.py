@@ -120,9 +120,7 @@ def train_step(
         sums.update(metrics)
     backend.sum_gradients(optimizer.gradients.buckets)
     norm = optimizer.gradient_norm()
-    numbers = torch.stack(
-        [loss_of_rank, norm.to(loss_of_rank.device)]
-    ).tolist()  # the step's one sync
+    numbers = torch.stack([loss_of_rank, norm.to(loss_of_rank.device)]).tolist()  # the step's one sync
     loss_value = backend.sum_counts({"loss": numbers[0]})["loss"]
     result = StepResult(loss_value, numbers[1], int(totals[_TOKENS]))
     sums.add("loss", loss_of_rank, float(backend.rank == 0))
@@ -161,8 +159,7 @@ class NotFinite(DivergenceError):
             f"gradient norm {result.grad_norm}); the weights are still those of step {step - 1}",
             where=f"rows {', '.join(self.rows[:16])}{more}",
             expected="finite numbers",
-            fix="look at these rows, lower learning_rate or lengthen the warm-up; "
-            "with fp16, use bf16 or fp32",
+            fix="look at these rows, lower learning_rate or lengthen the warm-up; with fp16, use bf16 or fp32",
         )
 
     def naming(self, last_good: str) -> NotFinite:

@@ -50,9 +50,7 @@ class TensorBoard:
 class Wandb:
     def __init__(self, name: str, project: str, config: Mapping[str, Any], directory: Path) -> None:
         wandb = importlib.import_module("wandb")
-        self.run = wandb.init(
-            project=project, name=name, config=dict(config), dir=str(directory), resume="allow"
-        )
+        self.run = wandb.init(project=project, name=name, config=dict(config), dir=str(directory), resume="allow")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         named = {_train_or_eval(name): value for name, value in metrics.items()}
@@ -140,9 +138,7 @@ class Tracker:
         if isinstance(event, Ended) and event.state != "aborted" and self.thread.is_alive():
             self.thread.join(_FAREWELL_SECONDS)
             if self.thread.is_alive():
-                _log.warning(
-                    "report_to: %s did not answer in time; its last rows may be missing", self.name
-                )
+                _log.warning("report_to: %s did not answer in time; its last rows may be missing", self.name)
 
     def _work(self) -> None:
         adapter: Adapter | None = None
@@ -201,9 +197,7 @@ def _installed(package: str) -> bool:
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
     return {
-        name: float(value)
-        for name, value in row.items()
-        if name not in _NOT_METRICS and isinstance(value, int | float)
+        name: float(value) for name, value in row.items() if name not in _NOT_METRICS and isinstance(value, int | float)
     }
 
 

@@ -18,9 +18,7 @@ from trueup.builtin.sql.schema import ROWS_PER_TABLE, create_database
 from trueup.builtin.sql.tasks import Task
 
 _CLAUSE = re.compile(r"\b(?:SELECT|FROM|WHERE|ORDER BY|LIMIT)\b")
-_KEYWORD = re.compile(
-    r"\b(?:select|from|where|order\s+by|limit|and|or|not|asc|desc|between|like|in)\b", re.I
-)
+_KEYWORD = re.compile(r"\b(?:select|from|where|order\s+by|limit|and|or|not|asc|desc|between|like|in)\b", re.I)
 _STRING_OR_COMMENT = re.compile(r"'(?:[^']|'')*'|--[^\n]*")
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _CHECKS, _STEPS_PER_CHECK = 20, 100_000  # a right query takes well under one of these checks
@@ -67,9 +65,7 @@ def is_formatted(sql: str) -> bool:
 
 def is_commented(sql: str, language: str | None = None) -> bool:
     """Whether a `--` comment has words in it; in `language` ("en" or "zh") if one is named."""
-    words = " ".join(
-        part[2:].strip() for part in _STRING_OR_COMMENT.findall(sql) if part.startswith("--")
-    )
+    words = " ".join(part[2:].strip() for part in _STRING_OR_COMMENT.findall(sql) if part.startswith("--"))
     if not re.search(r"\w{2}", words):
         return False
     return language is None or bool(_CHINESE.search(words)) == (language == "zh")
@@ -131,6 +127,4 @@ def grade(answers: Iterable[str], tasks: Sequence[Task]) -> Grade:
     def share(name: str) -> float:
         return sum(getattr(verdict, name) for verdict in verdicts) / len(verdicts)
 
-    return Grade(
-        share("formatted"), share("commented"), share("right"), share("all"), len(verdicts)
-    )
+    return Grade(share("formatted"), share("commented"), share("right"), share("all"), len(verdicts))

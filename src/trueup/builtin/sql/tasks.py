@@ -69,9 +69,7 @@ def read_tasks(path: Path) -> list[Task]:
     """Tasks from a file of preference rows as `Task.pair` makes them, one JSON object a line."""
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    return [
-        Task(row["instruction"], row["language"], row["rejected"], row["chosen"]) for row in rows
-    ]
+    return [Task(row["instruction"], row["language"], row["rejected"], row["chosen"]) for row in rows]
 
 
 def write_pairs(tasks: list[Task], path: Path) -> None:

@@ -96,9 +96,7 @@ def _ask_en(rng: random.Random, query: Query) -> str:
     if shape < 0.5:
         return f"{verb} {columns} {rng.choice(('of', 'for'))} {rows}{tail}."
     if shape < 0.7:
-        return (
-            f"For {rows}, {verb[0].lower() + verb[1:] if verb[0] != 'I' else verb} {columns}{tail}."
-        )
+        return f"For {rows}, {verb[0].lower() + verb[1:] if verb[0] != 'I' else verb} {columns}{tail}."
     if shape < 0.85:
         return f"{rows[0].upper() + rows[1:]}: {columns.removeprefix('the ')}{tail}."
     return f"{rng.choice(('What are', 'Could you get', 'May I have'))} {columns} of {rows}{tail}?"
@@ -106,9 +104,7 @@ def _ask_en(rng: random.Random, query: Query) -> str:
 
 def _columns_en(rng: random.Random, query: Query) -> str:
     if not query.columns:
-        return rng.choice(
-            ("all columns", "every column", "everything", "all fields", "all details")
-        )
+        return rng.choice(("all columns", "every column", "everything", "all fields", "all details"))
     return f"{rng.choice(('the ', 'the ', ''))}{_listed_en(query)}"
 
 
@@ -137,9 +133,7 @@ def _condition_en(rng: random.Random, condition: Condition | None) -> str:
         return f" whose {column.en} is {how} {value}"
     how = rng.choice(_COMPARE_EN[condition.operator])
     amount = f"${value}" if column.money and rng.random() < 0.25 else value
-    return rng.choice((" with {} {} {}", " whose {} is {} {}", " where {} is {} {}")).format(
-        column.en, how, amount
-    )
+    return rng.choice((" with {} {} {}", " whose {} is {} {}", " where {} is {} {}")).format(column.en, how, amount)
 
 
 def _tail_en(rng: random.Random, query: Query) -> str:
@@ -210,18 +204,12 @@ def _ask_zh(rng: random.Random, query: Query) -> str:
     columns = _columns_zh(rng, query)
     condition = _condition_zh(rng, query.condition)
     tail = _tail_zh(rng, query)
-    rows = (
-        f"{condition}的{query.table.zh}"
-        if condition
-        else rng.choice(("所有", "全部")) + query.table.zh
-    )
+    rows = f"{condition}的{query.table.zh}" if condition else rng.choice(("所有", "全部")) + query.table.zh
     if query.order and query.limit and rng.random() < 0.4:
         number = _number_zh(rng, query.limit)
         noun = f"{_extreme_zh(query.order)}的{number}{query.table.measure}{query.table.zh}"
         rows, tail = (f"{condition}的{query.table.zh}中{noun}" if condition else noun), ""
-    verb = rng.choice(
-        ("查询", "列出", "显示", "找出", "请给出", "帮我查一下", "我想看", "请列出", "给我", "查看")
-    )
+    verb = rng.choice(("查询", "列出", "显示", "找出", "请给出", "帮我查一下", "我想看", "请列出", "给我", "查看"))
     shape = rng.random()
     if shape < 0.5:
         return f"{verb}{rows}的{columns}{tail}。"
@@ -236,11 +224,7 @@ def _columns_zh(rng: random.Random, query: Query) -> str:
     if not query.columns:
         return rng.choice(("全部信息", "所有列", "所有字段", "全部字段", "详细信息"))
     names = [column.zh for column in query.columns]
-    return (
-        names[0]
-        if len(names) == 1
-        else f"{'、'.join(names[:-1])}{rng.choice(('和', '以及'))}{names[-1]}"
-    )
+    return names[0] if len(names) == 1 else f"{'、'.join(names[:-1])}{rng.choice(('和', '以及'))}{names[-1]}"
 
 
 def _condition_zh(rng: random.Random, condition: Condition | None) -> str:
@@ -269,25 +253,15 @@ def _tail_zh(rng: random.Random, query: Query) -> str:
         parts.append(_order_zh(rng, query.order))
     if query.limit:
         number = _number_zh(rng, query.limit)
-        parts.append(
-            rng.choice(("只要前{}条", "取前{}条", "最多{}条", "限{}条", "只看{}条")).format(number)
-        )
+        parts.append(rng.choice(("只要前{}条", "取前{}条", "最多{}条", "限{}条", "只看{}条")).format(number))
     return "".join(f"，{part}" for part in parts)
 
 
 def _order_zh(rng: random.Random, order: Order) -> str:
     if order.column.kind == "date":
-        how = (
-            ("从新到旧", "从晚到早", "降序")
-            if order.descending
-            else ("从旧到新", "从早到晚", "升序")
-        )
+        how = ("从新到旧", "从晚到早", "降序") if order.descending else ("从旧到新", "从早到晚", "升序")
     else:
-        how = (
-            ("从高到低", "从大到小", "降序")
-            if order.descending
-            else ("从低到高", "从小到大", "升序")
-        )
+        how = ("从高到低", "从大到小", "降序") if order.descending else ("从低到高", "从小到大", "升序")
     ending = rng.choice(("排列", "排序", ""))
     return f"{rng.choice(('按', '按照', '根据'))}{order.column.zh}{rng.choice(how)}{ending}"
 

@@ -89,9 +89,7 @@ class ModelSection(Section):
     """List every parameter with its type and whether it trains."""
 
     # quantised base
-    quantization_method: Annotated[
-        Literal["bnb", "hqq", "eetq", "torchao", "gptq", "awq"], Lower
-    ] = "bnb"
+    quantization_method: Annotated[Literal["bnb", "hqq", "eetq", "torchao", "gptq", "awq"], Lower] = "bnb"
     """Library that quantises the base while loading."""
     quantization_bit: Bits | None = None
     """Quantise the frozen base to this many bits while loading (QLoRA: 4)."""
@@ -103,9 +101,7 @@ class ModelSection(Section):
     """Spread a quantised model over the devices."""
 
     # inference
-    infer_backend: Annotated[Literal["huggingface", "vllm", "sglang", "ktransformers"], Lower] = (
-        "huggingface"
-    )
+    infer_backend: Annotated[Literal["huggingface", "vllm", "sglang", "ktransformers"], Lower] = "huggingface"
     """Engine that generates text."""
     infer_dtype: Annotated[Literal["auto", "float16", "bfloat16", "float32"], Lower] = "auto"
     """Number format at inference and export."""

@@ -94,9 +94,9 @@ class TrainSection(Section):
     """Micro-batches per optimizer step."""
     dataloader_drop_last: bool = False
     """Leave out an epoch's last, smaller step."""
-    train_sampling_strategy: Annotated[
-        Literal["random", "sequential", "group_by_length", "batch_rebalance"], Lower
-    ] = "random"
+    train_sampling_strategy: Annotated[Literal["random", "sequential", "group_by_length", "batch_rebalance"], Lower] = (
+        "random"
+    )
     """Order of the examples; group_by_length puts similar lengths together."""
     learning_rate: PositiveFloat = 5e-5
     """Peak learning rate."""
@@ -211,9 +211,7 @@ class TrainSection(Section):
     """Whether that repository is private."""
     hub_revision: str | None = None
     """Branch to upload to."""
-    hub_strategy: Annotated[
-        Literal["end", "every_save", "checkpoint", "all_checkpoints"], Lower
-    ] = "every_save"
+    hub_strategy: Annotated[Literal["end", "every_save", "checkpoint", "all_checkpoints"], Lower] = "every_save"
     """When to upload."""
     hub_always_push: bool = False
     """Upload even while the last upload runs."""
@@ -229,10 +227,7 @@ class TrainSection(Section):
     """Batches each of them prepares ahead."""
     ddp_timeout: Positive = 1800
     """Seconds a process waits for the others."""
-    ddp_backend: (
-        Annotated[Literal["nccl", "gloo", "mpi", "xccl", "hccl", "ccl", "cncl", "mccl"], Lower]
-        | None
-    ) = None
+    ddp_backend: Annotated[Literal["nccl", "gloo", "mpi", "xccl", "hccl", "ccl", "cncl", "mccl"], Lower] | None = None
     """How processes talk; the device's own when unset."""
     deepspeed: Mapping | str | None = None
     """DeepSpeed settings, a JSON file."""
