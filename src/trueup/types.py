@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 #: name -> (sum, count): detached scalars on the device, added up and read once per logging interval.
-Metrics = dict[str, tuple[Tensor, Tensor]]
+Metrics = dict[str, tuple[Tensor, Tensor | float]]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tests.models.test_layout import random_rows
 from tests.models.tiny import tiny_model
 from trueup.data.forest import build_forest
 from trueup.errors import ModelError
-from trueup.models.adapters import attach_lora, merge_adapters
+from trueup.models.adapters import attach_frozen, attach_lora, merge_adapters
 from trueup.models.policy import Policy
 
 
@@ -142,3 +142,44 @@ def test_additional_target_is_trained_saved_and_not_concatenated(tmp_path: Path)
         torch.testing.assert_close(plain_peft_logits(tmp_path / "a"), policy_logits(policy), atol=2e-5, rtol=1e-5)
     with pytest.raises(ModelError, match="cannot be concatenated"):
         start([tmp_path / "a"], lora(2))
+
+
+@torch.no_grad()
+def test_a_module_trained_whole_on_top_of_a_start_is_saved(tmp_path: Path) -> None:
+    saved(tmp_path / "a", seed=1)
+    wanted = lora(2, ["q_proj"], modules_to_save=["lm_head"])
+    policy, _ = saved(tmp_path / "b", [tmp_path / "a"], wanted, seed=2)
+    torch.testing.assert_close(plain_peft_logits(tmp_path / "b"), policy_logits(policy), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_rank_above_the_layer_width_keeps_its_scale(tmp_path: Path) -> None:
+    saved(tmp_path / "a", wanted=lora(40, ["q_proj"], alpha=16), seed=1)
+    policy, _ = saved(tmp_path / "b", [tmp_path / "a"], lora(2), seed=2)
+    torch.testing.assert_close(plain_peft_logits(tmp_path / "b"), policy_logits(policy), atol=5e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_start_that_was_trained_with_dropout_does_not_drop(tmp_path: Path) -> None:
+    saved(tmp_path / "sft", wanted=lora(4, ["q_proj"], lora_dropout=0.5))
+    policy, adapters = start([tmp_path / "sft"], lora(2))
+    policy.model.train()
+    with adapters.as_reference():
+        reference = logps(policy)
+    assert torch.equal(logps(policy), reference)
+
+
+def test_attaching_adapters_leaves_the_base_as_it_was_loaded(tmp_path: Path) -> None:
+    """RoPE's frequencies stay in fp32 under a bf16 model: rounded, they would turn far positions by whole radians."""
+    saved(tmp_path / "a")
+    for attach in (
+        lambda base: attach_lora(base, lora(), [], "tiny").model,
+        lambda base: attach_lora(base, lora(2), [tmp_path / "a"], "tiny").model,
+        lambda base: attach_frozen(base, [tmp_path / "a"]),
+    ):
+        base = tiny_model("llama")
+        for parameter in base.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        model = attach(base)
+        assert {b.dtype for n, b in model.named_buffers() if "inv_freq" in n} == {torch.float32}
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

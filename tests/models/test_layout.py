@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.models.tiny import ARCHITECTURES, tiny_model
 from trueup.data.forest import build_forest
 from trueup.models.attention import _eager, causal_mask
-from trueup.models.policy import Policy
+from trueup.models.policy import Policy, _unseen_window
 
 
 @dataclass
@@ -133,3 +133,12 @@ def test_bf16_on_a_cpu_stays_within_rounding_of_fp32() -> None:
     assert exact.verify_layout() is None and rounded.verify_layout() is None
     gap = (exact.token_logps(build_forest(rows)) - rounded.token_logps(build_forest(rows))).abs()
     assert gap.mean() < 0.05
+
+
+def test_a_window_that_only_the_mask_knows_runs_unshared() -> None:
+    """The probe is shorter than any window, so a kernel that is not told of it must not be trusted."""
+    policy = Policy(tiny_model("mistral", sliding_window=32))
+    assert policy.verify_layout() is None
+    assert "window" in (_unseen_window(policy.base.config, set()) or "")
+    policy.base.config.layer_types = ["chunked_attention", "full_attention"]
+    assert "chunked_attention" in (_unseen_window(policy.base.config, set()) or "")

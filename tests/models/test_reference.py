@@ -124,3 +124,17 @@ def test_the_fingerprint_follows_the_reference_not_the_policy(tmp_path: Path) ->
     bare, bare_adapters = start()
     assert LiveReference.of(bare, bare_adapters).fingerprint() != before
     assert len({table_path(before, *rest) for rest in [("data",), ("other data",), ("data", "other layout")]}) == 3
+
+
+def test_the_fingerprint_follows_what_turns_weights_into_values(tmp_path: Path) -> None:
+    def fingerprint(**config) -> str:
+        return LiveReference(Policy(tiny_model("llama", **config))).fingerprint()
+
+    assert fingerprint() == fingerprint()
+    assert fingerprint() != fingerprint(rms_norm_eps=1e-3)
+    assert fingerprint() != fingerprint(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    prints = set()
+    for alpha in (8, 64):
+        saved(tmp_path / str(alpha), wanted=lora(4, ["q_proj"], alpha=alpha), seed=3)
+        prints.add(LiveReference.of(*start([tmp_path / str(alpha)], lora(2))).fingerprint())
+    assert len(prints) == 2

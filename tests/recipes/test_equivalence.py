@@ -143,13 +143,6 @@ def test_cached_equals_live_reference(config: Config) -> None:
     assert_same_step(one_step(config()), one_step(config(precompute_ref_log_probs=False)))
 
 
-def test_a_table_made_in_another_layout_is_close(config: Config) -> None:
-    one_step(config(per_device_train_batch_size=1))  # fills the table pair by pair
-    loss, metrics, _ = step(program_of(config(per_device_train_batch_size=8)))
-    assert loss == pytest.approx(math.log(2), abs=1e-5)
-    assert abs(metrics["rewards/margins"]) < 1e-5
-
-
 @pytest.mark.parametrize("dataset", ["chats", "texts"])
 def test_packed_equals_padded(config: Config, dataset: str) -> None:
     """A pack in the forest gives the gradients of its members as right-padded rows through plain attention."""

@@ -94,8 +94,10 @@ def test_resume_at_k_equals_uninterrupted_to_the_bit(config: Config, tmp_path: P
         assert metrics(whole) == metrics(again)
 
 
-@pytest.mark.parametrize("stage", [{"stage": "dpo"}, {"stage": "sft", "dataset": "chats"}], ids=["dpo", "sft"])
-def test_two_processes_equal_one(config: Config, tmp_path: Path, stage: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "stage", [{"stage": "dpo"}, {"stage": "sft", "dataset": "chats", **FULL}], ids=["dpo-lora", "sft-full"]
+)
+def test_two_processes_equal_one(config: Config, tmp_path: Path, stage: dict) -> None:
     """The same steps, losses and gradients whether one process or two gloo processes share them."""
     from trueup.config.schema import dump_yaml
 
@@ -128,7 +130,9 @@ def test_two_processes_equal_one(config: Config, tmp_path: Path, stage: dict, mo
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in ("loss", "grad_norm", "eval_loss", "rewards/margins", "num_tokens"):
             if name in a:
-                assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-6), (name, a["step"])
+                # The first step's sums differ by rounding alone; later ones also by what Adam makes of that.
+                rel = 1e-6 if a["step"] == 1 else 2e-5
+                assert b[name] == pytest.approx(a[name], rel=rel, abs=1e-6), (name, a["step"])
     left, right = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     for name in left:
         torch.testing.assert_close(left[name], right[name], atol=2e-5, rtol=1e-4)
@@ -168,7 +172,7 @@ def test_chained_stages_stand_on_the_root_base(config: Config, tmp_path: Path, t
 
 
 def test_the_trained_policy_is_what_was_saved(config: Config, tmp_path: Path, tiny_dir: Path, monkeypatch) -> None:
-    """Logits of the policy in memory at the end equal those of the saved files under plain peft, in bf16 and fp32."""
+    """Logits of the policy in memory at the end equal those of the saved files under plain peft."""
     seen = {}
     from trueup.recipes.program import OfflineProgram
 

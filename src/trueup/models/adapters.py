@@ -35,6 +35,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 StateDict = dict[str, Tensor]
+Part = tuple[LoraConfig, StateDict]
 
 
 def is_adapter_dir(path: str | Path) -> bool:
@@ -63,6 +64,7 @@ class Adapters:
     model: PeftModel
     base_name: str
     frozen: list[str] = field(default_factory=list)
+    frozen_parts: list[Part] = field(default_factory=list)  # as they were read, in fp32, to be saved again
     continued: bool = False
 
     def activate(self, names: Sequence[str]) -> None:
@@ -88,8 +90,7 @@ class Adapters:
 
     def save(self, directory: Path, masters: Mapping[str, Tensor]) -> None:
         """Write adapter_config.json and adapter_model.safetensors (fp32 masters) that stand on the root base."""
-        parts = [_read_part(self.model, name) for name in self.frozen]
-        parts.append(_read_part(self.model, TRAINED, masters))
+        parts = [*self.frozen_parts, _read_part(self.model, TRAINED, masters)]
         config, state = parts[0] if len(parts) == 1 else concatenate(parts, _module_names(self.model))
         config = copy.deepcopy(config)
         config.base_model_name_or_path = self.base_name
@@ -135,15 +136,15 @@ def attach_lora(
     adapters = Adapters(model, base_name, continued=continued)
     if continued:
         _fill(model, TRAINED, loaded[-1], starts[-1])
-        model.add_adapter(REFERENCE, copy.deepcopy(config))
+        model.add_adapter(REFERENCE, _without_dropout(config))
         _fill(model, REFERENCE, loaded[-1], starts[-1])
     for index, (part, path) in enumerate(zip(frozen_parts, starts, strict=False)):
         name = f"start_{index}"
-        model.add_adapter(name, copy.deepcopy(part[0]))
+        model.add_adapter(name, _without_dropout(part[0]))
         _fill(model, name, part, path)
         adapters.frozen.append(name)
-    # peft makes adapters added later in fp32; one dtype throughout, or every input would be cast.
-    model.to(base.dtype)
+        adapters.frozen_parts.append((part[0], {key: tensor.float() for key, tensor in part[1].items()}))
+    _match_dtype(model, base.dtype)
     adapters.activate([*adapters.frozen, TRAINED])
     return adapters
 
@@ -159,7 +160,7 @@ def attach_frozen(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTra
         if name != names[0]:
             model.add_adapter(name, copy.deepcopy(part[0]))
         _fill(model, name, part, path)
-    model.to(base.dtype)
+    _match_dtype(model, base.dtype)
     model.base_model.set_adapter(names if len(names) > 1 else names[0])
     return model.requires_grad_(False).eval()
 
@@ -176,7 +177,14 @@ def merge_adapters(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTr
     return base
 
 
-Part = tuple[LoraConfig, StateDict]
+def _match_dtype(model: PeftModel, dtype: torch.dtype) -> None:
+    """Adapters in the base's dtype: peft makes those added later in fp32, and would cast every input to it.
+
+    Only adapters are touched: a model keeps some tensors in fp32 on purpose, RoPE's frequencies among them.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _load_part(base: PreTrainedModel, path: str | Path) -> Part:
@@ -292,9 +300,16 @@ def _refuse_uncarriable(parts: Sequence[Part], starts: Sequence[str | Path]) -> 
         raise ModelError(problems)
 
 
-def _read_part(model: PeftModel, name: str, masters: Mapping[str, Tensor] | None = None) -> Part:
+def _without_dropout(config: LoraConfig) -> LoraConfig:
+    """What does not train does not drop: the step-0 policy is its reference."""
+    config = copy.deepcopy(config)
+    config.lora_dropout = 0.0
+    return config
+
+
+def _read_part(model: PeftModel, name: str, masters: Mapping[str, Tensor]) -> Part:
     # The masters bear the model's parameter names, so peft picks and renames them like its own state dict.
-    state = {**model.state_dict(), **masters} if masters is not None else None
+    state = {**model.state_dict(), **masters}
     tensors = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
     return model.peft_config[name], {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}
 
@@ -320,11 +335,12 @@ def concatenate(parts: Sequence[Part], module_names: Collection[str]) -> Part:
             if ".lora_A." not in key and ".lora_embedding_A" not in key:
                 continue
             path = key.removeprefix("base_model.model.").split(".lora_")[0]
-            scale = _scaling(config, path, min(a.shape))
+            scale = _scaling(config, path, a.shape[0])
             rows, columns = modules.setdefault(key, ([], []))
             rows.append(a)
             columns.append(state[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")] * scale)
-    state: StateDict = {}
+    # Modules that train whole are the last adapter's alone, and exact: nothing before it carries any.
+    state: StateDict = {key: tensor for key, tensor in parts[-1][1].items() if ".lora_" not in key}
     ranks: dict[str, int] = {}
     for key, (rows, columns) in modules.items():
         state[key] = torch.cat(rows, dim=0)

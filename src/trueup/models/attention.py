@@ -33,6 +33,7 @@ class ForestLayout:
         for index, segment in enumerate(segments):
             before = self.paths[segment.parent] if segment.parent >= 0 else []
             self.paths.append([*before, index])
+        self.windows: set[int] = set()  # sliding windows that the model passed with this layout
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def mask(self, index: int, window: int | None) -> Tensor | None:
@@ -81,6 +82,8 @@ def forest_attention(
         [1, T, heads, d] as transformers expects, and no weights.
     """
     # One split each way: slicing a segment at a time would make its backward fill a whole [T] of zeros every time.
+    if sliding_window is not None:
+        forest.windows.add(sliding_window)
     queries, keys, values = (states.split(forest.lengths, dim=2) for states in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     plain_products = query.device.type == "cpu" and query.dtype == torch.bfloat16
@@ -127,7 +130,7 @@ def _eager(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
-    weights = F.dropout(torch.softmax(scores, dim=-1), p=dropout)
+    weights = F.dropout(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), p=dropout)
     return (weights.view(kv_heads, -1, total) @ value[0]).view(1, heads, length, -1)
 
 

@@ -60,6 +60,7 @@ def locate(name: str, access: HubAccess, key: str = "model_name_or_path") -> str
             name,
             revision=None if access.revision == "main" else access.revision,
             cache_dir=access.cache_dir,
+            **({"token": access.token} if access.token else {}),
         )
     except Exception as error:  # each hub's client raises errors of its own
         raise unreachable(name, access, error, key) from error

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils import logging as transformers_logging
 
 from trueup.config.schema import ModelSection, TrainSection, TuningSection
@@ -142,12 +143,13 @@ def load_base(
 
 def _plain_attention(model: ModelSection) -> str | None:
     """The kernel of generation and of the unshared path; None lets transformers choose what the architecture has."""
-    return {
-        "disabled": "eager",
-        "sdpa": "sdpa",
-        "fa2": "flash_attention_2",
-        "fa3": "flash_attention_3",
-    }.get(model.flash_attn)
+    if model.flash_attn in ("fa2", "fa3"):
+        present = is_flash_attn_2_available() if model.flash_attn == "fa2" else is_flash_attn_3_available()
+        if not present:
+            log.warning("flash_attn: %s is not installed for this device; using torch's kernels", model.flash_attn)
+            return None
+        return "flash_attention_2" if model.flash_attn == "fa2" else "flash_attention_3"
+    return {"disabled": "eager", "sdpa": "sdpa"}.get(model.flash_attn)
 
 
 def _load_error(name: str, access: HubAccess, error: Exception) -> ModelError:
@@ -206,7 +208,9 @@ def load_policy(
     dtype = pick_dtype(device, train.bf16, train.fp16)
     access = hub_access(model)
     name, location, starts = resolve_model(model.model_name_or_path, model.adapter_name_or_path, access)
-    base = load_base(location, model, device, dtype, name)
+    # Adapters are folded into fp32 weights: in bf16 a small change would vanish in the rounding of the large weight.
+    merging = bool(starts) and tuning.finetuning_type != "lora"
+    base = load_base(location, model, device, torch.float32 if merging else dtype, name)
     check_vocabulary(base, tokenizer, name)
     base.requires_grad_(False)
 
@@ -216,7 +220,11 @@ def load_policy(
         adapters = attach_lora(base, lora_config(tuning), starts, name, tuning.create_new_adapter)
         policy = Policy(base, adapters.model)
     else:
-        policy = Policy(merge_adapters(base, starts))
+        merged = merge_adapters(base, starts)
+        if merging:
+            for parameter in merged.parameters():
+                parameter.data = parameter.data.to(dtype)
+        policy = Policy(merged)
         unfreeze(policy.base, tuning)
     note = policy.verify_layout()
     if note:

@@ -35,6 +35,7 @@ class Policy:
         self.model = model if model is not None else base
         self.plain_attention: str = base.config._attn_implementation
         self.shared = False
+        self._layout: ForestLayout | None = None  # of the last batch in the shared layout
 
     @property
     def device(self) -> torch.device:
@@ -63,11 +64,11 @@ class Policy:
         return self._shared_hidden(forest) if self.shared else self._unshared_hidden(forest)
 
     def _backbone(self, **inputs) -> Tensor:
-        backbone = getattr(self.base, self.base.base_model_prefix)
+        backbone = self.base.get_decoder()
         return backbone(use_cache=False, **inputs).last_hidden_state
 
     def _shared_hidden(self, forest: Forest) -> Tensor:
-        layout = ForestLayout(forest.segments, forest.input_ids.device)
+        self._layout = layout = ForestLayout(forest.segments, forest.input_ids.device)
         hidden = self._backbone(input_ids=forest.input_ids[None], position_ids=forest.position_ids[None], forest=layout)
         return hidden[0, forest.read_at]
 
@@ -117,7 +118,7 @@ class Policy:
         try:
             forest, plain = self._probe()
             self.shared = False
-            unshared = self.token_logps(forest)
+            unshared = self._unshared_probe(forest)
             tolerance = 1e-3 if self.dtype == torch.float32 else 0.25
             if _gap(unshared, plain) > tolerance:
                 raise ModelError(
@@ -135,11 +136,24 @@ class Policy:
         self.shared = reason is None
         return reason
 
+    def _unshared_probe(self, forest: Forest) -> Tensor:
+        try:
+            return self.token_logps(forest)
+        except (TypeError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
+            raise ModelError(
+                f"{type(self.base).__name__} cannot be run as a decoder with a head: {type(error).__name__}: {error}",
+                where="model_name_or_path",
+                expected="a causal language model of text",
+            ) from error
+
     def _try_shared(self, forest: Forest, expected: Tensor) -> str | None:
         try:
             self.base.set_attn_implementation(FOREST_ATTENTION)
             self.shared = True
             gap = _gap(self.token_logps(forest), expected)
+            assert self._layout is not None
+            if reason := _unseen_window(self.base.config.get_text_config(), self._layout.windows):
+                return reason
             leak = _gap(self.token_logps(_leaking(forest)), expected)
         except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
@@ -174,6 +188,18 @@ class Policy:
             logits = self.base(input_ids=row, use_cache=False).logits[0, prompt - 1 : -1].float()
             plain.append(torch.log_softmax(logits, -1).gather(1, answer[:, None]).squeeze(1))
         return forest, torch.cat(plain)
+
+
+def _unseen_window(config, windows: set[int]) -> str | None:
+    """Why a model whose masks are not plainly causal cannot share prompts: its kernel is not told the window."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        return f"its layers use {', '.join(sorted(others))}"
+    sliding = "sliding_attention" in kinds
+    if not kinds:
+        sliding = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+    chunked = bool(getattr(config, "attention_chunk_size", None))
+    return "its sliding window is in the mask alone" if (sliding and not windows) or chunked else None
 
 
 def _leaking(forest: Forest) -> Forest:

@@ -19,16 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trueup.models.adapters import Adapters
+from trueup.models.adapters import TRAINED, Adapters
 from trueup.models.policy import Policy
 from trueup.types import Forest
 
 log = logging.getLogger("trueup")
 
+#: Fields of a model's config that name things and change no value.
+_NO_VALUE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_attn_implementation")
 _ABANDONED_SECONDS = 24 * 3600.0  # an older stage was left by a process that was killed
 
 
@@ -65,15 +69,26 @@ class LiveReference:
             self.policy.model.train(training)
 
     def fingerprint(self) -> str:
-        """sha256 over every parameter that acts in the reference, and its dtype and layout path."""
-        digest = hashlib.sha256(f"{self.policy.dtype} shared={self.policy.shared}".encode())
+        """sha256 over every parameter that acts in the reference, and all that turns parameters into values."""
+        policy = self.policy
+        config = {k: v for k, v in policy.base.config.to_diff_dict().items() if k not in _NO_VALUE}
+        peft_configs = getattr(policy.model, "peft_config", {})
+        adapters = {name: _shape_of(config) for name, config in peft_configs.items() if name != TRAINED}
+        facts = [str(policy.dtype), policy.shared, policy.plain_attention, transformers.__version__, config, adapters]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         with self.switch():
             for name, tensor in sorted(self.policy.base.state_dict().items()):
-                if ".default." in name and self.switch is not nullcontext:
+                if f".{TRAINED}." in name and self.switch is not nullcontext:
                     continue  # the adapter being trained is off
                 digest.update(name.encode())
                 digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _shape_of(config: LoraConfig) -> list:
+    """What of an adapter's config decides its values, beside its weights."""
+    patterns = sorted(config.rank_pattern.items()), sorted(config.alpha_pattern.items())
+    return [config.r, config.lora_alpha, config.use_rslora, config.use_dora, *patterns]
 
 
 class ReferenceTable:

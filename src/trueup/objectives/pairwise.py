@@ -5,7 +5,6 @@ Notation of the papers: β `beta`, ε `label_smoothing`; Δ_w = log π(y_w|x) �
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,7 +46,6 @@ def pair_metrics(logps: PairLogps, chosen_rewards: Tensor, rejected_rewards: Ten
     """The metrics every pairwise objective reports, under TRL's names; a tie counts as half an accurate pair."""
     chosen, rejected = chosen_rewards.detach(), rejected_rewards.detach()
     margins = chosen - rejected
-    count = torch.tensor(float(len(margins)), device=margins.device)
     accurate = (margins > 0).float() + 0.5 * (margins == 0).float()
     values = {
         "rewards/chosen": chosen,
@@ -57,4 +55,4 @@ def pair_metrics(logps: PairLogps, chosen_rewards: Tensor, rejected_rewards: Ten
         "logps/chosen": logps.chosen.detach(),
         "logps/rejected": logps.rejected.detach(),
     }
-    return {name: (value.sum(), count) for name, value in values.items()}
+    return {name: (value.sum(), float(len(margins))) for name, value in values.items()}

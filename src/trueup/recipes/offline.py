@@ -53,6 +53,7 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
     console.quiet |= os.environ.get("RANK", "0") != "0"
     check_output(cfg)
     if cfg.train.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
         torch.use_deterministic_algorithms(True)
     backend = make_backend(pick_device(cfg.model.device), cfg.train.ddp_timeout)
     try:
@@ -83,6 +84,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
             references = build_references(cfg, loaded, datasets, batches, layouts, backend)
         program = OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, backend)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
+        torch.manual_seed(cfg.train.seed + backend.rank)  # processes drop different entries; a resume restores its own
         result = fit(program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint)
         return RunResult(directory.path, {**result.train, **result.evaluation})
 
@@ -126,7 +128,8 @@ def open_directory(
         backend=backend,
         **_target(cfg),
     ) as directory:
-        directory.write_json("data_report.json", prepared.report.to_dict())
+        name = "data_report.json" if cfg.train.do_train else "eval_data_report.json"
+        directory.write_json(name, prepared.report.to_dict())
         yield directory
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset, Prepared
@@ -43,7 +43,7 @@ class OfflineProgram:
         if prepared.template.name != "empty":
             # Whoever loads the result renders what was trained, and stops where an answer was taught to end.
             prepared.template.attach(tokenizer)
-            loaded.policy.base.generation_config.eos_token_id = list(prepared.template.stop_ids)
+            tidy_generation(loaded.policy.base, prepared.template.stop_ids)
         self.datasets: dict[str, EncodedDataset] = {"train": prepared.train, **prepared.eval}
         self.plan = plan
         self.objective = objective_of(cfg)
@@ -102,7 +102,7 @@ class OfflineProgram:
         if not self.sft_weight:
             return Loss(result.sum, {**result.metrics, **metrics})
         nll = pairwise.chosen_nll(pairs)
-        metrics["sft_loss"] = (nll.detach(), torch.tensor(float(len(batch.indices)), device=nll.device))
+        metrics["sft_loss"] = (nll.detach(), float(len(batch.indices)))
         return Loss(result.sum + self.sft_weight * nll, {**result.metrics, **metrics})
 
     def save_model(self, directory: Path, masters: Mapping[str, Tensor]) -> None:
@@ -121,6 +121,17 @@ class OfflineProgram:
         assert not state
 
 
+def tidy_generation(base: PreTrainedModel, stop_ids: Sequence[int]) -> None:
+    """Generation settings that stop where answers end, and that transformers will agree to save."""
+    settings = base.generation_config or GenerationConfig()
+    settings.eos_token_id = list(stop_ids)
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # some published models set a temperature beside do_sample: false, and saving would refuse it
+        settings.do_sample = True
+    base.generation_config = settings
+
+
 def pair_logps(forest: Forest, logps: Tensor, reference: Tensor | None) -> PairLogps:
     """Per-token values of a batch of pairs → sums per side; sequences alternate chosen, rejected."""
 
@@ -134,13 +145,13 @@ def pair_logps(forest: Forest, logps: Tensor, reference: Tensor | None) -> PairL
     return PairLogps(*sides(logps), *lengths, *sides(reference))
 
 
-def kl_to_reference(logps: Tensor, reference: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+def kl_to_reference(logps: Tensor, reference: Tensor, num_sequences: int) -> tuple[Tensor, float]:
     """(sum, count) of Σ_t (e^d − 1 − d), d = log π_ref − log π, per answer: an estimate on the data, never negative.
 
     The k3 estimator (Schulman 2020) evaluated on the data's tokens instead of the policy's own samples.
     """
     d = reference - logps
-    return (torch.expm1(d) - d).sum(), torch.tensor(float(num_sequences), device=logps.device)
+    return (torch.expm1(d) - d).sum(), float(num_sequences)
 
 
 def objective_of(cfg: RunConfig) -> Objective:

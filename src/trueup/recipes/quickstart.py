@@ -118,7 +118,7 @@ def show(
         ("formatted", "formatted"), ("commented", "commented"), ("right (executed)", "right"), ("all three", "all"),
     ):  # fmt: skip
         figures.add_row(label, f"{getattr(outcome.before, name):.0%}", f"{getattr(outcome.after, name):.0%}")
-    figures.add_row("preference accuracy", "50%", f"{outcome.accuracy:.0%}")
+    figures.add_row("preference accuracy (before: all ties)", "50%", f"{outcome.accuracy:.0%}")
     console.print(figures)
     console.print(
         f"trained in {outcome.train_seconds:.0f} s; everything is in {outcome.output_dir}\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -14,7 +15,7 @@ from trueup.config.methods import needs_reference
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset
 from trueup.data.forest import build_forest, num_predictions
-from trueup.errors import ConfigError, ModelError
+from trueup.errors import ConfigError, DivergenceError, ModelError
 from trueup.models.hub import resolve_model, unreachable
 from trueup.models.load import Loaded, hub_access, load_frozen
 from trueup.models.reference import LiveReference, ReferenceTable, table_path
@@ -23,6 +24,8 @@ from trueup.training.backend import Backend
 from trueup.types import Forest
 
 log = logging.getLogger("trueup")
+
+TELL_SECONDS = 30.0  # between two lines on how far a long pass has come
 
 
 class References:
@@ -153,11 +156,26 @@ def fill_table(
     rows = sum(len(batch) for batch in missing)
     log.info("reference log-probabilities of %s: computing %d rows once", name, rows)
     gaps = torch.isnan(table.values)
-    computed = torch.zeros_like(table.values)
+    told = time.monotonic()
+    done = 0
     for batch in missing[backend.rank :: backend.world_size]:
-        forest = build_forest([dataset[i] for i in batch])
-        table.put(batch, live.token_logps(forest))
-    computed[gaps] = torch.nan_to_num(table.values[gaps])
+        examples = [dataset[i] for i in batch]
+        values = live.token_logps(build_forest(examples))
+        if not bool(torch.isfinite(values).all()):
+            raise DivergenceError(
+                "the reference's log-probabilities are not finite",
+                where="rows " + ", ".join(example.row for example in examples),
+                fix="compute in bf16 or fp32 (fp16 overflows), or look at the reference model",
+            )
+        table.put(batch, values)
+        done += len(batch)
+        if time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            log.info("reference log-probabilities of %s: %d of %d rows", name, done * backend.world_size, rows)
+            if backend.world_size == 1:
+                table.save()  # whoever interrupts a long pass finds its rows again
+    filled = gaps & ~torch.isnan(table.values)
+    computed = torch.where(filled, table.values, 0.0)
     backend.sum_gradients([computed])
     wanted = table.positions(np.concatenate(missing)) & gaps
     table.values[wanted] = computed[wanted]

@@ -42,7 +42,7 @@ REFUSED = frozenset(
     seed data_seed model_name_or_path model_revision adapter_name_or_path create_new_adapter
     template finetuning_type lora_rank lora_alpha lora_target additional_target use_rslora
     use_dora stage pref_loss ref_model ref_model_adapters reward_model optim dataset
-    effective_batch data_fingerprint
+    packing neat_packing disable_shuffling dataloader_drop_last effective_batch data_fingerprint
 """)
 )
 

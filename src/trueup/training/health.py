@@ -7,6 +7,7 @@ below zero.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,7 +33,8 @@ class Health:
     def __init__(self, say: Callable[[str, int], None], thresholds: Thresholds | None = None) -> None:
         self.say = say
         self.limits = thresholds or Thresholds()
-        self.rows: list[Row] = []
+        # Only the newest rows are looked at; a run may log a hundred thousand.
+        self.rows: deque[Row] = deque(maxlen=max(self.limits.stuck_rows, 2 * self.limits.window))
         self.best_eval: tuple[float, float] | None = None  # held-out and training accuracy then
         self.said: set[str] = set()
 

@@ -7,6 +7,7 @@ everything else that influences the numbers is in the checkpoint (`state.py`).
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import time
@@ -196,6 +197,7 @@ class Trainer(Generic[B]):
         check_identity(checkpoint.manifest, self.identity, self.run.allow, where=where)
         self.progress, program_state = states.restore(checkpoint.path, self.optimizer, self.sums, self.backend)
         self.program.load_state_dict(program_state)
+        self.run.write_config()
         self.run.truncate_logs(self.progress.step, self.progress.lines)
         self.run.set_later_checkpoints_aside(self.progress.step)
         self.backend.barrier()
@@ -305,7 +307,8 @@ class Trainer(Generic[B]):
         higher = self.settings.greater_is_better
         if higher is None:
             higher = not name.endswith("loss")  # as transformers
-        improved = best is None or (value > best if higher else value < best)
+        better = best is None or math.isnan(best) or (value > best if higher else value < best)
+        improved = better and not math.isnan(value)
         if improved:
             progress.best_metric, progress.best_step = value, progress.step
             progress.evaluations_without_improvement = 0

@@ -43,12 +43,14 @@ class GradientBuckets:
         self.buckets: list[Tensor] = []
         self.views: dict[str, Tensor] = {}
         group: list[tuple[str, nn.Parameter]] = []
+        size = 0
         for name, parameter in parameters.items():
-            full = sum(p.numel() for _, p in group) + parameter.numel() > _BUCKET_ELEMENTS
+            full = size + parameter.numel() > _BUCKET_ELEMENTS
             if group and (full or parameter.device != group[0][1].device):
                 self._allocate(group)
-                group = []
+                group, size = [], 0
             group.append((name, parameter))
+            size += parameter.numel()
         if group:
             self._allocate(group)
         self._handles = [
