@@ -53,5 +53,5 @@ def _call(words: list[str], log: Path, environment: dict[str, str]) -> None:
     os.dup2(handle, 2)
     os.environ.update(environment)
     sys.argv = ["trueup", *words]
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     main(words)

@@ -228,6 +228,12 @@ class RunDirectory:
             with _writing(self.path / name):
                 durable.write_text(self.path / name, text)
 
+    def write_config(self) -> None:
+        """run.yaml. On a resume the loop calls this, once the checkpoint has turned out to fit."""
+        self.write_text(
+            RUN_FILE, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        )
+
     def write_results(self, split: str, results: Mapping[str, Any]) -> None:
         """`<split>_results.json`, merged into all_results.json as well (transformers' names)."""
         if not self.writer:
@@ -302,9 +308,8 @@ class RunDirectory:
         """Write what a run starts with."""
         checkpoints.remove_stale_stages(self.path)
         if not join:
-            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            self.write_text(RUN_FILE, text)
             if self.checkpoint is None:
+                self.write_config()
                 self.truncate_logs(0, {})
                 self.set_later_checkpoints_aside(-1)
         self.status(
