@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from toy_program import run_toy
 from trueup.errors import ConfigError, CorruptStateError, ResourceError
 from trueup.training.compatibility import check_resumable
 from trueup.training.environment import describe_environment
+from trueup.training.loop import resume_command
 from trueup.training.run_directory import (
     RunDirectory,
     check_target,
@@ -130,6 +132,27 @@ def test_new_run_takes_the_next_free_name(tmp_path):
     for name in ("run", "run-2", "run-3"):
         with RunDirectory.open(tmp_path / "run", {"a": 1}, new_run=True) as run:
             assert run.path == tmp_path / name
+
+
+def test_run_yaml_leads_back_to_the_directory_that_new_run_found(tmp_path):
+    config = {"output_dir": str(tmp_path / "run")}
+    for name in ("run", "run-2"):
+        with RunDirectory.open(tmp_path / "run", config, new_run=True) as run:
+            assert run.path == tmp_path / name
+        written = yaml.safe_load((tmp_path / name / "run.yaml").read_text("utf-8"))
+        assert written["output_dir"] == str(tmp_path / name)
+
+
+def test_a_disk_that_refuses_any_file_is_a_resource_error(tmp_path, monkeypatch):
+    with RunDirectory.open(tmp_path / "run") as run:
+        monkeypatch.setattr("trueup.training.durable.write_text", _no_space)
+        for write in (lambda: run.write_json("a.json", {}), lambda: run.write_text("b.txt", "")):
+            with pytest.raises(ResourceError, match="No space left"):
+                write()
+
+
+def _no_space(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_join_adds_to_a_finished_run(tmp_path):
@@ -298,6 +321,27 @@ def test_the_second_signal_ends_at_once():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
     assert caught.value.code == 143
+
+
+def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch):
+    """Slurm and systemd signal every process; torchrun then passes on what it got itself."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop() and stop.signum == signal.SIGTERM
+        stop._ignored_until = time.monotonic()  # some seconds later
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+
+def test_the_resume_command_starts_as_many_processes(monkeypatch):
+    words = "trueup train 'my run/run.yaml' resume_from_checkpoint=auto"
+    assert resume_command(Path("my run"), 1) == words
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resume_command(Path("my run"), 4) == f"NPROC_PER_NODE=4 {words}"
+    assert resume_command(Path("my run"), 8).startswith("NNODES=2 ")
 
 
 def test_stopped_in_the_middle_resumes_to_the_bit(tmp_path):

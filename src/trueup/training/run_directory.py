@@ -307,11 +307,10 @@ class RunDirectory:
     def _begin(self, join: bool) -> None:
         """Write what a run starts with."""
         checkpoints.remove_stale_stages(self.path)
-        if not join:
-            if self.checkpoint is None:
-                self.write_config()
-                self.truncate_logs(0, {})
-                self.set_later_checkpoints_aside(-1)
+        if self.checkpoint is None and not join:
+            self.write_config()
+            self.truncate_logs(0, {})
+            self.set_later_checkpoints_aside(-1)
         self.status(
             state="starting",
             pid=os.getpid(),
