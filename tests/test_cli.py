@@ -304,6 +304,24 @@ def test_colour_only_where_there_is_a_terminal_that_wants_it():
         assert "\x1b[" not in run_process("serve", env=environment).stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_a_command_in_a_message_is_one_line_on_a_narrow_terminal():
+    """What folds it is the terminal, so that it can be pasted."""
+    command = "trueup train " + "/a/long/name" * 9 + " resume_from_checkpoint=auto"
+    problem = Problem("stopped", fix=f"resume with: {command}")
+    script = f"import pty, sys; pty.spawn([sys.executable, '-c', {SHOW_PROBLEM!r}, {problem.fix!r}])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env={**os.environ, "COLUMNS": "40"}
+    )
+    assert f"    fix: resume with: {command}" in done.stdout.decode().splitlines(), done
+
+
+SHOW_PROBLEM = (
+    "import sys; from trueup.console import show_problems; from trueup.errors import Problem; "
+    "show_problems([Problem('stopped', fix=sys.argv[1])], 'stopped')"
+)
+
+
 def test_a_narrow_terminal_does_not_crash():
     done = run_process("--help", env={"COLUMNS": "20"})
     assert done.returncode == 0

@@ -78,7 +78,7 @@ def say(level: str, text: str) -> None:
     from rich.text import Text
 
     line = Text.assemble((f"{level}:", _STYLES[level]), " ", text)
-    console(sys.stderr).print(line)
+    console(sys.stderr).print(line, soft_wrap=True)  # a command in it is pasted in one piece
 
 
 @dataclass
@@ -135,7 +135,8 @@ class Session:
         if self.json:
             self._print_json(ok=True, exit_code=EXIT_OK, result=outcome.data)
         elif outcome.text is not None:
-            console().print(outcome.text, markup=False, highlight=False)
+            whole = isinstance(outcome.text, str)  # commands to paste; the terminal folds them
+            console().print(outcome.text, markup=False, highlight=False, soft_wrap=whole)
 
     def _report(self, error: BaseException, problems: list[Problem], exit_code: int) -> int:
         if isinstance(error, Exception):
@@ -194,7 +195,7 @@ def show_problems(problems: list[Problem], level: str = "error") -> None:
     terminal = console(sys.stderr)
     shown = _screenful(problems)
     for problem in shown:
-        terminal.print(f"  {problem}", markup=False, highlight=False)
+        terminal.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True)
     if len(problems) > len(shown):
         terminal.print(f"  … and {len(problems) - len(shown)} more; --json lists all", highlight=False)
 
