@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trueup.config.schema import RunConfig
 from trueup.models.adapters import attach_lora
-from trueup.models.hub import resolve_model, unreachable
+from trueup.models.hub import resolve_model
 from trueup.models.load import (
     hub_access,
     lora_config,
     pick_device,
     pick_dtype,
+    read_model_config,
     unfreeze,
     wants_checkpointing,
 )
@@ -47,15 +48,9 @@ class Estimate:
 
 def shape_only(cfg: RunConfig) -> PreTrainedModel:
     """The model with its real shapes and no weights (meta device)."""
-    access = hub_access(cfg.model)
-    name, location, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.adapter_name_or_path, access)
-    try:
-        config = AutoConfig.from_pretrained(
-            location, revision=access.revision, token=access.token, cache_dir=access.cache_dir,
-            trust_remote_code=cfg.model.trust_remote_code,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise unreachable(name, access, error) from error
+    names = cfg.model.model_name_or_path, cfg.model.adapter_name_or_path
+    name, location, _ = resolve_model(*names, hub_access(cfg.model))
+    config = read_model_config(location, cfg.model, name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -107,6 +108,24 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
             tokenizer.add_special_tokens({"additional_special_tokens": model.add_special_tokens})
         return tokenizer
     raise AssertionError("the base is always a candidate")
+
+
+def read_model_config(
+    location: str, model: ModelSection, name: str, key: str = "model_name_or_path"
+) -> PretrainedConfig:
+    """A model's config, without its weights.
+
+    Raises:
+        ModelError: it cannot be read; `name` and `key` say whose fault that is.
+    """
+    access = hub_access(model)
+    try:
+        return AutoConfig.from_pretrained(
+            location, revision=access.revision, token=access.token, cache_dir=access.cache_dir,
+            trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise unreachable(name, access, error, key) from error
 
 
 def load_base(

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trueup.config.methods import needs_reference
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset
 from trueup.data.forest import build_forest, num_predictions
 from trueup.errors import ConfigError, DivergenceError, ModelError
-from trueup.models.hub import resolve_model, unreachable
-from trueup.models.load import Loaded, hub_access, load_frozen
+from trueup.models.hub import resolve_model
+from trueup.models.load import Loaded, hub_access, load_frozen, read_model_config
 from trueup.models.reference import LiveReference, ReferenceTable, table_path
 from trueup.recipes.batches import Batch
 from trueup.training.backend import Backend
@@ -102,15 +102,7 @@ def check_reference(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _check_tokens(cfg: RunConfig, name: str, location: str, num_tokens: int) -> None:
-    access = hub_access(cfg.model)
-    try:
-        config = AutoConfig.from_pretrained(
-            location, revision=access.revision, token=access.token, cache_dir=access.cache_dir,
-            trust_remote_code=cfg.model.trust_remote_code,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise unreachable(name, access, error, "ref_model") from error
-    rows = config.get_text_config().vocab_size
+    rows = read_model_config(location, cfg.model, name, "ref_model").get_text_config().vocab_size
     if rows < num_tokens:
         raise ModelError(
             f"{name} has embeddings for {rows} tokens, the tokenizer has {num_tokens}", where="ref_model",
