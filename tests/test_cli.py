@@ -310,9 +310,7 @@ def test_a_command_in_a_message_is_one_line_on_a_narrow_terminal():
     command = "trueup train " + "/a/long/name" * 9 + " resume_from_checkpoint=auto"
     problem = Problem("stopped", fix=f"resume with: {command}")
     script = f"import pty, sys; pty.spawn([sys.executable, '-c', {SHOW_PROBLEM!r}, {problem.fix!r}])"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, env={**os.environ, "COLUMNS": "40"}
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env={**os.environ, "COLUMNS": "40"})
     assert f"    fix: resume with: {command}" in done.stdout.decode().splitlines(), done
 
 

@@ -250,7 +250,7 @@ def assert_one_clear_error(case: Case, code: int) -> None:
     """Exit code 4, one error with the way out, the last good checkpoint and no stage."""
     said = case.said
     assert code == 4, said
-    assert said.count("error: ") == 1 and "Traceback" not in said, said
+    assert said.count("\nerror: ") == 1 and "Traceback" not in said, said
     assert "resume_from_checkpoint: auto" in said, said
     assert not list(case.output.glob(".*.tmp-*"))
     saved = checkpoints.checkpoints(case.output)

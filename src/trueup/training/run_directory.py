@@ -230,9 +230,7 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """run.yaml. On a resume the loop calls this, once the checkpoint has turned out to fit."""
-        self.write_text(
-            RUN_FILE, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-        )
+        self.write_text(RUN_FILE, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
 
     def write_results(self, split: str, results: Mapping[str, Any]) -> None:
         """`<split>_results.json`, merged into all_results.json as well (transformers' names)."""
