@@ -48,7 +48,7 @@ builtin-model: $(VENV)/.core ## train the built-in model again from its seed
 
 clean: ## remove the environment and what tools left behind
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "trueup needs Python 3.11 or newer, and none was found as python3." \

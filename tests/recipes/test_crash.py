@@ -266,7 +266,7 @@ def test_a_disk_that_refuses_is_one_error_and_the_last_checkpoint_stays(make_cas
 
 
 def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(make_case) -> None:
-    assert refuse_at_boundaries(make_case(**TUNINGS["lora"]), "checkpoint:write", "ENOSPC", 30) > 2
+    assert refuse_at_boundaries(make_case(**TUNINGS["lora"]), "checkpoint:write", "ENOSPC", 40) == 2
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trueup.config.schema import RunConfig
 from trueup.errors import ConfigError
+from trueup.recipes.check import check
 from trueup.recipes.offline import run
 from trueup.training.loop import WALL_CLOCK
 
@@ -241,3 +242,9 @@ def test_strict_turns_warnings_into_one_error(config: Config, tmp_path: Path, da
         run(config(eval_dataset="pairs", strict=True))
     assert "strict" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_check_takes_a_config_that_only_evaluates(config: Config, tiny_dir: Path) -> None:
+    cfg = config(do_eval=True, dataset=None, eval_dataset="held", ref_model=str(tiny_dir))
+    report = check(cfg)
+    assert report.arithmetic.total_steps == 0 and report.disk_needed == 0

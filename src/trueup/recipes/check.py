@@ -14,7 +14,7 @@ from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
 from trueup.models.estimate import Estimate, estimate, shape_only
 from trueup.models.load import check_vocabulary, load_tokenizer
-from trueup.recipes.batches import Arithmetic, plan_batches
+from trueup.recipes.batches import Arithmetic, eval_batches, plan_batches
 from trueup.recipes.offline import check_output
 from trueup.recipes.references import check_reference
 
@@ -81,14 +81,17 @@ def check(cfg: RunConfig) -> CheckReport:
     check_vocabulary(base, tokenizer, str(cfg.model.model_name_or_path))
     prepared = prepare(cfg, tokenizer)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
-    largest = max(
-        int(prepared.train.lengths[group].sum()) for units in plan.steps(0) for group in plan.micro_batches(units)
-    )
+    if cfg.train.do_train:
+        plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
+        groups = [(prepared.train, group) for units in plan.steps(0) for group in plan.micro_batches(units)]
+    else:  # an evaluation has no steps and saves nothing
+        arithmetic = Arithmetic(0, cfg.train.per_device_eval_batch_size, 1, world_size, 0, 0, 0)
+        groups = [(dataset, group) for dataset in prepared.eval.values() for group in eval_batches(cfg, dataset)]
+    largest = max((int(dataset.lengths[group].sum()) for dataset, group in groups), default=0)
     needs = estimate(cfg, base, largest)
     return CheckReport(
         cfg, prepared, arithmetic, needs, _free_memory(needs.device), _free_disk(cfg.train.output_dir),
-        needs.checkpoint * kept_checkpoints(cfg, arithmetic),
+        needs.checkpoint * kept_checkpoints(cfg, arithmetic) if cfg.train.do_train else 0,
     )  # fmt: skip
 
 
