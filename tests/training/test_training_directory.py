@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from trueup.training.run_directory import (
     read_metrics,
     read_status,
 )
+from trueup.training.run_lock import boot_id, is_alive, this_process
 from trueup.training.signals import Stopped, StopRequest
 
 # --- who may write ----------------------------------------------------------------------------
@@ -78,6 +80,51 @@ def test_a_directory_in_use_is_refused_with_the_ways_out(tmp_path):
         assert way in text
     assert caught.value.exit_code == 2
     assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
+
+
+def fail_at(path: Path, steps: int, **keys) -> None:
+    """A run that ends with an error after so many logged steps, having saved nothing."""
+    with pytest.raises(RuntimeError), RunDirectory.open(path, **keys) as run:
+        for step in range(steps):
+            run.append("metrics.jsonl", {"step": step + 1})
+        run.write_json("divergence.json", {})
+        raise RuntimeError("broken")
+
+
+def test_a_run_that_failed_before_its_first_step_is_replaced(tmp_path, caplog):
+    caplog.set_level("INFO", "trueup")
+    (tmp_path / "run").mkdir()
+    fail_at(tmp_path / "run", 0)
+    (tmp_path / "run" / "notes.txt").write_text("mine", "utf-8")
+    run_toy(tmp_path / "run", max_steps=1)
+    assert "failed before its first step is replaced" in caplog.text
+    assert (tmp_path / "run" / "notes.txt").read_text("utf-8") == "mine"
+    assert not (tmp_path / "run" / "divergence.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_log_of_a_run_that_failed_before_its_first_checkpoint_is_kept(tmp_path, caplog):
+    fail_at(tmp_path / "run", 3)
+    run_toy(tmp_path / "run", max_steps=1)
+    assert len(read_metrics(tmp_path / "run.set-aside-1")) == 3
+    assert "before its first checkpoint" in caplog.text
+
+
+def test_a_run_that_died_with_a_checkpoint_is_protected(tmp_path):
+    run_toy(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1)
+    (tmp_path / "run" / "model.safetensors").unlink()
+    status = {"state": "running", "pid": 2**22 + 1, "host": socket.gethostname(), "boot_id": boot_id()}
+    (tmp_path / "run" / "status.json").write_text(json.dumps(status), "utf-8")
+    with pytest.raises(ConfigError, match="at step 2 .killed."):
+        check_target(tmp_path / "run")
+
+
+def test_a_pid_from_before_a_reboot_is_not_believed(tmp_path, monkeypatch):
+    mine = this_process()
+    assert is_alive(mine)
+    monkeypatch.setattr("trueup.training.run_lock.boot_id", lambda: "another")
+    assert not is_alive(mine)
+    assert is_alive({**mine, "host": "elsewhere", "heartbeat": time.time()})
 
 
 def test_foreign_files_are_refused_too(tmp_path):
@@ -157,13 +204,25 @@ def _no_space(*arguments):
 
 def test_join_adds_to_a_finished_run(tmp_path):
     run_toy(tmp_path / "run", max_steps=2)
-    before = (tmp_path / "run" / "run.yaml").read_bytes()
-    with RunDirectory.open(tmp_path / "run", {"other": 1}, join=True) as run:
+    kept = [tmp_path / "run" / name for name in ("run.yaml", "status.json", "metrics.jsonl")]
+    before = [path.read_bytes() for path in kept]
+    with pytest.raises(RuntimeError), RunDirectory.open(tmp_path / "run", {"other": 1}, join=True) as run:
+        run.status(state="running", step=0)
         run.write_results("eval", {"eval_loss": 0.5})
-    assert (tmp_path / "run" / "run.yaml").read_bytes() == before
+        run.append("metrics.jsonl", {"step": 0})
+        raise RuntimeError("an evaluation that fails is no failure of the training")
+    assert [path.read_bytes() for path in kept] == before
     results = json.loads((tmp_path / "run" / "all_results.json").read_text("utf-8"))
     assert results["eval_loss"] == 0.5 and "train_loss" in results
     assert read_metrics(tmp_path / "run")
+
+
+def test_an_evaluation_in_a_directory_of_its_own_is_a_run(tmp_path):
+    for _ in range(2):
+        with RunDirectory.open(tmp_path / "eval", {"do_train": False}, join=True) as run:
+            run.status(state="finished", exit_code=0)
+        assert read_status(tmp_path / "eval")["state"] == "finished"
+        assert yaml.safe_load((tmp_path / "eval" / "run.yaml").read_text("utf-8")) == {"do_train": False}
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
