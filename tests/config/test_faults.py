@@ -191,6 +191,53 @@ def test_an_option_without_effect_is_an_error(keys, what):
     assert problem.what == f"`{key}` has no effect with {now}" and "it acts with" in problem.fix
 
 
+@pytest.mark.parametrize(
+    "key, value, verb, fix",
+    [
+        ("batch_size", 4, "eval", "set per_device_train_batch_size"),
+        ("save_dir", "saves/x", "eval", "set output_dir"),
+        ("task", "mmlu_test", "eval", "drop it"),
+        ("temperature", 0.5, "chat", "drop it"),
+        ("infer_backend", "vllm", "chat", "drop it"),
+        ("export_dir", "out", "export", "drop it"),
+    ],
+)
+def test_a_key_of_another_verb_is_an_error_in_training(key, value, verb, fix):
+    (problem,) = problems({**BASE, key: value})
+    assert problem.what == f"`{key}` does nothing in training: it belongs to `trueup {verb}`"
+    assert problem.fix == fix
+
+
+def test_pickled_exports_are_refused_by_every_verb():
+    for verb in ("train", "infer"):
+        (problem,) = problems({**BASE, "export_legacy_format": True}, verb=verb)
+        assert "never pickled" in problem.what
+
+
+def test_values_that_would_change_something_are_refused_until_they_do():
+    assert "`booster: none` is not supported yet" in problems({**BASE, "booster": "none"})[0].what
+    assert "`export_quantization_bit` is" in problems({**BASE, "export_quantization_bit": 4}, verb="infer")[0].what
+
+
+def test_keys_without_effect_are_said_once_with_what_happens_instead(caplog):
+    with caplog.at_level("INFO", "trueup"):
+        load_config({**BASE, "tf32": True, "dataloader_num_workers": 4, "dataloader_pin_memory": True})
+    assert [r.message for r in caplog.records] == [
+        "accepted, without effect so far: dataloader_num_workers",
+        "`tf32: true` has no effect: products of fp32 numbers stay exact; bf16 is the fast format",
+    ]
+
+
+def test_what_only_training_reads_is_said_where_nothing_is_trained(caplog):
+    with caplog.at_level("INFO", "trueup"):
+        load_config({**BASE, "seed": 1, "save_steps": 9}, ["learning_rate=1e-5"], verb="infer")
+        load_config({**BASE, "do_train": False, "do_eval": True, "save_steps": 9})
+    assert [r.message for r in caplog.records] == [
+        "nothing is trained, so these have no effect: learning_rate",
+        "nothing is trained, so these have no effect: save_steps",
+    ]
+
+
 def test_options_set_to_off_are_no_error():
     off = {"stage": "sft", "pref_ftx": 0.0, "ppo_score_norm": False, "mask_history": False,
            "ref_model": None, "use_galore": False, "ld_alpha": None}  # fmt: skip

@@ -48,11 +48,14 @@ def test_json_schema_is_flat_and_closed():
         {"lr_scheduler_kwargs": {"min_lr": 1e-6}, "lr_scheduler_type": "cosine_with_min_lr"},
     ],
 )
-def test_a_written_config_loads_equal(tmp_path, keys):
+def test_a_written_config_loads_equal_and_without_a_word(tmp_path, keys, caplog):
     cfg = load_config({**BASE, **keys})
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(cfg), encoding="utf-8")
-    assert load_config(path) == cfg
+    with caplog.at_level("INFO", "trueup"):
+        assert load_config(path) == cfg
+        load_config(path, verb="infer")
+    assert not caplog.records or "on_unused_keys" in keys
     path.write_text(yaml.safe_dump(cfg.resolved(), allow_unicode=True), encoding="utf-8")
     assert load_config(path) == cfg
     assert load_config(cfg.resolved()) == cfg

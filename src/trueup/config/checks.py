@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import PurePath
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +11,14 @@ from typing import Any
 from trueup.config.explain import alternative, closest_choice, condition_words
 from trueup.config.methods import (
     ACTS_WITH,
+    IN_TRAINING,
     LATER,
     LATER_VALUES,
     NOT_ACTING_YET,
+    ONLINE,
+    OTHER_VERBS,
     QUIET,
+    STEPS,
     is_off,
     missing_condition,
 )
@@ -29,6 +33,9 @@ Place = Callable[[str], str | None]
 
 #: sections that matter when nothing is trained.
 INFERENCE_SECTIONS = ("model", "data", "generate", "export")
+_READ_BY_INFERENCE = {key for key, section in SECTION_OF.items() if section in INFERENCE_SECTIONS} | {
+    "finetuning_type", "stage", "bf16", "fp16", "seed", "on_unused_keys"
+}  # fmt: skip
 
 
 # What follows from what was given
@@ -67,12 +74,17 @@ def _evaluation(cfg: RunConfig) -> dict[str, Any]:
     held_out = cfg.data.eval_dataset or cfg.data.val_size
     if train.eval_strategy != "no" or (held_out and "do_eval" not in cfg.explicit):
         changes["do_eval"] = True
-    if train.load_best_model_at_end or train.early_stopping_steps or train.save_strategy == "best":
+    if _seeks_best(cfg):
         metric = train.metric_for_best_model or "loss"
         changes["metric_for_best_model"] = metric
         if train.greater_is_better is None:
             changes["greater_is_better"] = not metric.endswith(("loss", "perplexity", "kl"))
     return changes
+
+
+def _seeks_best(cfg: RunConfig) -> bool:
+    train = cfg.train
+    return bool(train.load_best_model_at_end or train.early_stopping_steps or train.save_strategy == "best")
 
 
 _INFERENCE_RULES = [rule for rule in RULES if rule.keys == ("model_name_or_path",)]
@@ -87,7 +99,7 @@ def check(cfg: RunConfig, place: Place, bad: set[str], *, training: bool) -> tup
     if not training:
         return problems + _broken(cfg, place, bad, _INFERENCE_RULES), []
     idle = _without_effect(cfg, place, bad) if _supported(cfg) else []
-    return problems + _broken(cfg, place, bad, RULES), idle
+    return problems + _broken(cfg, place, bad, RULES), idle + _of_other_verbs(cfg, place, bad)
 
 
 def _broken(cfg: RunConfig, place: Place, bad: set[str], rules: list[Rule]) -> list[Problem]:
@@ -106,10 +118,9 @@ def _supported(cfg: RunConfig) -> bool:
 
 def _not_yet(cfg: RunConfig, place: Place, training: bool) -> list[Problem]:
     """Keys and values that are known and not supported yet, and values that nobody knows."""
-    sections = SECTION_OF.values() if training else INFERENCE_SECTIONS
     found = []
     for key in sorted(cfg.explicit, key=list(SECTION_OF).index):
-        if SECTION_OF[key] not in sections:
+        if key in OTHER_VERBS if training else SECTION_OF[key] not in INFERENCE_SECTIONS:
             continue
         value = cfg[key]
         shown = f"`{key}: {_word(value)}`"
@@ -117,8 +128,8 @@ def _not_yet(cfg: RunConfig, place: Place, training: bool) -> list[Problem]:
             near = closest_choice(key, value)
             fix = f"did you mean {near}?" if near else None
             found.append(Problem(f"{shown} is unknown", place(key), "one of " + ", ".join(LATER_VALUES[key]), fix))
-        elif LATER_VALUES.get(key, {}).get(value if isinstance(value, str) else ""):
-            found.append(_later(f"{shown} is not supported yet", place(key), LATER_VALUES[key][value]))
+        elif instead := LATER_VALUES.get(key, {}).get(_word(value)):
+            found.append(_later(f"{shown} is not supported yet", place(key), instead))
         elif key in LATER and value != default(key) and value not in (None, False, [], {}, 0):
             found.append(_later(f"`{key}` is not supported yet", place(key), LATER[key]))
     return found
@@ -145,6 +156,19 @@ def _without_effect(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem
     return found
 
 
+def _of_other_verbs(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem]:
+    """Keys the user set that no training reads. Stages that generate will read those of `chat`."""
+    generates = cfg.objective.stage in ONLINE
+    found = []
+    for key in sorted(cfg.explicit & OTHER_VERBS.keys() - bad, key=list(SECTION_OF).index):
+        verb = OTHER_VERBS[key]
+        if is_off(key, cfg[key]) or (generates and verb == "chat"):
+            continue
+        fix = f"set {IN_TRAINING[key]}" if key in IN_TRAINING else "drop it"
+        found.append(Problem(f"`{key}` does nothing in training: it belongs to `trueup {verb}`", place(key), fix=fix))
+    return found
+
+
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
@@ -152,13 +176,47 @@ def _word(value: Any) -> str:
 
 
 def say(cfg: RunConfig) -> None:
-    """What is no error, but should be known: what overrules what, and what does not act yet."""
-    idle = [key for key in SECTION_OF if key in cfg.explicit & NOT_ACTING_YET]
-    if idle:
-        log.info("accepted, without effect so far: %s", ", ".join(idle))
-    if cfg.train.max_steps > 0 and "num_train_epochs" in cfg.explicit and "max_steps" in cfg.explicit:
-        log.info("`max_steps: %d` wins over `num_train_epochs`", cfg.train.max_steps)
-    if cfg.train.resume_from_checkpoint and cfg.train.overwrite_output_dir:
+    """What is no error in a training, but should be known: what overrules what, and what does not act."""
+    train, asked = cfg.train, _changed(cfg)
+    _say_not_acting(cfg, asked)
+    if not train.do_train:
+        _say_idle(asked & STEPS)
+        return
+    if train.metric_for_best_model and not _seeks_best(cfg):
+        log.info(
+            "`metric_for_best_model` acts with load_best_model_at_end, early_stopping_steps or save_strategy: best"
+        )
+    if train.max_steps > 0 and "num_train_epochs" in asked:
+        log.info("`max_steps: %d` wins over `num_train_epochs`", train.max_steps)
+    if train.resume_from_checkpoint and train.overwrite_output_dir:
         log.info("`resume_from_checkpoint` wins over `overwrite_output_dir`")
-    if "do_eval" not in cfg.explicit and cfg.train.do_eval and cfg.train.do_train and cfg.train.eval_strategy == "no":
+    if "do_eval" not in cfg.explicit and train.do_eval and train.eval_strategy == "no":
         log.info("held-out data is evaluated at the end; eval_strategy: steps shows it on the way")
+
+
+def say_inference(cfg: RunConfig, words: Collection[str]) -> None:
+    """The same for a verb that trains nothing. Its file may hold a whole run; `words`, the keys of its
+    command line, are meant.
+    """
+    asked = _changed(cfg)
+    _say_not_acting(cfg, {key for key in asked if SECTION_OF[key] == "model"})
+    _say_idle(asked & set(words) - _READ_BY_INFERENCE)
+
+
+def _changed(cfg: RunConfig) -> set[str]:
+    """What the user set to something other than what happens anyway."""
+    return {key for key in cfg.explicit if cfg[key] != default(key)}
+
+
+def _say_not_acting(cfg: RunConfig, asked: Collection[str]) -> None:
+    idle = [key for key in SECTION_OF if key in asked and key in NOT_ACTING_YET]
+    if plain := [key for key in idle if not NOT_ACTING_YET[key]]:
+        log.info("accepted, without effect so far: %s", ", ".join(plain))
+    for key in idle:
+        if NOT_ACTING_YET[key]:
+            log.info("`%s: %s` has no effect: %s", key, _word(cfg[key]), NOT_ACTING_YET[key])
+
+
+def _say_idle(keys: Collection[str]) -> None:
+    if keys:
+        log.info("nothing is trained, so these have no effect: %s", ", ".join(k for k in SECTION_OF if k in keys))

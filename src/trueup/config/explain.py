@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal, get_args
 
-from trueup.config.methods import ACTS_WITH, LATER, LATER_VALUES, SET
+from trueup.config.methods import ACTS_WITH, LATER, LATER_VALUES, OTHER_VERBS, SET
 from trueup.config.names import IDLE, REFUSED, SWITCHES, SYNONYMS
 from trueup.config.schema import FIELDS, SECRETS, SECTION_OF, default, kinds
 
@@ -135,6 +135,8 @@ def explain(key: str) -> str:
         later = LATER_VALUES.get(key, {})
         lines.append("  values: " + ", ".join(f"{v} (not yet)" if later.get(v) else v for v in choices(key)))
     lines += [f"  acts with {condition_words(*item)}" for item in ACTS_WITH.get(key, {}).items()]
+    if key in OTHER_VERBS:
+        lines.append(f"  belongs to `trueup {OTHER_VERBS[key]}`, not to a training")
     if key in LATER:
         lines.append(f"  not supported yet; {alternative(LATER[key])}")
     others = [name for name, ours in SYNONYMS.items() if ours == key]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from trueup.config import names
-from trueup.config.checks import check, derive, say
+from trueup.config.checks import check, derive, say, say_inference
 from trueup.config.explain import closest_choice, describe_error, explain, known_keys, nearest
 from trueup.config.read import Entry, Takes, read_file, read_words
 from trueup.config.schema import (
@@ -84,7 +84,7 @@ def load_config(
     problems = base_problems + over_problems + value_problems + problems + unused
     if problems:
         raise ConfigError(_in_order(problems))
-    say(cfg)
+    say(cfg) if verb == "train" else say_inference(cfg, over.keys())
     return cfg
 
 

@@ -1,11 +1,12 @@
 """Stages and objectives: what each trains on, what is supported, and which keys act with which.
 
-Three tables, read by the checker, the help, the docs and the forms:
+Four tables, read by the checker, the help, the docs and the forms:
 
 * `STAGES` and `PREF_LOSSES`: a row without `instead` is supported; otherwise it is known and
   refused for now, and `instead` names what to use. Supporting one is deleting its `instead`.
 * `LATER`, `LATER_VALUES`: keys and values known and not supported yet, with the alternative.
 * `ACTS_WITH`: a key acts only while the conditions in its row hold; set in vain, it is an error.
+* `OTHER_VERBS`: keys that no training reads, with the verb that does.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ LATER: dict[str, str] = {
     # data
     "streaming": "max_samples, or smaller files",
     "predict_with_generate": "do_eval, and trueup chat for answers",
+    "eval_num_beams": "do_eval, and trueup chat for answers",
     "do_predict": "do_eval, and trueup chat for answers",
     # tuning
     "pure_bf16": "bf16: true, which keeps fp32 masters of the trained weights",
@@ -171,7 +173,7 @@ LATER_VALUES: dict[str, dict[str, str | None]] = {
     "finetuning_type": {"oft": "finetuning_type: lora"},
     "lr_scheduler_type": {"reduce_lr_on_plateau": "cosine", "greedy": "cosine"},
     "infer_backend": dict.fromkeys(("vllm", "sglang", "ktransformers"), "huggingface"),
-    "booster": {"liger": "auto", "flash_attn": "flash_attn: fa2"},
+    "booster": {"liger": "auto", "flash_attn": "flash_attn: fa2", "none": "auto, or flash_attn: disabled"},
     "train_sampling_strategy": {
         "sequential": "disable_shuffling: true",
         "group_by_length": "train_sampling_strategy: random",
@@ -179,18 +181,27 @@ LATER_VALUES: dict[str, dict[str, str | None]] = {
     },
 }
 
-#: keys that change no result, accepted before they act: a run says so once.
-NOT_ACTING_YET = frozenset(
-    words(
-        """
-        tf32 torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory
-        dataloader_persistent_workers dataloader_prefetch_factor ddp_backend low_cpu_mem_usage
-        use_reentrant_gc gradient_checkpointing_kwargs preprocessing_batch_size
-        preprocessing_num_workers data_shared_file_system ignore_pad_token_for_loss eval_num_beams
-        offload_folder use_kv_cache skip_special_tokens log_level
-        """
-    )
-)
+#: keys accepted before they act, because they describe a machine or ask for what holds anyway; with what
+#: happens instead, where that is not plain. Changed from its default, a key is said to be idle once.
+NOT_ACTING_YET: dict[str, str] = {
+    **dict.fromkeys(
+        words(
+            """
+            torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory
+            dataloader_persistent_workers dataloader_prefetch_factor low_cpu_mem_usage use_reentrant_gc
+            gradient_checkpointing_kwargs preprocessing_batch_size preprocessing_num_workers
+            data_shared_file_system offload_folder use_kv_cache
+            """
+        ),
+        "",
+    ),
+    "tf32": "products of fp32 numbers stay exact; bf16 is the fast format",
+    "ddp_backend": "the device decides: nccl between GPUs, gloo between CPUs",
+    "ignore_pad_token_for_loss": "nothing is padded",
+    "log_level": "notes and warnings are always shown",
+}
+
+_VERBS = {"generate": "chat", "export": "export", "evaluate": "eval"}
 
 SET = object()
 """A condition that holds when the other key has a value at all."""
@@ -198,7 +209,7 @@ SET = object()
 _PREFERENCE = ("dpo", "kto", "orpo", "simpo", "cpo", "online_dpo")
 _REFERENCE = tuple(name for name, stage in STAGES.items() if stage.reference)
 _REFERENCE_LOSSES = tuple(name for name, loss in PREF_LOSSES.items() if loss.reference)
-_ONLINE = ("ppo", "grpo", "rloo", "online_dpo")
+ONLINE = ("ppo", "grpo", "rloo", "online_dpo")
 _LORA = {"finetuning_type": ("lora",)}
 
 _ROWS: list[tuple[str, dict[str, Any]]] = [
@@ -214,7 +225,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("kto_chosen_weight kto_rejected_weight", {"stage": ("kto",)}),
     ("ref_model precompute_ref_log_probs", {"stage": _REFERENCE, "pref_loss": _REFERENCE_LOSSES}),
     ("ref_model_adapters ref_model_quantization_bit", {"ref_model": SET}),
-    ("reward_model", {"stage": _ONLINE}),
+    ("reward_model", {"stage": ONLINE}),
     (
         "reward_model_adapters reward_model_quantization_bit reward_model_type",
         {"reward_model": SET},
@@ -292,6 +303,27 @@ _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("ray_num_workers", {"ray_init_kwargs": SET}),
 ]
 
+#: keys of verbs that do not train → the verb.
+OTHER_VERBS: dict[str, str] = {
+    **{key: verb for key, section in SECTION_OF.items() if (verb := _VERBS.get(section))},
+    **dict.fromkeys(words("infer_backend infer_dtype offload_folder use_kv_cache"), "chat"),
+    **dict.fromkeys(words("vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config"), "chat"),
+}
+#: keys of the steps of a training, which a run that only evaluates has none of.
+STEPS = frozenset(
+    words(
+        """
+        num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
+        dataloader_drop_last learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
+        optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm gradient_checkpointing
+        eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model
+        early_stopping_steps save_strategy save_steps save_total_limit save_only_model
+        """
+    )
+)
+#: a key of another verb → the one that training has for it.
+IN_TRAINING = {"batch_size": "per_device_train_batch_size", "save_dir": "output_dir"}
+
 ACTS_WITH: dict[str, dict[str, Any]] = {key: needs for row, needs in _ROWS for key in words(row)}
 QUIET: frozenset[str] = frozenset(key for row, _ in _QUIET_ROWS for key in words(row))
 ACTS_WITH |= {key: needs for row, needs in _QUIET_ROWS for key in words(row)}
@@ -333,8 +365,3 @@ def missing_condition(key: str, cfg: RunConfig) -> tuple[str, Any] | None:
 def is_off(key: str, value: Any) -> bool:
     """Whether a value asks for nothing: off, and off is what happens anyway."""
     return value == default(key) and not value and value not in ("",)
-
-
-def applicable_keys(cfg: RunConfig) -> list[str]:
-    """The keys that act under `cfg`, for forms and docs."""
-    return [key for key in SECTION_OF if missing_condition(key, cfg) is None]

@@ -233,7 +233,7 @@ REFUSED: dict[str, Refused] = {
     ),
     **_refuse("it rewrites the architecture; export such a model first", "mixture_of_depths"),
     **_refuse("trueup's own kernels are always on", "use_v1_kernels"),
-    **_refuse("weights are saved as safetensors, never pickled", "", save_safetensors=True),
+    **_refuse("weights are saved as safetensors, never pickled", "export_legacy_format", save_safetensors=True),
     **_refuse("set cutoff_len and truncation: prompt and answer share one length", "max_prompt_length"),
     **_refuse("set cutoff_len", "max_target_length"),
     **_refuse("torchrun and its environment variables say it", "master_addr master_port"),

@@ -94,17 +94,20 @@ class RunConfig:
         return RunConfig(**sections, explicit=self.explicit)
 
     def resolved(self) -> dict[str, Any]:
-        """The run as flat keys, for run.yaml: those that act or were changed, without secrets.
+        """The run as flat keys, for run.yaml: those that act in training or were changed, without secrets.
 
         Loading it again gives an equal config. Keys of the one command (whether to resume, to
         overwrite …) are no part of the run.
         """
-        from trueup.config.methods import missing_condition
+        from trueup.config.methods import OTHER_VERBS, missing_condition
+
+        def acts(key: str) -> bool:
+            return key not in OTHER_VERBS and missing_condition(key, self) is None
 
         return {
             key: REDACTED if key in SECRETS and self[key] else self[key]
             for key in SECTION_OF
-            if key not in OF_THE_COMMAND and (self[key] != default(key) or missing_condition(key, self) is None)
+            if key not in OF_THE_COMMAND and (self[key] != default(key) or acts(key))
         }
 
 

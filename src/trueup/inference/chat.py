@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trueup.config.schema import RunConfig
+from trueup.config.schema import RunConfig, default
 from trueup.console import console as make_console
 from trueup.data.examples import Message
 from trueup.data.templates import ChatTemplate, load_template
@@ -222,7 +222,7 @@ def _refuse_what_has_no_effect(cfg: RunConfig) -> None:
     problems = [
         Problem(f"{key} has no effect in chat: {why}", where=key, fix=f"leave {key} out")
         for key, why in _NO_EFFECT.items()
-        if key in cfg.explicit
+        if key in cfg.explicit and cfg[key] != default(key)
     ]
     if problems:
         raise ConfigError(problems)

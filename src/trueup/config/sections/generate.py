@@ -54,8 +54,6 @@ class ExportSection(Section):
     """Rows of it to use."""
     export_quantization_maxlen: Positive = 1024
     """Longest of those rows in tokens."""
-    export_legacy_format: bool = False
-    """Pickled .bin files; refused, safetensors are what every tool reads."""
     export_hub_model_id: str | None = None
     """Push the exported model to this hub repository."""
 
