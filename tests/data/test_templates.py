@@ -96,6 +96,13 @@ PUBLISHED = {  # name: (with a system message, without)
         "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
     ),
+    "qwen3_nothink": (
+        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1"
+        "<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n",
+    ),
     "chatml": (
         "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1"
         "<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
@@ -470,6 +477,27 @@ def test_templates_run_in_a_sandbox(attack):
         own(attack + CHATML + HEADER)
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}{{ twice(90) }}",
+    ],
+)
+def test_a_template_without_end_is_stopped(attack, monkeypatch):
+    monkeypatch.setattr("trueup.data.rendering.MAX_SECONDS", 0.2)
+    with pytest.raises(ModelError, match="does not come to an end"):
+        own(attack + CHATML + HEADER)
+    own(CHATML + HEADER)  # and what follows is not hurt
+
+
+@pytest.mark.parametrize("attack", ["{{ 9**9**9**9 }}", "{% set n = 9 ** (9**9) %}"])
+def test_powers_are_refused_before_they_are_computed(attack):
+    with pytest.raises(ModelError, match="powers"):
+        own(attack + CHATML + HEADER)
+    own("{%- set ns = dict( **{'a': 1}) -%}" + CHATML + HEADER)
+
+
 def test_a_refused_conversation_is_a_row_problem_with_a_reason():
     template = load_template(make_tokenizer("llama2"), "llama2")
     with pytest.raises(TemplateRefusal, match="must alternate"):
@@ -484,6 +512,24 @@ def test_a_refused_conversation_is_a_row_problem_with_a_reason():
 def test_aliases_lead_to_templates():
     assert all(target in TEMPLATES for target in ALIASES.values())
     assert resolve_name("Qwen2.5") == "qwen"
+
+
+def test_an_alias_is_said(caplog):
+    caplog.set_level(logging.INFO, "trueup")
+    load_template(make_tokenizer("qwen"), "Qwen2.5")
+    assert "template: Qwen2.5 is called qwen here" in caplog.text
+
+
+def test_models_that_never_think_get_tools_and_no_empty_thought():
+    """LLaMA-Factory's qwen3_nothink: Qwen3-2507-Instruct."""
+    template = load_template(make_tokenizer("qwen3"), "qwen3_nothink")
+    assert template.supports_tools
+    for answer in ("yes", THOUGHT):
+        prompt, trained = pieces(template, template.chat_spans((user("a"), assistant(answer)))[0])
+        assert prompt[0].endswith("<|im_start|>assistant\n")
+        assert trained[0] == answer + "<|im_end|>"
+    assert len(template.chat_spans(REASONED)) == 1  # earlier turns stay as they are
+    assert template.jinja.startswith("{%- set never_thinks")  # what is saved renders the same
 
 
 def test_unknown_names_are_refused_with_the_nearest_and_a_way_out():

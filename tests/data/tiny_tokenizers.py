@@ -32,6 +32,7 @@ TEXTS = [
 FAMILIES: dict[str, tuple[list[str], str | None, str | None, str | None]] = {
     "qwen": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", "<|endoftext|>"),
     "qwen3": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", "<|endoftext|>"),
+    "qwen3_nothink": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", "<|endoftext|>"),
     "chatml": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|endoftext|>", None),
     "llama2": (["<unk>", "<s>", "</s>"], "<s>", "</s>", None),
     "llama3": (

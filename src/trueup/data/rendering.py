@@ -12,11 +12,13 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trueup.data.examples import Json
+from trueup.data.time_limit import OutOfTime, time_limit
 from trueup.data.turns import RowProblem
 from trueup.errors import ModelError
 
 MAX_SOURCE_CHARS = 64 * 1024
 MAX_RENDERED_CHARS = 8 * 1024 * 1024
+MAX_SECONDS = 10.0
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*[\"']([^\"']*)[\"']\s*\)")
@@ -26,8 +28,11 @@ _DAY = date(2024, 7, 26)
 # Besides jinja's own errors, templates raise what Python's operators raise.
 _FAULTS = (
     jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError,
-    ArithmeticError, RecursionError,
+    ArithmeticError, RecursionError, MemoryError,
 )  # fmt: skip
+
+
+_OTHER_TEMPLATE = "read the model's chat_template.jinja before you trust it, or set template: to a named one"
 
 
 class TemplateRefusal(RowProblem):
@@ -46,6 +51,8 @@ class Renderer:
                 f"the chat template has {len(source)} characters, {MAX_SOURCE_CHARS} are allowed",
                 fix="set template: to a named one, or shorten the model's chat_template.jinja",
             )
+        if _raises_powers(source):  # 9**9**9 takes for ever, and nothing could stop it
+            raise ModelError("the chat template computes powers (**)", fix=_OTHER_TEMPLATE)
         self.source = source
         self.variables = variables
         self.marks_answers = bool(_GENERATION_TAG.search(source))
@@ -83,14 +90,18 @@ class Renderer:
     ) -> tuple[list[str], list[Any]]:
         asked = {} if thinking is None else {"enable_thinking": thinking}
         try:
-            texts, marks = render_jinja_template(
-                conversations=[messages],
-                tools=list(tools) if tools else None,
-                chat_template=self._program,
-                **options,
-                **self.variables,
-                **asked,
-            )
+            with time_limit(MAX_SECONDS):
+                texts, marks = render_jinja_template(
+                    conversations=[messages],
+                    tools=list(tools) if tools else None,
+                    chat_template=self._program,
+                    **options,
+                    **self.variables,
+                    **asked,
+                )
+        except OutOfTime:  # the run's end, not the row's: the next one would take as long
+            what = f"the chat template does not come to an end within {MAX_SECONDS:g} s"
+            raise ModelError(what, fix=_OTHER_TEMPLATE) from None
         except _FAULTS as fault:
             raise TemplateRefusal("the chat template refuses the conversation", str(fault)) from fault
         if len(texts[0]) > MAX_RENDERED_CHARS:
@@ -101,6 +112,19 @@ class Renderer:
 def quoted(text: str) -> str:
     """`text` as a jinja string literal, whose escapes are Python's."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def _raises_powers(source: str) -> bool:
+    """Whether a template has `a ** b`; `f(**options)` is another thing."""
+    before = ""
+    try:
+        for _, kind, text in jinja2.Environment().lex(source):
+            if kind == "operator" and text == "**" and before not in "(,":
+                return True
+            before = before if kind == "whitespace" else text
+    except jinja2.TemplateSyntaxError:
+        pass  # rendering says so
+    return False
 
 
 def _frozen_days(source: str) -> str:

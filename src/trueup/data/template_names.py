@@ -5,10 +5,13 @@ do not ship.
 from __future__ import annotations
 
 import difflib
+import logging
 from dataclasses import dataclass
 from importlib import resources
 
 from trueup.errors import ConfigError
+
+log = logging.getLogger("trueup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,7 @@ class Shipped:
     """A named template: its file, and what the file cannot say."""
 
     file: str
+    setting: str = ""  # written before the file's text, where one file serves two families
     stop: tuple[str, ...] = ()  # tokens that end a turn beside the one the template writes and EOS
     plain: bool = False  # words, no control tokens: BOS only where the tokenizer itself puts one
     default_system: str | None = None  # for people: the file holds it
@@ -27,6 +31,7 @@ TEMPLATES: dict[str, Shipped] = {
         default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     ),
     "qwen3": Shipped("qwen3"),
+    "qwen3_nothink": Shipped("qwen3", setting="{%- set never_thinks = true -%}\n"),
     "chatml": Shipped("chatml", stop=("<|im_end|>",)),
     "llama2": Shipped("llama2"),
     "llama3": Shipped("llama3", stop=("<|eom_id|>",)),
@@ -56,7 +61,7 @@ TEMPLATES: dict[str, Shipped] = {
 
 ALIASES = {
     "qwen1.5": "qwen", "qwen2": "qwen", "qwen2.5": "qwen", "qwen2_5": "qwen",
-    "qwen3_nothink": "chatml", "yi": "chatml", "smollm": "chatml", "llama-2": "llama2",
+    "yi": "chatml", "smollm": "chatml", "llama-2": "llama2",
     "llama-3": "llama3", "llama3.1": "llama3", "llama3.2": "llama3", "llama3.3": "llama3",
     "gemma2": "gemma", "gemma3": "gemma", "chatglm": "glm4", "chatglm4": "glm4", "glm-4": "glm4",
     "phi3": "phi", "phi-3": "phi", "mixtral": "mistral", "deepseek2": "deepseek",
@@ -78,7 +83,7 @@ KNOWN_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "ministral3": ("mistral",), "mistral_small": ("mistral",), "moonlight": (), "olmo": (),
     "openchat": (), "openchat-3.6": ("llama3",), "opencoder": ("chatml",), "phi_small": ("phi",),
     "phi4": ("chatml", "phi"), "phi4_mini": ("phi",), "qwen3_5": ("qwen3",),
-    "qwen3_5_nothink": ("chatml",), "qwen3_6": ("qwen3",), "sailor": ("chatml",), "seed_coder": (),
+    "qwen3_5_nothink": ("qwen3_nothink",), "qwen3_6": ("qwen3",), "sailor": ("chatml",), "seed_coder": (),
     "seed_oss": (), "smollm2": ("chatml",), "solar": ("alpaca",), "starchat": ("phi",),
     "telechat2": (), "xuanyuan": ("vicuna",), "youtu": (), "yuan": (), "zephyr": ("phi",),
     "aeva": (),
@@ -87,9 +92,11 @@ KNOWN_ELSEWHERE: dict[str, tuple[str, ...]] = {
 
 def resolve_name(name: str) -> str:
     """The canonical name of a shipped template. Raises ConfigError, naming the nearest ones."""
-    key = name.strip().lower()
-    key = ALIASES.get(key, key)
+    asked = name.strip().lower()
+    key = ALIASES.get(asked, asked)
     if key in TEMPLATES:
+        if key != asked:
+            log.info("template: %s is called %s here.", name, key)
         return key
     near = KNOWN_ELSEWHERE.get(key) or difflib.get_close_matches(key, [*TEMPLATES, *ALIASES], n=3, cutoff=0.5)
     known = key in KNOWN_ELSEWHERE
@@ -103,7 +110,7 @@ def resolve_name(name: str) -> str:
     )
 
 
-def shipped_source(name: str) -> str:
-    """The text of a shipped template, by its file's name."""
-    path = resources.files("trueup.builtin") / "templates" / f"{name}.jinja"
-    return path.read_text(encoding="utf-8").removesuffix("\n")
+def shipped_source(template: Shipped) -> str:
+    """The text of a shipped template."""
+    path = resources.files("trueup.builtin") / "templates" / f"{template.file}.jinja"
+    return template.setting + path.read_text(encoding="utf-8").removesuffix("\n")

@@ -159,7 +159,7 @@ def _choose(tokenizer: Any, name: str | None) -> tuple[str, str, Shipped | None]
         return name, _read_template(Path(name)), None
     if name:
         key = resolve_name(name)
-        return key, shipped_source(TEMPLATES[key].file), TEMPLATES[key]
+        return key, shipped_source(TEMPLATES[key]), TEMPLATES[key]
     own = own_source(tokenizer)
     if own:
         return OWN, own, None
@@ -167,7 +167,7 @@ def _choose(tokenizer: Any, name: str | None) -> tuple[str, str, Shipped | None]
         "The tokenizer has no chat template and none is named: template `default` is used "
         "(Human: … Assistant: …). Set template: to choose another."
     )
-    return "default", shipped_source("default"), TEMPLATES["default"]
+    return "default", shipped_source(TEMPLATES["default"]), TEMPLATES["default"]
 
 
 def _say_what_does_not_fit(tokenizer: Any, template: ChatTemplate, shipped: Shipped | None) -> None:

@@ -1,4 +1,4 @@
-"""The directory of one run, open for writing: status, logs, results. Nothing else writes there, but checkpoint.py below.
+"""A run directory, open for writing: status, logs, results. Nothing else writes there, but checkpoint.py below.
 
 What the files are: run_files.py. Whose it is: run_lock.py. Which directory, and what it goes on from: run_target.py.
 Torch-free. Only rank 0 writes; on other ranks the same calls do nothing.
