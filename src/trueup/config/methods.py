@@ -12,9 +12,10 @@ Four tables, read by the checker, the help, the docs and the forms:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from trueup.config.schema import SECTION_OF, RunConfig, default
+from trueup.config.sections.train import Scheduler
 from trueup.config.values import words
 
 DPO_NOW = "stage: dpo, pref_loss: sigmoid"
@@ -203,6 +204,8 @@ NOT_ACTING_YET: dict[str, str] = {
 
 _VERBS = {"generate": "chat", "export": "export", "evaluate": "eval"}
 
+SCHEDULES: tuple[str, ...] = get_args(Scheduler)
+
 SET = object()
 """A condition that holds when the other key has a value at all."""
 
@@ -268,6 +271,10 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
         {"quantization_bit": SET},
     ),
     ("new_special_tokens_config init_special_tokens", {"add_special_tokens": SET}),
+    (
+        "lr_scheduler_kwargs",
+        {"lr_scheduler_type": tuple(name for name in SCHEDULES if not name.startswith("constant"))},
+    ),
 ]
 
 #: The same for keys that steer the run, not the method: set in vain, they are only said to be so.
@@ -276,6 +283,7 @@ _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("eval_steps", {"eval_strategy": ("steps",)}),
     ("eval_delay eval_on_start", {"eval_strategy": ("steps", "epoch")}),
     ("save_steps", {"save_strategy": ("steps",)}),
+    ("warmup_steps warmup_ratio", {"lr_scheduler_type": tuple(name for name in SCHEDULES if name != "constant")}),
     ("length_penalty", {"num_beams": tuple(range(2, 100))}),
     ("buffer_size", {"streaming": (True,)}),
     ("gradient_checkpointing_kwargs", {"gradient_checkpointing": (True,)}),

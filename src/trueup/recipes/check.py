@@ -17,6 +17,8 @@ from trueup.models.load import check_vocabulary, load_tokenizer
 from trueup.recipes.batches import Arithmetic, eval_batches, plan_batches
 from trueup.recipes.offline import check_output
 from trueup.recipes.references import check_reference
+from trueup.recipes.reported import check_metric
+from trueup.training.plan import check_schedule
 
 GB = 1024**3
 
@@ -75,11 +77,14 @@ def check(cfg: RunConfig) -> CheckReport:
         ConfigError, DataError, ModelError: whatever would stop the run before its first step.
     """
     check_output(cfg)
+    if cfg.train.do_train:
+        check_schedule(cfg.train)
     tokenizer = load_tokenizer(cfg.model)
     check_reference(cfg, tokenizer)
     base = shape_only(cfg)
     check_vocabulary(base, tokenizer, str(cfg.model.model_name_or_path))
     prepared = prepare(cfg, tokenizer)
+    check_metric(cfg, prepared.eval)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if cfg.train.do_train:
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)

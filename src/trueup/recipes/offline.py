@@ -27,10 +27,12 @@ from trueup.recipes.batches import eval_batches, eval_layout, plan_batches, trai
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.program import OfflineProgram, objective_of
 from trueup.recipes.references import build_references, check_reference
+from trueup.recipes.reported import check_metric
 from trueup.training.backend import Backend, make_backend
 from trueup.training.evaluation import evaluate_run
 from trueup.training.loop import fit
 from trueup.training.observers import standard_observers
+from trueup.training.plan import check_schedule
 from trueup.training.run_directory import RunDirectory, check_target
 
 
@@ -64,11 +66,13 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
 
 def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     """A run that trains, and evaluates if it is asked to."""
+    check_schedule(cfg.train)
     set_seed(cfg.train.seed)
     with stop_at_warnings(cfg.train.strict):
         tokenizer = load_tokenizer(cfg.model)
         check_reference(cfg, tokenizer)
         prepared = prepare(cfg, tokenizer)
+        check_metric(cfg, prepared.eval)
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device)
     console.print(prepared.report.render(), markup=False, highlight=False)

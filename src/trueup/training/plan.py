@@ -11,6 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from transformers.optimization import get_scheduler
+
 from trueup.errors import ConfigError
 
 Strategy = Literal["no", "steps", "epoch", "best"]
@@ -118,6 +121,32 @@ def warmup_steps(settings: Any, total_steps: int) -> int:
     if steps >= 1:
         return int(steps)
     return math.ceil(total_steps * (steps or settings.warmup_ratio or 0.0))
+
+
+def check_schedule(settings: Any) -> None:
+    """Make the learning rate's schedule on a parameter of its own, and ask it for the whole run's rates.
+
+    Raises:
+        ConfigError: `lr_scheduler_kwargs` lacks or holds what the schedule of that name does not take.
+    """
+    total = settings.max_steps if settings.max_steps > 0 else 100
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=settings.learning_rate)
+    try:
+        schedule = get_scheduler(
+            settings.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup_steps(settings, total),
+            num_training_steps=total,
+            scheduler_specific_kwargs=dict(settings.lr_scheduler_kwargs),
+        )
+        for step in (0, total // 2, total):
+            float(schedule.lr_lambdas[0](step))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(
+            f"`lr_scheduler_type: {settings.lr_scheduler_type}` does not work with these kwargs: {error}",
+            where="lr_scheduler_kwargs",
+            expected="the arguments of transformers' schedule of that name",
+        ) from error
 
 
 def _steps(every: float | None, total: int) -> int:
