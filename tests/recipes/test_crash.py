@@ -214,7 +214,7 @@ def kill_at_random_times(case: Case, times: int, seed: int) -> Counter[str]:
 @pytest.mark.prove
 @pytest.mark.parametrize(("tuning", "seed"), [("lora", 1), ("full", 2)])
 def test_killed_at_random_times_goes_on_to_the_bit(make_case, tuning: str, seed: int) -> None:
-    phases = kill_at_random_times(make_case(**{**TUNINGS[tuning], **LONG}), 60, seed)
+    phases = kill_at_random_times(make_case(**{**LONG, **TUNINGS[tuning]}), 60, seed)
     print(f"\n{tuning}: killed {phases.total()} times: {dict(phases)}")
     assert {"start-up", "steps"} <= phases.keys()
 
