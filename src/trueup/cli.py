@@ -270,11 +270,11 @@ def init(file: Path | None, stage: str, model: str | None, force: bool) -> None:
 @click.pass_obj
 def runs(session: Session, directory: Path) -> None:
     """List the runs under DIRECTORY (saves)."""
-    from trueup.inference.runs import find_runs, render
+    from trueup.inference.runs import RunList, find_runs
 
     with session.result() as result:
         found = find_runs(directory)
-        result.data, result.text = [run.to_dict() for run in found], render(found, directory)
+        result.data, result.text = [run.to_dict() for run in found], RunList(found, directory)
 
 
 @main.command(cls=ConfigCommand, context_settings=PASS_ON)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from trueup.cli import main
-from trueup.inference.runs import age, find_runs
+from trueup.inference.runs import RunList, age, find_runs
 
 
 def make_run(path: Path, state: str = "finished", pid: int = 0, ago: float = 0, **status) -> Path:
@@ -94,10 +96,25 @@ def test_the_table_and_the_json_show_the_same_runs(tmp_path: Path):
     assert listed[0]["metrics"]["kl"] == 0.01
 
 
-def test_no_runs_is_no_error(tmp_path: Path):
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_every_terminal_shows_whole_words(tmp_path: Path, width: int):
+    make_run(tmp_path / "Qwen2.5-0.5B-Instruct" / "lora" / "dpo")
+    make_run(tmp_path / "Qwen2.5-0.5B-Instruct" / "lora" / "dpo-2", state="running", pid=os.getpid())
+    terminal = Console(file=io.StringIO(), width=width)
+    terminal.print(RunList(find_runs(tmp_path), tmp_path))
+    lines = terminal.file.getvalue().splitlines()
+    assert len(lines) <= 10 and max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    for words in ("Qwen2.5-0.5B-Instruct/lora/dpo", "running", "tiny-model", "10/40", "0.5234", "0.875", "0.75"):
+        assert words in text
+
+
+def test_no_runs_is_no_error_but_no_directory_is(tmp_path: Path):
+    empty = CliRunner().invoke(main, ["runs", str(tmp_path)])
+    assert (empty.exit_code, "no runs" in empty.output) == (0, True)
     result = CliRunner().invoke(main, ["runs", str(tmp_path / "nowhere")])
-    assert result.exit_code == 0
-    assert "no runs" in result.output
+    assert result.exit_code == 2
+    assert "there is no directory" in result.stderr and "nowhere" in result.stderr
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(-3, "0s"), (59, "59s"), (60, "1m"), (7200, "2h"), (200000, "2d")])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trueup.errors import ConfigError
 from trueup.training.run_directory import (
     RUN_FILE,
     STATUS_FILE,
@@ -20,7 +21,9 @@ from trueup.training.run_directory import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 #: Column → metric, for the one-line view; the rest is in metrics.jsonl.
 HEADLINES = {
@@ -33,6 +36,7 @@ HEADLINES = {
 }
 _COLOURS = {"finished": "green", "running": "cyan", "starting": "cyan", "stopped": "yellow"}
 _DEEPEST = 6  # directories below the one asked for
+_UNLIMITED = 10_000  # columns
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,13 @@ class Run:
 
 
 def find_runs(directory: Path) -> list[Run]:
-    """All runs under `directory`, latest first."""
+    """All runs under `directory`, latest first. ConfigError if there is no such directory."""
+    if not directory.is_dir():
+        raise ConfigError(
+            f"there is no directory {directory}",
+            where="runs",
+            fix="name the directory that holds your runs, or one run: trueup runs DIRECTORY",
+        )
     found = [read_run(path) for path in _run_directories(directory)]
     return sorted(found, key=lambda run: run.touched, reverse=True)
 
@@ -77,32 +87,71 @@ def read_run(path: Path) -> Run:
     )
 
 
-def render(runs: Sequence[Run], directory: Path) -> Table | str:
-    """A table for the terminal, with paths relative to `directory`."""
-    if not runs:
-        return f"no runs under {directory}"
-    from rich.table import Table
+@dataclass(frozen=True)
+class RunList:
+    """Runs on a terminal, with paths relative to `directory`: a line for each where all of it fits,
+    else a few lines.
+    """
+
+    runs: Sequence[Run]
+    directory: Path
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        if not self.runs:
+            yield f"no runs under {self.directory}"
+            return
+        table = self._table()
+        unlimited = options.update(max_width=_UNLIMITED)
+        if console.measure(table, options=unlimited).maximum <= options.max_width:
+            yield table
+        else:
+            yield from self._blocks()
+
+    def _table(self) -> Table:
+        from rich.table import Table
+
+        shown = [name for name, metric in HEADLINES.items() if any(metric in run.metrics for run in self.runs)]
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("run", "state", "stage", "model"):
+            table.add_column(name, no_wrap=True)
+        for name in ("step", *shown, "age"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for run in self.runs:
+            numbers = (_number(run.metrics.get(HEADLINES[name])) for name in shown)
+            row = (self._name(run), _state(run), run.stage, Path(run.model).name, _progress(run), *numbers, _age(run))
+            table.add_row(*row)
+        return table
+
+    def _blocks(self) -> Iterator[RenderableType]:
+        from rich.padding import Padding
+        from rich.text import Text
+
+        for run in self.runs:
+            yield Text(self._name(run), style="bold")
+            what = [f"{run.stage} of {Path(run.model).name}"] if run.stage and run.model else []
+            facts = [*what, f"step {_progress(run)}", f"{_age(run)} ago"]
+            yield Padding(Text(", ").join([_state(run), *map(Text, facts)]), (0, 0, 0, 2))
+            numbers = [f"{name} {_number(run.metrics[key])}" for name, key in HEADLINES.items() if key in run.metrics]
+            if numbers:
+                yield Padding(Text(", ".join(numbers)), (0, 0, 0, 2))
+
+    def _name(self, run: Run) -> str:
+        name = os.path.relpath(run.path, self.directory)
+        return str(run.path) if name == os.curdir else name
+
+
+def _state(run: Run) -> Text:
     from rich.text import Text
 
-    shown = [name for name, metric in HEADLINES.items() if any(metric in run.metrics for run in runs)]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("run", overflow="fold")
-    for name in ("state", "stage", "model"):
-        table.add_column(name, overflow="fold")
-    for name in ("step", *shown, "age"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in runs:
-        progress = f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
-        table.add_row(
-            os.path.relpath(run.path, directory),
-            Text(run.state, style=_COLOURS.get(run.state, "red")),
-            run.stage,
-            Path(run.model).name,
-            progress,
-            *(_number(run.metrics.get(HEADLINES[name])) for name in shown),
-            age(time.time() - run.touched),
-        )
-    return table
+    return Text(run.state, style=_COLOURS.get(run.state, "red"))
+
+
+def _progress(run: Run) -> str:
+    return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
+
+
+def _age(run: Run) -> str:
+    return age(time.time() - run.touched)
 
 
 def age(seconds: float) -> str:
