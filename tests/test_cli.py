@@ -274,6 +274,14 @@ def test_notices_are_part_of_the_json(monkeypatch: pytest.MonkeyPatch):
     assert [n["level"] for n in json.loads(result.stdout)["notices"]] == ["warning", "note"]
 
 
+def test_what_several_processes_will_say_is_not_said_before(monkeypatch: pytest.MonkeyPatch):
+    words = ["--model_name_or_path", "m", "--dataset", "d", "--lr", "1e-5"]
+    monkeypatch.setattr(launch, "launch", lambda words, num_gpus: 5)
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    assert (run("train", *words).exit_code, run("train", *words).stderr) == (5, "")
+    assert run("train", *words, "--seed", "x").stderr.startswith("note: `lr` is read as `learning_rate`\n")
+
+
 # --- terminals ---------------------------------------------------------------------------------
 
 
@@ -329,19 +337,24 @@ def test_a_narrow_terminal_does_not_crash():
 
 
 @pytest.mark.parametrize(
-    ("environment", "requested"),
+    ("num_gpus", "environment", "requested", "processes"),
     [
-        ({}, False),
-        ({"FORCE_TORCHRUN": "1"}, True),
-        ({"FORCE_TORCHRUN": "0"}, False),
-        ({"NPROC_PER_NODE": "1"}, False),
-        ({"NPROC_PER_NODE": "2"}, True),
-        ({"NNODES": "2"}, True),
-        ({"FORCE_TORCHRUN": "true", "LOCAL_RANK": "0"}, False),
+        (1, {}, False, 1),
+        (4, {}, True, 4),
+        (4, {"NPROC_PER_NODE": "1"}, False, 1),
+        (4, {"FORCE_TORCHRUN": "0"}, False, 1),
+        (4, {"NNODES": "2"}, True, 8),
+        (0, {"FORCE_TORCHRUN": "1"}, True, 1),
+        (0, {"FORCE_TORCHRUN": "0"}, False, 1),
+        (0, {"NPROC_PER_NODE": "1"}, False, 1),
+        (0, {"NPROC_PER_NODE": "2"}, True, 2),
+        (0, {"NNODES": "2"}, True, 2),
+        (4, {"FORCE_TORCHRUN": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}, False, 3),
     ],
 )
-def test_when_train_starts_several_processes(environment, requested):
-    assert launch.is_requested(environment) is requested
+def test_when_train_starts_several_processes(num_gpus, environment, requested, processes):
+    assert launch.is_requested(num_gpus, environment) is requested
+    assert launch.num_processes(num_gpus, environment) == processes
 
 
 def test_a_value_with_spaces_survives_the_launch():
@@ -375,7 +388,7 @@ def test_an_elastic_launch_has_a_rendezvous():
 
 def test_a_number_that_is_none_is_a_config_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NPROC_PER_NODE", "two")
-    result = run("train", "a.yaml")
+    result = run("train", "--model_name_or_path", "m", "--dataset", "d")
     assert result.exit_code == 2
     assert "NPROC_PER_NODE" in result.stderr
 

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "console",
     },
     "console": set(),
-    "launch": set(),
+    "launch": {"config"},
     "cli": {"config", "recipes", "inference", "console", "launch"},
     "__main__": {"cli"},
     "__init__": set(),

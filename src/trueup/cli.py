@@ -168,16 +168,20 @@ def train(session: Session, words: tuple[str, ...]) -> None:
     trueup train examples/dpo.yaml learning_rate=1e-5 --output_dir saves/second
     trueup train --stage dpo --model_name_or_path MODEL --dataset NAME --output_dir saves/third
 
-    FORCE_TORCHRUN=1 starts one process per device, NPROC_PER_NODE=N as many as it says;
-    NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT span machines.
+    Every GPU gets a process; NPROC_PER_NODE=N starts as many as it says (1 keeps to one GPU),
+    FORCE_TORCHRUN=1 asks for torch's launcher in any case, NNODES, NODE_RANK, MASTER_ADDR and
+    MASTER_PORT span machines.
     """
     from trueup import launch
 
-    several = launch.is_requested()
-    session.notices.silent |= several  # the processes to come say it themselves
-    cfg = read_config(words)
+    with session.notices.held() as held:
+        cfg = read_config(words)
+        num_gpus = launch.count_gpus(cfg.model.device)
+        several = launch.is_requested(num_gpus)
+        if several:
+            held.clear()  # the processes to come say it themselves
     if several:
-        raise click.exceptions.Exit(launch.launch(words))
+        raise click.exceptions.Exit(launch.launch(words, num_gpus))
     session.output_dir = Path(cfg.train.output_dir)
     from trueup.recipes.offline import run
 
@@ -210,11 +214,13 @@ def check(session: Session, words: tuple[str, ...]) -> None:
 
     Checks config, data, template and sizes; estimates memory and disk; prints the data report.
     """
+    from trueup import launch
+
     cfg = read_config(words)
     from trueup.recipes.check import check as check_run
 
     with session.result() as result:
-        report = check_run(cfg)
+        report = check_run(cfg, launch.num_processes(launch.count_gpus(cfg.model.device)))
         result.data, result.text = report.to_dict(), report.render()
 
 

@@ -48,6 +48,7 @@ class Notices(logging.Handler):
         super().__init__(logging.INFO)
         self.said: list[dict[str, str]] = []
         self.silent = False
+        self._held: list[dict[str, str]] | None = None
         self.logger = logging.getLogger("trueup")
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -56,8 +57,25 @@ class Notices(logging.Handler):
         if notice in self.said:
             return
         self.said.append(notice)
+        if self._held is not None:
+            self._held.append(notice)
+        else:
+            self._say(notice)
+
+    def _say(self, notice: dict[str, str]) -> None:
         if not self.silent and _rank() == 0:
-            say(level, notice["text"])
+            say(notice["level"], notice["text"])
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[list[dict[str, str]]]:
+        """Print what is said only at the end of the block, unless it was taken out of the list."""
+        held = self._held = []
+        try:
+            yield held
+        finally:
+            self._held = None
+            for notice in held:
+                self._say(notice)
 
     def __enter__(self) -> Notices:
         self._level = self.logger.level

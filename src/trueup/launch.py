@@ -1,4 +1,7 @@
-"""Starts `trueup train` once per process, under torch's launcher. Words travel as a list."""
+"""Starts `trueup train` once per process, under torch's launcher. Words travel as a list.
+
+Who sees several GPUs and says nothing gets a process on each; `NPROC_PER_NODE=1` keeps to one.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
+from trueup.config.names import is_on
 from trueup.errors import ConfigError
 
-_TRUE = ("1", "true", "y", "yes", "on")
 _SHUTDOWN_SECONDS = "600"  # for workers to finish the step and save
 
 
@@ -17,12 +20,32 @@ def is_worker(environment: Mapping[str, str] = os.environ) -> bool:
     return "LOCAL_RANK" in environment
 
 
-def is_requested(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether FORCE_TORCHRUN, or more than one node or process, asks for a launch."""
+def is_requested(num_gpus: int, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether FORCE_TORCHRUN, more than one node or process, or several GPUs ask for a launch."""
     if is_worker(environment):
         return False
-    forced = environment.get("FORCE_TORCHRUN", "").lower() in _TRUE
-    return forced or number(environment, "NNODES", 1) > 1 or number(environment, "NPROC_PER_NODE", 1) > 1
+    forced = environment.get("FORCE_TORCHRUN", "")
+    if is_on(forced) or number(environment, "NNODES", 1) > 1:
+        return True
+    return number(environment, "NPROC_PER_NODE", 1 if forced else num_gpus) > 1
+
+
+def num_processes(num_gpus: int, environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes `trueup train` would have, on all nodes."""
+    if is_worker(environment):
+        return number(environment, "WORLD_SIZE", 1)
+    if not is_requested(num_gpus, environment):
+        return 1
+    return number(environment, "NPROC_PER_NODE", max(num_gpus, 1)) * number(environment, "NNODES", 1)
+
+
+def count_gpus(device: str) -> int:
+    """The GPUs a run with `device` may take: all that are visible, unless it names one or the CPU."""
+    if device not in ("auto", "cuda"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def number(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -64,15 +87,14 @@ def launcher_words(words: Sequence[str], num_gpus: int, environment: Mapping[str
     return [*where, f"--nproc-per-node={processes}", "--module", "trueup", "train", *words]
 
 
-def launch(words: Sequence[str]) -> int:
+def launch(words: Sequence[str], num_gpus: int) -> int:
     """Run `trueup train WORDS` in all processes of this node. The first failure's exit code."""
-    import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers say what happened
-    arguments = torchrun.parse_args(launcher_words(words, torch.cuda.device_count()))
+    arguments = torchrun.parse_args(launcher_words(words, num_gpus))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     # The launcher would give each process one thread; give each its share of the cores instead.
     cores = (os.cpu_count() or 1) // int(arguments.nproc_per_node)

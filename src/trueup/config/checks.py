@@ -186,7 +186,7 @@ def say(cfg: RunConfig) -> None:
         log.info(
             "`metric_for_best_model` acts with load_best_model_at_end, early_stopping_steps or save_strategy: best"
         )
-    if train.max_steps > 0 and "num_train_epochs" in asked:
+    if train.max_steps > 0 and "num_train_epochs" in cfg.explicit:
         log.info("`max_steps: %d` wins over `num_train_epochs`", train.max_steps)
     if train.resume_from_checkpoint and train.overwrite_output_dir:
         log.info("`resume_from_checkpoint` wins over `overwrite_output_dir`")

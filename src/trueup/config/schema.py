@@ -102,7 +102,8 @@ class RunConfig:
         from trueup.config.methods import OTHER_VERBS, missing_condition
 
         def acts(key: str) -> bool:
-            return key not in OTHER_VERBS and missing_condition(key, self) is None
+            overruled = key == "num_train_epochs" and self.train.max_steps > 0
+            return not overruled and key not in OTHER_VERBS and missing_condition(key, self) is None
 
         return {
             key: REDACTED if key in SECRETS and self[key] else self[key]

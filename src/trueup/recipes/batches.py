@@ -34,6 +34,8 @@ class Arithmetic:
     steps_per_epoch: int
     epochs: int
     total_steps: int
+    packs: int | None = None  # what a "row" of the three counts above is when rows are packed
+    tokens_per_micro_batch: int | None = None  # a budget in place of rows_per_micro_batch
 
     @property
     def rows_per_step(self) -> int:
@@ -61,8 +63,9 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
     )
     steps_per_epoch = plan.steps_per_epoch
     if steps_per_epoch == 0:
+        unit = "packs" if plan.pack_tokens else "rows"
         raise ConfigError(
-            f"{len(lengths)} rows, {rows_per_step} rows a step "
+            f"{len(plan.units)} {unit}, {rows_per_step} {unit} a step "
             f"({train.per_device_train_batch_size} per device × {train.gradient_accumulation_steps} accumulation × "
             f"{world_size} processes) → 0 steps with dataloader_drop_last",
             where="per_device_train_batch_size",
@@ -75,7 +78,8 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
         total = math.ceil(train.num_train_epochs * steps_per_epoch)
         epochs = math.ceil(train.num_train_epochs)
     sizes = (train.per_device_train_batch_size, train.gradient_accumulation_steps, world_size)
-    return plan, Arithmetic(len(lengths), *sizes, steps_per_epoch, epochs, total)
+    packs = len(plan.units) if plan.pack_tokens else None
+    return plan, Arithmetic(len(lengths), *sizes, steps_per_epoch, epochs, total, packs, plan.micro_batch_tokens)
 
 
 def train_batches(plan: BatchPlan, arithmetic: Arithmetic) -> Iterator[np.ndarray]:

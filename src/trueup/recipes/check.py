@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from trueup.data.encode import Prepared, prepare
 from trueup.models.estimate import Estimate, estimate, shape_only
 from trueup.models.load import check_vocabulary, load_tokenizer
 from trueup.recipes.batches import Arithmetic, eval_batches, plan_batches
+from trueup.recipes.header import batch_words, sized, steps_words
 from trueup.recipes.offline import check_output
 from trueup.recipes.references import check_reference
 from trueup.recipes.reported import check_metric
 from trueup.training.plan import check_schedule
-
-GB = 1024**3
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class CheckReport:
             "config": self.cfg.resolved(),
             "template": self.prepared.template.name,
             "data": self.prepared.report.to_dict(),
-            "steps": {**self.arithmetic.__dict__, "rows_per_step": self.arithmetic.rows_per_step},
+            "steps": asdict(self.arithmetic) | {"rows_per_step": self.arithmetic.rows_per_step},
             "estimate": self.estimate.to_dict(),
             "memory_free": self.memory_free,
             "disk_free": self.disk_free,
@@ -52,26 +50,33 @@ class CheckReport:
 
     def _summary(self) -> list[str]:
         e, a = self.estimate, self.arithmetic
+        sharing = a.world_size if e.device == "cpu" else 1  # processes in one memory
+        each = " a process" if a.world_size > 1 else ""
         fits = (
-            "fits" if e.memory <= self.memory_free else "does NOT fit: lower per_device_train_batch_size or cutoff_len"
+            "fits"
+            if e.memory * sharing <= self.memory_free
+            else "does NOT fit: lower per_device_train_batch_size or cutoff_len"
         )
         room = "fits" if self.disk_needed <= self.disk_free else "does NOT fit: set save_total_limit or save_only_model"
         return [
             f"model     {self.cfg.model.model_name_or_path}: {e.parameters:,} parameters, {e.trainable:,} trained "
             f"({self.cfg.tuning.finetuning_type})",
             f"template  {self.prepared.template.name}",
-            f"steps     {a.examples:,} rows ÷ ({a.rows_per_micro_batch} × {a.accumulation} × {a.world_size}) → "
-            f"{a.steps_per_epoch:,} a epoch, {a.total_steps:,} in all",
-            f"memory    ~{e.memory / GB:.1f} GB on {e.device} in {e.dtype}: weights {e.weights / GB:.1f}, "
-            f"optimizer {e.optimizer / GB:.1f},",
-            f"          activations {e.activations / GB:.1f}, head {e.head / GB:.1f}; "
-            f"free {self.memory_free / GB:.1f} → {fits}",
-            f"disk      ~{self.disk_needed / GB:.2f} GB of checkpoints; free {self.disk_free / GB:.1f} → {room}",
+            *([f"batch     {batch_words(a)}", f"steps     {steps_words(a)}"] if a.total_steps else []),
+            f"memory    ~{sized(e.memory)}{each} on {e.device} in {e.dtype}: weights {sized(e.weights)}, "
+            f"optimizer {sized(e.optimizer)},",
+            f"          activations {sized(e.activations)}, head {sized(e.head)}; "
+            f"free {sized(self.memory_free)} → {fits}",
+            *(
+                [f"disk      ~{sized(self.disk_needed)} of checkpoints; free {sized(self.disk_free)} → {room}"]
+                if self.disk_needed
+                else []
+            ),
         ]
 
 
-def check(cfg: RunConfig) -> CheckReport:
-    """Validate data, template, sizes and needs of a config.
+def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
+    """Validate data, template, sizes and needs of a config, for so many processes.
 
     Raises:
         ConfigError, DataError, ModelError: whatever would stop the run before its first step.
@@ -85,7 +90,6 @@ def check(cfg: RunConfig) -> CheckReport:
     check_vocabulary(base, tokenizer, str(cfg.model.model_name_or_path))
     prepared = prepare(cfg, tokenizer)
     check_metric(cfg, prepared.eval)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if cfg.train.do_train:
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
         groups = [(prepared.train, group) for units in plan.steps(0) for group in plan.micro_batches(units)]

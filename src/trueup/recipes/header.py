@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
 from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared
 from trueup.models.load import Loaded
@@ -21,32 +25,66 @@ def header(cfg: RunConfig, loaded: Loaded, prepared: Prepared, arithmetic: Arith
         "model": f"{loaded.base_name}{begun}",
         "training": f"{cfg.tuning.finetuning_type}, {loaded.num_trainable:,} of {loaded.num_parameters:,} parameters",
         "objective": describe_objective(cfg),
-        "batch": f"{a.rows_per_micro_batch} × {a.accumulation} accumulation × {a.world_size} processes = "
-        f"{a.rows_per_step} rows a step; {a.total_steps:,} steps, {a.epochs} epochs of {a.examples:,} rows",
-        "device": _device(loaded),
+        "batch": batch_words(a),
+        "steps": steps_words(a),
+        "device": _device(loaded, a.world_size),
         "template": prepared.template.name,
         "output": str(cfg.train.output_dir),
     }
     return _aligned(lines)
+
+
+def batch_words(a: Arithmetic) -> str:
+    """How an optimizer step comes about: `8 × 2 accumulation × 1 process = 16 rows a step`."""
+    unit = "row" if a.packs is None else "pack"
+    product = f"{a.rows_per_micro_batch} × {a.accumulation} accumulation × {counted(a.world_size, 'process')}"
+    budget = f", in micro-batches of at most {a.tokens_per_micro_batch:,} tokens" if a.tokens_per_micro_batch else ""
+    return f"{product} = {counted(a.rows_per_step, unit)} a step{budget}"
+
+
+def steps_words(a: Arithmetic) -> str:
+    """How many steps there are, and why."""
+    packed = "" if a.packs is None else f" in {counted(a.packs, 'pack')}"
+    epochs = f"{a.total_steps / a.steps_per_epoch:.3g}"
+    return (
+        f"{counted(a.examples, 'row')}{packed} → {counted(a.steps_per_epoch, 'step')} an epoch, "
+        f"{a.total_steps:,} in all ({epochs} epoch{'' if epochs == '1' else 's'})"
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`, `2 processes`."""
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{plural}"
+
+
+def sized(size: float) -> str:
+    """Bytes as people read them: `850 KB`, `12 MB`, `3.4 GB`."""
+    for unit, of in (("GB", 1024**3), ("MB", 1024**2)):
+        if size >= of:
+            return f"{size / of:.3g} {unit}" if size < 1000 * of else f"{size / of:,.0f} {unit}"
+    return f"{size / 1024:.0f} KB"
 
 
 def evaluation_header(cfg: RunConfig, loaded: Loaded, prepared: Prepared) -> str:
     """The same for a run that only evaluates."""
-    sets = ", ".join(f"{name} ({len(dataset):,} rows)" for name, dataset in prepared.eval.items())
+    sets = ", ".join(f"{name} ({counted(len(dataset), 'row')})" for name, dataset in prepared.eval.items())
     lines = {
         "model": " + ".join([loaded.base_name, *loaded.starts]),
         "objective": describe_objective(cfg),
         "data": sets,
-        "device": _device(loaded),
+        "device": _device(loaded, int(os.environ.get("WORLD_SIZE", "1"))),
         "template": prepared.template.name,
         "output": str(cfg.train.output_dir),
     }
     return _aligned(lines)
 
 
-def _device(loaded: Loaded) -> str:
+def _device(loaded: Loaded, world_size: int) -> str:
     sharing = f"not shared: {loaded.layout_note}" if loaded.layout_note else "shared"
-    return f"{loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, prompts {sharing}"
+    gpus = torch.cuda.device_count() if loaded.device.type == "cuda" else 0
+    idle = f" (one of {gpus} GPUs; NPROC_PER_NODE={gpus} trains on all)" if gpus > world_size == 1 else ""
+    return f"{loaded.device}{idle}, {str(loaded.dtype).removeprefix('torch.')}, prompts {sharing}"
 
 
 def _aligned(lines: dict[str, str]) -> str:

@@ -1,0 +1,47 @@
+"""The arithmetic people read before a run: units, plurals, sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trueup.config.load import load_config
+from trueup.recipes.batches import plan_batches
+from trueup.recipes.header import batch_words, counted, sized, steps_words
+
+BASE = {"model_name_or_path": "m", "dataset": "d", "per_device_train_batch_size": 2, "cutoff_len": 100}
+
+
+def words(world_size: int = 1, **keys) -> tuple[str, str]:
+    _, arithmetic = plan_batches(load_config({**BASE, **keys}), np.full(10, 50), world_size)
+    return batch_words(arithmetic), steps_words(arithmetic)
+
+
+def test_rows_are_rows_and_packs_are_packs():
+    assert words() == (
+        "2 × 1 accumulation × 1 process = 2 rows a step",
+        "10 rows → 5 steps an epoch, 15 in all (3 epochs)",
+    )
+    assert words(packing=True, num_train_epochs=1) == (
+        "2 × 1 accumulation × 1 process = 2 packs a step",
+        "10 rows in 5 packs → 3 steps an epoch, 3 in all (1 epoch)",
+    )
+
+
+def test_processes_token_budgets_and_parts_of_epochs_are_told():
+    assert words(2, batch_tokens=1000, max_steps=1) == (
+        "2 × 1 accumulation × 2 processes = 4 rows a step, in micro-batches of at most 1,000 tokens",
+        "10 rows → 3 steps an epoch, 1 in all (0.333 epochs)",
+    )
+
+
+@pytest.mark.parametrize(("number", "text"), [(1, "1 process"), (2, "2 processes"), (1200, "1,200 processes")])
+def test_plurals(number: int, text: str):
+    assert counted(number, "process") == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 KB"), (5e5, "488 KB"), (1.2e7, "11.4 MB"), (1.05e9, "1,001 MB"), (3.5e9, "3.26 GB")]
+)
+def test_sizes_have_the_unit_that_shows_them(size: float, text: str):
+    assert sized(size) == text
