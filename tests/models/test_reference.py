@@ -34,7 +34,7 @@ def test_full_training_keeps_a_frozen_copy_of_the_start() -> None:
     assert not torch.equal(policy.token_logps(forest), before)
 
 
-def test_a_table_is_read_again_and_fills_only_its_gaps(tmp_path: Path) -> None:
+def test_a_table_is_read_again_and_knows_its_gaps(tmp_path: Path) -> None:
     table = ReferenceTable([3, 0, 2, 4], tmp_path / "t.safetensors")
     batches = [np.array([2, 0]), np.array([3, 2])]
     assert [list(b) for b in table.missing(batches)] == [[2, 0], [3, 2]]
@@ -45,7 +45,17 @@ def test_a_table_is_read_again_and_fills_only_its_gaps(tmp_path: Path) -> None:
     assert torch.equal(again.get([0, 1, 2]), torch.tensor([2.0, 3.0, 4.0, 0.0, 1.0]))
     assert [list(b) for b in again.missing(batches)] == [[3, 2]]
     again.put(np.array([3, 2]), torch.full((6,), 9.0))
-    assert torch.equal(again.get([2, 3]), torch.tensor([0.0, 1.0, 9.0, 9.0, 9.0, 9.0]))
+    assert torch.equal(again.get([2, 3]), torch.full((6,), 9.0))
+
+
+def test_runs_that_fill_one_table_keep_each_others_values(tmp_path: Path) -> None:
+    file = tmp_path / "t.safetensors"
+    one, other = ReferenceTable([3, 2], file), ReferenceTable([3, 2], file)
+    one.put(np.array([0]), torch.arange(3.0))
+    one.save()
+    other.put(np.array([1]), torch.arange(2.0))
+    other.save()
+    assert not ReferenceTable([3, 2], file).missing([np.array([0, 1])])
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "zeroed", "foreign", "other size", "no digest"])
@@ -123,7 +133,7 @@ def test_the_fingerprint_follows_the_reference_not_the_policy(tmp_path: Path) ->
     assert reference.fingerprint() == before
     bare, bare_adapters = start()
     assert LiveReference.of(bare, bare_adapters).fingerprint() != before
-    assert len({table_path(before, *rest) for rest in [("data",), ("other data",), ("data", "other layout")]}) == 3
+    assert len({table_path(before, *rest) for rest in [("a", "b"), ("other", "b"), ("a", "other")]}) == 3
 
 
 def test_the_fingerprint_follows_what_turns_weights_into_values(tmp_path: Path) -> None:

@@ -540,8 +540,8 @@ def test_two_runs_that_fill_one_cache_end_as_one_alone(make_case, tmp_path: Path
     assert not list(Path(os.environ["TRUEUP_CACHE"]).rglob(".*"))
 
 
-def test_a_run_in_another_layout_does_not_change_the_bits(make_case, tmp_path: Path) -> None:
-    """Whoever fills the cache first, a run ends the same: other batches, other table."""
+def test_a_run_with_other_batches_shares_the_table_and_changes_no_bit(make_case, tmp_path: Path) -> None:
+    """Whoever fills the cache first, a run ends the same: the table is computed in a layout that is no run's own."""
     case = make_case(**TUNINGS["lora"])
     whole = uninterrupted(case)
     other = ["per_device_train_batch_size=3", f"output_dir={tmp_path / 'other'}"]

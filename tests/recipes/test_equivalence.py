@@ -12,7 +12,7 @@ import torch
 from trueup.config.schema import RunConfig
 from trueup.data.encode import prepare
 from trueup.models.load import load_policy, load_tokenizer
-from trueup.recipes.batches import plan_batches, train_batches, train_layout
+from trueup.recipes.batches import plan_batches, train_batches
 from trueup.recipes.offline import run
 from trueup.recipes.program import OfflineProgram, objective_of
 from trueup.recipes.references import build_references
@@ -30,8 +30,7 @@ def program_of(cfg: RunConfig) -> OfflineProgram:
     references = None
     if objective_of(cfg).needs_reference:
         batches = {"train": train_batches(plan, arithmetic)}
-        layouts = {"train": train_layout(plan)}
-        references = build_references(cfg, loaded, {"train": prepared.train}, batches, layouts, Single("cpu"))
+        references = build_references(cfg, loaded, {"train": prepared.train}, batches, Single("cpu"))
     return OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, Single("cpu"))
 
 

@@ -33,6 +33,7 @@ from trueup.data.examples import (
 from trueup.data.report import DataReport, number
 from trueup.data.spans import Span
 from trueup.data.turns import RowProblem
+from trueup.waiting import waiting
 
 log = logging.getLogger("trueup")
 
@@ -88,8 +89,10 @@ def encode_examples(
     encoder = _Encoder(template, policy, tally)
 
     def encoded() -> Iterator[Encoded]:
-        for start in range(0, len(examples), CHUNK):
-            yield from encoder.chunk(examples[start : start + CHUNK])
+        with waiting("tokenising", len(examples), "rows") as tell:
+            for start in range(0, len(examples), CHUNK):
+                yield from encoder.chunk(examples[start : start + CHUNK])
+                tell(min(start + CHUNK, len(examples)))
 
     dataset = EncodedDataset.of(encoded())
     _say(tally, template, policy)

@@ -23,6 +23,7 @@ from trueup.data.registry import DatasetSpec, resolve_datasets
 from trueup.data.report import DataReport, number
 from trueup.data.sources import Rows, mix, read_rows, sample_indices
 from trueup.errors import ConfigError, DataError, Problem
+from trueup.waiting import waiting
 
 log = logging.getLogger("trueup")
 
@@ -157,14 +158,16 @@ def _parse(
         return result  # `require_usable` says so
     layout = choose_layout(spec, rows.values, kind)
     faults: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    for index in chosen:
-        row = f"{spec.name}:{index}"
-        try:
-            result.examples[index] = parse_with(layout, row, rows[index])
-        except RowProblem as problem:
-            report.dropped(row, problem.reason, problem.detail or _excerpt(rows[index]))
-        except ShapeProblem as problem:
-            faults[problem.column, problem.found, problem.expected].append(index)
+    with waiting(f"reading {spec.name}", len(chosen), "rows") as tell:
+        for done, index in enumerate(chosen, 1):
+            row = f"{spec.name}:{index}"
+            try:
+                result.examples[index] = parse_with(layout, row, rows[index])
+            except RowProblem as problem:
+                report.dropped(row, problem.reason, problem.detail or _excerpt(rows[index]))
+            except ShapeProblem as problem:
+                faults[problem.column, problem.found, problem.expected].append(index)
+            tell(done)
     if faults:
         raise DataError(_shape_problems(spec, rows, faults, len(chosen)))
     _tell_placeholders(result, report)

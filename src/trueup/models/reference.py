@@ -25,9 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trueup import __version__
 from trueup.models.adapters import TRAINED, Adapters
 from trueup.models.policy import Policy
 from trueup.types import Forest
+from trueup.waiting import waiting
 
 log = logging.getLogger("trueup")
 
@@ -76,12 +78,17 @@ class LiveReference:
         adapters = {name: _shape_of(config) for name, config in peft_configs.items() if name != TRAINED}
         facts = [str(policy.dtype), policy.shared, policy.plain_attention, transformers.__version__, config, adapters]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-        with self.switch():
-            for name, tensor in sorted(self.policy.base.state_dict().items()):
-                if f".{TRAINED}." in name and self.switch is not nullcontext:
-                    continue  # the adapter being trained is off
+        tensors = self.policy.base.state_dict()
+        if self.switch is not nullcontext:  # the adapter being trained is off
+            tensors = {name: tensor for name, tensor in tensors.items() if f".{TRAINED}." not in name}
+        megabytes = sum(tensor.nbytes for tensor in tensors.values()) >> 20
+        done = 0
+        with waiting("hashing the reference", megabytes, "MB") as tell:
+            for name, tensor in sorted(tensors.items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+                done += tensor.nbytes
+                tell(done >> 20)
         return digest.hexdigest()
 
 
@@ -95,8 +102,9 @@ class ReferenceTable:
     """Per-token reference log-probabilities of a dataset, on disk and in memory.
 
     A flat fp32 array holds example after example; NaN marks what has not been computed. The file's name says all that
-    decides the values to the bit (`table_path`), so that whoever finds a value there would have computed the same. A
-    file that cannot be read, or is not what was written, is said and computed again.
+    decides the values to the bit (`table_path`), so that whoever finds a value there would have computed the same: runs
+    that fill one table at a time may take each other's. A file that cannot be read, or is not what was written, is said
+    and computed again.
 
     Args:
         sizes: [n] predictions of each example.
@@ -107,52 +115,45 @@ class ReferenceTable:
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self.path = path
         self.values = torch.full((int(self.offsets[-1]),), float("nan"))
-        if path.is_file():
-            try:
-                self.values = _read(path, self.values.shape)
-            except (OSError, SafetensorError, ValueError) as error:
-                log.warning("cached reference log-probabilities are computed again: %s: %s", path, error)
+        self.values = self._with_file()
+
+    def _with_file(self) -> Tensor:
+        """The values, their gaps filled with what the file holds."""
+        if not self.path.is_file():
+            return self.values
+        try:
+            found = _read(self.path, self.values.shape)
+        except (OSError, SafetensorError, ValueError) as error:
+            log.warning("cached reference log-probabilities are computed again: %s: %s", self.path, error)
+            return self.values
+        return torch.where(torch.isnan(self.values), found, self.values)
 
     def get(self, indices: Iterable[int]) -> Tensor:
         """[N] values of these examples, in order."""
         return torch.cat([self.values[self.offsets[i] : self.offsets[i + 1]] for i in indices])
 
     def missing(self, batches: Iterable[np.ndarray]) -> list[np.ndarray]:
-        """The batches with at least one example not in the table, each example asked for once."""
-        known = ~np.array(
-            [bool(torch.isnan(self.values[a:b]).any()) for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
-        )
-        todo = []
-        for batch in batches:
-            if not known[batch].all():
-                todo.append(batch)
-                known[batch] = True
-        return todo
-
-    def positions(self, indices: Iterable[int]) -> Tensor:
-        """Bool mask over `values` of these examples' places."""
-        mask = torch.zeros(len(self.values), dtype=torch.bool)
-        for i in indices:
-            mask[self.offsets[i] : self.offsets[i + 1]] = True
-        return mask
+        """The batches with at least one example that is not in the table."""
+        gaps = np.concatenate([[0], np.cumsum(torch.isnan(self.values).numpy())])
+        lacks = gaps[self.offsets[1:]] > gaps[self.offsets[:-1]]
+        return [batch for batch in batches if lacks[batch].any()]
 
     def put(self, indices: np.ndarray, values: Tensor) -> None:
-        cursor = 0
-        values = values.float().cpu()
-        for i in indices:
-            size = int(self.offsets[i + 1] - self.offsets[i])
-            # A value already there stays: it is in use.
-            if torch.isnan(self.values[self.offsets[i] : self.offsets[i + 1]]).any():
-                self.values[self.offsets[i] : self.offsets[i + 1]] = values[cursor : cursor + size]
-            cursor += size
+        """Write the values of these examples, given in order."""
+        parts = torch.split(values.float().cpu(), [int(self.offsets[i + 1] - self.offsets[i]) for i in indices])
+        for i, part in zip(indices, parts, strict=True):
+            self.values[self.offsets[i] : self.offsets[i + 1]] = part
 
     def save(self) -> None:
-        """Write the file whole or not at all; a cache that cannot be written costs time, never the run."""
+        """Write the file whole or not at all, with what others have put there meanwhile; a cache that cannot be
+        written costs time, never the run.
+        """
+        values = self._with_file()
         staged = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")  # ours alone, on any machine
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.path)
-            save_file({"logps": self.values}, staged, {"sha256": _digest(self.values)})
+            save_file({"logps": values}, staged, {"sha256": _digest(values)})
             os.replace(staged, self.path)
         except (OSError, SafetensorError) as error:
             log.warning("the reference's log-probabilities could not be cached at %s: %s", self.path, error)
@@ -184,17 +185,17 @@ def _remove_abandoned(path: Path) -> None:
                 stage.unlink()
 
 
-def table_path(reference: str, data: str, layout: str = "") -> Path:
+def table_path(reference: str, data: str, layout: str) -> Path:
     """Where a table lives: below `TRUEUP_CACHE`, or ~/.cache/trueup.
 
-    The last bits of a value depend on the rows that shared its batch and on the kernels, so these are part of the name:
-    a run must not end otherwise because another one filled the cache first.
+    The last bits of a value depend on the rows that shared its forward pass and on the kernels, so these are part of
+    the name: a run must not end otherwise because another one filled the cache first.
 
     Args:
         reference: fingerprint of the model, its dtype and layout path.
         data: fingerprint of the encoded examples.
-        layout: what decides which rows share a batch.
+        layout: which rows shared a forward pass, and what computed it.
     """
     root = os.environ.get("TRUEUP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "trueup")
-    key = hashlib.sha256(json.dumps(["v2", reference, data, layout]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(["v3", __version__, reference, data, layout]).encode()).hexdigest()
     return Path(root) / "reference" / f"{key}.safetensors"

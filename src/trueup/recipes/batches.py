@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -89,16 +88,6 @@ def train_batches(plan: BatchPlan, arithmetic: Arithmetic) -> Iterator[np.ndarra
         if position == 0:
             steps = plan.steps(epoch)
         yield from plan.micro_batches(steps[position])
-
-
-def train_layout(plan: BatchPlan) -> str:
-    """What decides, besides the data, which training rows share a micro-batch."""
-    return json.dumps({field.name: getattr(plan, field.name) for field in fields(plan) if field.name != "lengths"})
-
-
-def eval_layout(cfg: RunConfig) -> str:
-    """The same for an evaluation set."""
-    return json.dumps({"rows": cfg.train.per_device_eval_batch_size})
 
 
 def eval_batches(cfg: RunConfig, dataset: EncodedDataset) -> list[np.ndarray]:

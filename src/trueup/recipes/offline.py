@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,14 @@ from rich.console import Console
 from transformers import set_seed
 
 from trueup.config.schema import RunConfig
-from trueup.data.encode import Prepared, prepare
+from trueup.data.encode import EncodedDataset, Prepared, prepare
 from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError, Problem
-from trueup.models.load import load_for_evaluation, load_policy, load_tokenizer, pick_device
-from trueup.recipes.batches import eval_batches, eval_layout, plan_batches, train_batches, train_layout
+from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_tokenizer, pick_device
+from trueup.recipes.batches import eval_batches, plan_batches, train_batches
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.program import OfflineProgram, objective_of
-from trueup.recipes.references import build_references, check_reference
+from trueup.recipes.references import References, build_references, check_reference
 from trueup.recipes.reported import check_metric
 from trueup.training.backend import Backend, make_backend
 from trueup.training.evaluation import evaluate_run
@@ -34,6 +34,8 @@ from trueup.training.loop import fit
 from trueup.training.observers import standard_observers
 from trueup.training.plan import check_schedule
 from trueup.training.run_directory import RunDirectory, check_target
+from trueup.training.signals import StopRequest, sigterm_cleans_up
+from trueup.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
         torch.use_deterministic_algorithms(True)
     backend = make_backend(pick_device(cfg.model.device), cfg.train.ddp_timeout)
     try:
-        return train(cfg, backend, console) if cfg.train.do_train else evaluate(cfg, backend, console)
+        with sigterm_cleans_up():
+            return train(cfg, backend, console) if cfg.train.do_train else evaluate(cfg, backend, console)
     finally:
         backend.close()
 
@@ -80,12 +83,9 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     fingerprint = prepared.train.fingerprint
     identity = {"data_fingerprint": fingerprint, "effective_batch": plan.rows_per_step}
     with open_directory(cfg, backend, prepared, identity) as directory:
-        references = None
-        if objective_of(cfg).needs_reference:
-            batches = {"train": train_batches(plan, arithmetic), **_eval_batches(cfg, prepared)}
-            layouts = {"train": train_layout(plan), **_eval_layouts(cfg, prepared)}
-            datasets = {"train": prepared.train, **prepared.eval}
-            references = build_references(cfg, loaded, datasets, batches, layouts, backend)
+        batches = {"train": train_batches(plan, arithmetic), **_eval_batches(cfg, prepared)}
+        datasets = {"train": prepared.train, **prepared.eval}
+        references = _references(cfg, loaded, datasets, batches, backend, directory)
         program = OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, backend)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
         torch.manual_seed(cfg.train.seed + backend.rank)  # processes drop different entries; a resume restores its own
@@ -107,10 +107,7 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     console.print(prepared.report.render(), markup=False, highlight=False)
     console.print(evaluation_header(cfg, loaded, prepared), markup=False, highlight=False)
     with open_directory(cfg, backend, prepared) as directory:
-        references = None
-        if objective_of(cfg).needs_reference:
-            batches, layouts = _eval_batches(cfg, prepared), _eval_layouts(cfg, prepared)
-            references = build_references(cfg, loaded, prepared.eval, batches, layouts, backend)
+        references = _references(cfg, loaded, prepared.eval, _eval_batches(cfg, prepared), backend, directory)
         no_steps = BatchPlan(np.zeros(0, dtype=np.int64), 1, 1, cfg.train.seed)
         program = OfflineProgram(cfg, loaded, tokenizer, prepared, no_steps, references, backend)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
@@ -155,8 +152,29 @@ def _eval_batches(cfg: RunConfig, prepared: Prepared) -> dict[str, list[np.ndarr
     return {name: eval_batches(cfg, dataset) for name, dataset in prepared.eval.items()}
 
 
-def _eval_layouts(cfg: RunConfig, prepared: Prepared) -> dict[str, str]:
-    return dict.fromkeys(prepared.eval, eval_layout(cfg))
+def _references(
+    cfg: RunConfig,
+    loaded: Loaded,
+    datasets: Mapping[str, EncodedDataset],
+    batches: Mapping[str, Iterable[np.ndarray]],
+    backend: Backend,
+    directory: RunDirectory,
+) -> References | None:
+    """The reference's log-probabilities, if the objective takes them. Raises Stopped after a signal."""
+    if not objective_of(cfg).needs_reference:
+        return None
+    with StopRequest() as stop, Watchdog(directory) as watchdog:
+
+        def asked_to_stop() -> bool:
+            watchdog.beat()
+            directory.heartbeat()
+            return stop()
+
+        references = build_references(cfg, loaded, datasets, batches, backend, asked_to_stop)
+        if references is None:
+            what = "stopped while the reference's log-probabilities were computed; those computed so far are kept"
+            raise stop.stopped(backend, what, str(directory.path), "the same command goes on from there")
+        return references
 
 
 @contextmanager

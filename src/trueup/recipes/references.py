@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from trueup.models.reference import LiveReference, ReferenceTable, table_path
 from trueup.recipes.batches import Batch
 from trueup.training.backend import Backend
 from trueup.types import Forest
+from trueup.waiting import waiting
 
 log = logging.getLogger("trueup")
 
-TELL_SECONDS = 30.0  # between two lines on how far a long pass has come
+TABLE_TOKENS = 4096  # of a forward pass that fills a table: enough to keep a GPU busy, little beside a training step
+SAVE_SECONDS = 30.0  # what a kill may cost
 
 
 class References:
@@ -47,35 +50,66 @@ def build_references(
     loaded: Loaded,
     datasets: Mapping[str, EncodedDataset],
     batches: Mapping[str, Iterable[np.ndarray]],
-    layouts: Mapping[str, str],
     backend: Backend,
-) -> References:
-    """The reference's log-probabilities for every batch the run will ask about.
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> References | None:
+    """The reference's log-probabilities for every batch the run will ask about; None if a stop cut it short.
 
-    By default they are computed before the first step, in the run's own batches, and kept on disk: full training
-    then needs no second copy of the model. `precompute_ref_log_probs: false` runs the reference in every step.
+    By default they are computed before the first step and kept on disk, in a layout that is no run's own, so that runs
+    with other batches, seeds and epochs share them; full training then needs no second copy of the model.
+    `precompute_ref_log_probs: false` runs the reference in every step.
 
     Args:
-        batches: set name → example indices of all its micro-batches, over all processes, in order of use.
-        layouts: set name → what decided, besides the data, which examples are in one micro-batch.
+        batches: set name → example indices of all its micro-batches, over all processes.
+        asked_to_stop: polled between forward passes; what is computed by then is kept.
     """
     live = live_reference(cfg, loaded)
     if not cfg.objective.precompute_ref_log_probs:
         return References(live, {})
-    fingerprint = live.fingerprint()
+    fingerprint = backend.gather(live.fingerprint() if backend.rank == 0 else "")[0]
     tables = {}
     for name, dataset in datasets.items():
+        asked = list(batches[name])
+        rows = rows_to_compute(asked, len(dataset))
         sizes = [num_predictions(example) for example in dataset]
-        layout = f"{layouts[name]} {kernels(backend.device)}"
+        layout = f"{TABLE_TOKENS} tokens, {_digest_of(rows)}, {kernels(backend.device)}"
         tables[name] = ReferenceTable(sizes, table_path(fingerprint, dataset.fingerprint, layout))
-        fill_table(tables[name], live, dataset, batches[name], backend, name)
+        if not fill_table(
+            tables[name], live, dataset, table_batches(rows, dataset.lengths), backend, name, asked_to_stop
+        ):
+            return None
+        if not backend.rank:
+            tell_rounding(tables[name], live, dataset, asked[0], name)
     return References(None, tables)
+
+
+def rows_to_compute(batches: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """All rows of a set, for every run alike, unless a run asks for less than half of them."""
+    asked = np.unique(np.concatenate(batches))
+    return asked if 2 * len(asked) < size else np.arange(size)
+
+
+def table_batches(rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Rows by length, cut where a forward pass is full: the longest first, so that want of memory shows at once."""
+    batches: list[list[int]] = []
+    room = 0
+    for row in rows[np.argsort(-lengths[rows], kind="stable")].tolist():
+        if not batches or lengths[row] > room:
+            batches.append([])
+            room = TABLE_TOKENS
+        batches[-1].append(row)
+        room -= int(lengths[row])
+    return [np.array(batch) for batch in batches]
+
+
+def _digest_of(rows: np.ndarray) -> str:
+    return hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()
 
 
 def kernels(device: torch.device) -> str:
     """What decides the last bits of a forward pass, besides its inputs."""
-    threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"torch {torch.__version__} {device.type}{threads}"
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"torch {torch.__version__} {device.type} {chip}"
 
 
 def check_reference(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -135,40 +169,73 @@ def fill_table(
     table: ReferenceTable,
     live: LiveReference,
     dataset: EncodedDataset,
-    batches: Iterable[np.ndarray],
+    batches: Sequence[np.ndarray],
     backend: Backend,
     name: str,
-) -> None:
-    """Compute what the table lacks; the processes share the batches and sum their tables (gaps count as zero)."""
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Compute what the table lacks, saving now and then; the processes take turns. False if a stop cut it short."""
     backend.copy_from_first([table.values])  # or processes that found another state of the file would part here
     missing = table.missing(batches)
     if not missing:
         log.info("reference log-probabilities of %s: read from %s", name, table.path)
-        return
+        return True
+    mine, rounds = missing[backend.rank :: backend.world_size], len(missing[:: backend.world_size])
+    tokens = np.cumsum([int(dataset.lengths[batch].sum()) for batch in missing])[:: backend.world_size].tolist()
     rows = sum(len(batch) for batch in missing)
-    log.info("reference log-probabilities of %s: computing %d rows once", name, rows)
+    log.info("reference log-probabilities of %s: computing %s rows, once for all runs", name, f"{rows:,}")
     gaps = torch.isnan(table.values)
-    told = time.monotonic()
-    done = 0
-    for batch in missing[backend.rank :: backend.world_size]:
-        examples = [dataset[i] for i in batch]
-        values = live.token_logps(build_forest(examples))
-        if not bool(torch.isfinite(values).all()):
-            raise DivergenceError(
-                "the reference's log-probabilities are not finite",
-                where="rows " + ", ".join(example.row for example in examples),
-                fix="compute in bf16 or fp32 (fp16 overflows), or look at the reference model",
-            )
-        table.put(batch, values)
-        done += len(batch)
-        if time.monotonic() - told > TELL_SECONDS:
-            told = time.monotonic()
-            log.info("reference log-probabilities of %s: %d of %d rows", name, done * backend.world_size, rows)
-            if backend.world_size == 1:
-                table.save()  # whoever interrupts a long pass finds its rows again
-    filled = gaps & ~torch.isnan(table.values)
-    computed = torch.where(filled, table.values, 0.0)
-    backend.sum_gradients([computed])
-    wanted = table.positions(np.concatenate(missing)) & gaps
-    table.values[wanted] = computed[wanted]
+    saved = time.monotonic()
+    with waiting(f"reference of {name}", tokens[-1], "tokens") as tell:
+        for turn in range(rounds):
+            stop = backend.any(asked_to_stop())
+            if stop or backend.any(time.monotonic() - saved > SAVE_SECONDS):
+                gaps = _share(table, gaps, backend)
+                backend.on_first(table.save)
+                saved = time.monotonic()
+            if stop:
+                return False
+            if turn < len(mine):
+                table.put(mine[turn], _finite_logps(live, dataset, mine[turn]))
+            tell(tokens[turn])
+    _share(table, gaps, backend)
     backend.on_first(table.save)
+    return True
+
+
+def _finite_logps(live: LiveReference, dataset: EncodedDataset, batch: np.ndarray) -> Tensor:
+    examples = [dataset[i] for i in batch]
+    values = live.token_logps(build_forest(examples))
+    if not bool(torch.isfinite(values).all()):
+        raise DivergenceError(
+            "the reference's log-probabilities are not finite",
+            where="rows " + ", ".join(example.row for example in examples),
+            fix="compute in bf16 or fp32 (fp16 overflows), or look at the reference model",
+        )
+    return values
+
+
+def _share(table: ReferenceTable, gaps: Tensor, backend: Backend) -> Tensor:
+    """Give every process what the others have put into `gaps`, no two the same; what is still a gap."""
+    filled = gaps & ~torch.isnan(table.values)
+    sums = [torch.where(filled, table.values, 0.0), filled.float()]
+    backend.sum_gradients(sums)
+    table.values = torch.where(gaps & (sums[1] > 0), sums[0], table.values)
+    return torch.isnan(table.values)
+
+
+def tell_rounding(
+    table: ReferenceTable, live: LiveReference, dataset: EncodedDataset, batch: np.ndarray, name: str
+) -> None:
+    """Say how far the table is from the live reference in one of the run's own batches: rounding, and no more."""
+    forest = build_forest([dataset[i] for i in batch])
+    gap = (table.get(batch) - live.token_logps(forest).cpu()).double()
+    answers = torch.zeros(forest.num_sequences, dtype=torch.float64).index_add(0, forest.owner, gap)
+    if not gap.any():
+        log.info("reference log-probabilities of %s: cached and live are the same to the bit in the first batch", name)
+        return
+    log.info(
+        "reference log-probabilities of %s: cached and live differ by up to %.1e a token and %.1e an answer in the "
+        "first batch, as %s rounds from batch to batch; precompute_ref_log_probs: false computes them in every step",
+        name, float(gap.abs().max()), float(answers.abs().max()), str(live.policy.dtype).removeprefix("torch."),
+    )  # fmt: skip

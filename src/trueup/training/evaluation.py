@@ -13,7 +13,9 @@ from trueup.training.backend import Backend
 from trueup.training.events import Ended, Evaluated, Observer, Observers
 from trueup.training.metrics import MetricSums, means
 from trueup.training.run_directory import RunDirectory
+from trueup.training.signals import StopRequest
 from trueup.training.step import B, Program, step_totals
+from trueup.training.watchdog import Watchdog
 
 
 @torch.no_grad()
@@ -80,10 +82,20 @@ def evaluate_run(
     backend: Backend,
     observers: Sequence[Observer] = (),
 ) -> dict[str, float]:
-    """A run that only evaluates: writes eval_results.json and all_results.json, trains nothing."""
+    """A run that only evaluates: writes eval_results.json and all_results.json, trains nothing. Raises Stopped after
+    a signal.
+    """
     run.status(state="running", step=0, total_steps=0)
-    row = evaluate_sets(program, backend)
-    assert row is not None  # nothing asked it to stop
+    with StopRequest() as stop, Watchdog(run) as watchdog:
+
+        def asked_to_stop() -> bool:
+            watchdog.beat()
+            run.heartbeat()
+            return stop()
+
+        row = evaluate_sets(program, backend, asked_to_stop)
+        if row is None:
+            raise stop.stopped(backend, "the evaluation was stopped; it wrote nothing", str(run.path))
     run.write_results("eval", row)
     told = Observers(observers if backend.rank == 0 else ())
     told.tell(Evaluated(0, row))

@@ -36,6 +36,7 @@ from trueup.training.run_files import (
 )
 from trueup.training.run_lock import LOCK_FILE, STATUS_FILE, RunLock, this_process
 from trueup.training.run_target import Resume, check_target, find_checkpoint, make_directory, make_room, move_aside
+from trueup.training.signals import Stopped
 
 if TYPE_CHECKING:
     from trueup.training.backend import Backend
@@ -168,7 +169,7 @@ class RunDirectory:
         trace: TracebackType | None,
     ) -> None:
         if error is not None and self._status.get("state") not in ("finished", "stopped"):
-            aborted = isinstance(error, KeyboardInterrupt | SystemExit)
+            aborted = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
             code = getattr(error, "exit_code", getattr(error, "code", 130 if aborted else 1))
             state = "stopped" if aborted else "failed"
             self.status(state=state, exit_code=code, message=str(error)[:2000])

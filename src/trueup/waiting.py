@@ -1,0 +1,90 @@
+"""What a person sees of work that takes long before a training begins: a bar on a terminal, else a line now and then.
+
+Work that is soon done shows nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+log = logging.getLogger("trueup")
+
+_BAR_AFTER_SECONDS = 1.0
+_FIRST_LINE_SECONDS = 5.0
+_LINE_SECONDS = 30.0  # between two lines
+
+
+@contextmanager
+def waiting(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show how far `what` has come: the block calls what it is given with the number of `unit` done so far."""
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda done: None
+        return
+    shown = _Bar(what, total, unit) if sys.stderr.isatty() else _Lines(what, total, unit)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+class _Lines:
+    """`tokenising: 20,000 of 60,000 rows, 0:01:20 left`, as notices, and how long it took at the end."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.begun = time.monotonic()
+        self.next = self.begun + _FIRST_LINE_SECONDS
+        self.done = 0
+        self.said = False
+
+    def __call__(self, done: int) -> None:
+        self.done = done
+        now = time.monotonic()
+        if now < self.next or done >= self.total:
+            return
+        left = timedelta(seconds=round((now - self.begun) / max(done, 1) * (self.total - done)))
+        log.info("%s: %s of %s %s, %s left", self.what, f"{done:,}", f"{self.total:,}", self.unit, left)
+        self.next = now + _LINE_SECONDS
+        self.said = True
+
+    def close(self) -> None:
+        if self.said and self.done >= self.total:
+            seconds = round(time.monotonic() - self.begun)
+            log.info("%s: %s %s in %s", self.what, f"{self.total:,}", self.unit, timedelta(seconds=seconds))
+
+
+class _Bar:
+    """A bar on stderr that is gone when the work is done; notices scroll by above it."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.begun = time.monotonic()
+        self.bar: Any = None
+
+    def __call__(self, done: int) -> None:
+        if self.bar is None:
+            if time.monotonic() - self.begun < _BAR_AFTER_SECONDS:
+                return
+            self.bar = self._start()
+        self.bar.update(self.task, completed=done)
+
+    def _start(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(self.unit))
+        bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+        self.task = bar.add_task(self.what, total=self.total)
+        bar.start()
+        return bar
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
