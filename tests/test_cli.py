@@ -101,6 +101,20 @@ def test_completion_knows_verbs_and_config_keys():
     assert "file," in complete("trueup train exa", 2)
 
 
+@pytest.mark.parametrize(
+    ("words", "number", "offered"),
+    [
+        ("trueup train stage=dp", 2, "plain,stage=dpo"),
+        ("trueup train a.yaml stage = dp", 5, "plain,dpo"),  # as bash cuts it
+        ("trueup train --finetuning_type fr", 3, "plain,freeze"),
+        ("trueup train --plot_loss f", 3, "plain,false"),
+    ],
+)
+def test_completion_knows_the_values_of_a_key(words: str, number: int, offered: str):
+    env = {"_TRUEUP_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(number)}
+    assert run_process(env=env).stdout.split() == [offered]
+
+
 # --- words -------------------------------------------------------------------------------------
 
 
@@ -113,10 +127,21 @@ def test_completion_knows_verbs_and_config_keys():
         (["a.json", "--seed", "1"], "a.json", ["--seed", "1"]),
         (["dataset=a.json"], None, ["dataset=a.json"]),
         (["--dataset", "a.json"], None, ["--dataset", "a.json"]),
+        (["--config", "a.cfg", "seed=1"], "a.cfg", ["seed=1"]),
+        (["--seed", "1", "--config=a.yaml"], "a.yaml", ["--seed", "1"]),
     ],
 )
 def test_only_a_first_word_that_is_a_file_name_is_the_config(words, source, overrides):
     assert split_source(words) == (source, overrides)
+
+
+def test_a_first_word_that_is_a_directory_or_another_file_is_told_so(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("seed: 1\n", encoding="utf-8")
+    assert f"{tmp_path / 'run.yaml'} is the config of the run" in run("train", str(tmp_path)).stderr
+    (tmp_path / "notes.txt").write_text("seed: x\n", encoding="utf-8")
+    shown = run("train", str(tmp_path / "notes.txt")).stderr
+    assert f"`--config {tmp_path / 'notes.txt'}` reads it anyway" in shown
+    assert "seed" in run("train", "--config", str(tmp_path / "notes.txt")).stderr
 
 
 def test_words_reach_the_config_as_they_were_typed(monkeypatch: pytest.MonkeyPatch):
@@ -435,6 +460,23 @@ def test_init_prints_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     assert "stage: dpo" in run("init", "-").output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_init_writes_only_files_that_the_verbs_read(tmp_path: Path):
+    result = run("init", str(tmp_path / "dpo.txt"))
+    assert (result.exit_code, "dpo.txt.yaml" in result.stderr, list(tmp_path.iterdir())) == (2, True, [])
+
+
+def test_json_of_init_and_help_and_verbs_that_have_none(tmp_path: Path):
+    target = tmp_path / "a.yaml"
+    assert json.loads(run("init", str(target), "--json").stdout)["result"] == {"file": str(target)}
+    assert "default: 0.1" in json.loads(run("help", "pref_beta", "--json").stdout)["result"]
+    for words in (["chat", "--model", "m"], ["completion", "bash"]):
+        assert "no --json" in json.loads(run("--json", *words).stdout)["problems"][0]["what"]
+
+
+def test_help_prints_the_json_schema():
+    assert "pref_beta" in json.loads(run("help", "schema").stdout)["properties"]
 
 
 def test_init_refuses_a_stage_that_is_none():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import shlex
 import sys
@@ -87,13 +88,15 @@ class ConfigCommand(click.Command):
     """A verb that takes a config file and overrides: words it does not know are the config's."""
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        return [*super().shell_complete(ctx, incomplete), *complete_key(ctx, None, incomplete)]
+        return [*super().shell_complete(ctx, incomplete), *complete_word(ctx, None, incomplete)]
 
 
-def complete_key(ctx: click.Context, param: click.Parameter | None, incomplete: str) -> list[CompletionItem]:
-    """Config keys as `--key` or `key=`, and files while no `=` is typed."""
+def complete_word(ctx: click.Context, param: click.Parameter | None, incomplete: str) -> list[CompletionItem]:
+    """Values of a key, config keys as `--key` or `key=`, and files while no `=` is typed."""
     from trueup.config.schema import FIELDS
 
+    if values := _complete_value(ctx.params.get("words") or ctx.args, incomplete):
+        return values
     dashes = "--" if incomplete.startswith("--") else ""
     start = incomplete.removeprefix(dashes)
     items = [
@@ -102,6 +105,22 @@ def complete_key(ctx: click.Context, param: click.Parameter | None, incomplete: 
         if start and key.startswith(start)
     ]
     return items if items or dashes else [CompletionItem(incomplete, type="file")]
+
+
+def _complete_value(before: Sequence[str], incomplete: str) -> list[CompletionItem]:
+    """What `key=…` or `--key …` may go on with. bash cuts words at `=`: there the key is a word or two back."""
+    from trueup.config.explain import choices
+    from trueup.config.schema import FIELDS, is_flag
+
+    key, equals, start = incomplete.removeprefix("--").partition("=")
+    if not equals:
+        words = [word for word in before if word != "="]
+        key, start = (words[-1].removeprefix("--") if words else ""), incomplete
+    if key not in FIELDS:
+        return []
+    values = ["true", "false"] if is_flag(key) else choices(key)
+    written = incomplete.removesuffix(start) if equals else ""
+    return [CompletionItem(written + value) for value in values if value.startswith(start)]
 
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -123,7 +142,7 @@ config_words = click.argument(
     nargs=-1,
     type=click.UNPROCESSED,
     metavar="[CONFIG] [KEY=VALUE | --KEY VALUE]...",
-    shell_complete=complete_key,
+    shell_complete=complete_word,
 )
 
 
@@ -149,10 +168,30 @@ def read_config(words: Sequence[str], **how: Any) -> RunConfig:
 
 
 def split_source(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """`(file or None, overrides)`. Only the first word can be the file."""
-    first = words[0] if words else ""
-    is_file = first.lower().endswith(CONFIG_SUFFIXES) and "=" not in first and not first.startswith("--")
-    return (first, list(words[1:])) if is_file else (None, list(words))
+    """`(file or None, overrides)`. The file is the first word, or the one after `--config`."""
+    first, rest = (words[0] if words else ""), list(words)
+    if first.lower().endswith(CONFIG_SUFFIXES) and "=" not in first and not first.startswith("--"):
+        return first, rest[1:]
+    for position, word in enumerate(rest):
+        option, equals, name = word.partition("=")
+        if option in ("--config", "config") and equals:
+            return name, rest[:position] + rest[position + 1 :]
+        if word == "--config" and position + 1 < len(rest):
+            return rest[position + 1], rest[:position] + rest[position + 2 :]
+    if first and "=" not in first and not first.startswith("--") and Path(first).exists():
+        raise ConfigError(f"{first} is no config file", expected=_config_in(Path(first)))
+    return None, rest
+
+
+def _config_in(path: Path) -> str:
+    """What may have been meant by a word that is some other file, or a directory."""
+    kept = path / "run.yaml"
+    if kept.is_file():
+        return f"a file: {kept} is the config of the run in that directory"
+    if path.is_dir():
+        found = sorted(str(file) for file in path.iterdir() if file.suffix in CONFIG_SUFFIXES)
+        return f"a file: {', '.join(found[:3])}" if found else "a .yaml or .json file, not a directory"
+    return f"a name that ends in .yaml or .json; `--config {path}` reads it anyway"
 
 
 @main.command(cls=ConfigCommand, context_settings=PASS_ON)
@@ -228,13 +267,15 @@ def check(session: Session, words: tuple[str, ...]) -> None:
 @config_words
 @click.option("--compare", is_flag=True, help="Show the base model's answer beside the adapter's.")
 @debug_option
-def chat(words: tuple[str, ...], compare: bool) -> None:
+@click.pass_obj
+def chat(session: Session, words: tuple[str, ...], compare: bool) -> None:
     """Talk to a model, with or without an adapter.
 
     \b
     trueup chat --model_name_or_path MODEL
     trueup chat --model_name_or_path MODEL --adapter_name_or_path DIR --compare --device cpu
     """
+    _only_text(session, "chat")
     cfg = read_config(words, verb="infer")
     from trueup.inference.chat import chat as talk
 
@@ -247,7 +288,9 @@ def chat(words: tuple[str, ...], compare: bool) -> None:
 @click.option("--model", default=None, help="Model to start from: a hub name or a directory.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @debug_option
-def init(file: Path | None, stage: str, model: str | None, force: bool) -> None:
+@json_option
+@click.pass_obj
+def init(session: Session, file: Path | None, stage: str, model: str | None, force: bool) -> None:
     """Write a commented starter config.
 
     It goes to FILE, or STAGE.yaml; `-` prints it.
@@ -256,8 +299,15 @@ def init(file: Path | None, stage: str, model: str | None, force: bool) -> None:
 
     text = starter(stage, **({"model": model} if model else {}))
     if str(file) == "-":
-        return click.echo(text, nl=False)
+        with session.result() as result:
+            result.data, result.text = {"text": text}, text.rstrip("\n")
+        return
     target = file or Path(f"{stage}.yaml")
+    if target.suffix.lower() not in (".yaml", ".yml"):
+        meant = target.with_name(f"{target.name}.yaml")
+        raise ConfigError(
+            f"{target} is no name of a config", where="init", expected="a .yaml file", fix=f"name it {meant}"
+        )
     if target.exists() and not force:
         raise ConfigError(
             f"{target} exists already",
@@ -266,7 +316,9 @@ def init(file: Path | None, stage: str, model: str | None, force: bool) -> None:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
-    click.echo(f"wrote {target}\nnext: trueup check {target}, then trueup train {target}")
+    with session.result() as result:
+        result.data = {"file": str(target)}
+        result.text = f"wrote {target}\nnext: trueup check {target}, then trueup train {target}"
 
 
 @main.command(context_settings=CONTEXT)
@@ -324,13 +376,15 @@ def doctor(session: Session) -> None:
 
 @main.command(context_settings=CONTEXT)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), required=False)
-def completion(shell: str | None) -> None:
+@click.pass_obj
+def completion(session: Session, shell: str | None) -> None:
     """Print a completion script for your shell.
 
     \b
     eval "$(trueup completion bash)"        # in ~/.bashrc; zsh alike
     trueup completion fish > ~/.config/fish/completions/trueup.fish
     """
+    _only_text(session, "completion")
     shell = shell or Path(os.environ.get("SHELL", "bash")).name
     script = get_completion_class(shell)
     if script is None:
@@ -340,19 +394,29 @@ def completion(shell: str | None) -> None:
 
 @main.command("help", context_settings=PASS_ON)
 @click.argument("topic", required=False, type=click.UNPROCESSED)
+@debug_option
+@json_option
 @click.pass_context
 def help_(context: click.Context, topic: str | None) -> None:
     """Explain a verb or a config key.
 
-    `trueup help keys` lists all keys.
+    `trueup help keys` lists all keys; `trueup help schema` prints them as JSON Schema, for editors.
     """
     assert context.parent is not None
     verb = main.get_command(context, topic) if topic else main
     if verb is not None:
         name = f"trueup {topic}" if topic else "trueup"
         with click.Context(verb, info_name=name, **verb.context_settings) as shown:
-            return click.echo(verb.get_help(shown))
-    console().print(_explain(str(topic)), highlight=False, markup=False)
+            text = verb.get_help(shown)
+    else:
+        text = _explain(str(topic))
+    with context.obj.result() as result:
+        result.data, result.text = text, text
+
+
+def _only_text(session: Session, verb: str) -> None:
+    if session.json:
+        raise click.UsageError(f"`{verb}` has no --json: what it prints is text")
 
 
 def _explain(topic: str) -> str:
@@ -360,11 +424,20 @@ def _explain(topic: str) -> str:
 
     if topic == "keys":
         return "\n".join(known_keys())
+    if topic == "schema":
+        return _schema()
     key = topic.lstrip("-").replace("-", "_")
     text = explain(key)
     if text.startswith(f"{key}: unknown"):
-        raise click.UsageError(f"no verb and no key is called {text}")
+        near = text.partition("; ")[2]
+        raise click.UsageError(f"no verb and no key is called {key!r}" + (f"; {near}" if near else ""))
     return text
+
+
+def _schema() -> str:
+    from trueup.config.schema import json_schema
+
+    return json.dumps(json_schema(), indent=2)
 
 
 def _later(name: str) -> click.Command:

@@ -191,6 +191,16 @@ def test_an_option_without_effect_is_an_error(keys, what):
     assert problem.what == f"`{key}` has no effect with {now}" and "it acts with" in problem.fix
 
 
+def test_the_way_out_names_only_what_there_is():
+    def fix(**keys):
+        return problems({**BASE, **keys})[0].fix
+
+    assert fix(pref_beta=0.1) == "set stage: dpo, or drop it; it acts with `stage: dpo`"
+    assert fix(pref_beta=0.1, stage="sft") == "drop it; it acts with `stage: dpo`"
+    assert fix(kto_chosen_weight=2.0) == "drop it; it acts with `stage: kto`, which is not supported yet"
+    assert fix(simpo_gamma=1.0, stage="dpo").endswith("`pref_loss: simpo`, which is not supported yet")
+
+
 @pytest.mark.parametrize(
     "key, value, verb, fix",
     [

@@ -44,6 +44,9 @@ BASE = {"model_name_or_path": "m", "dataset": "d"}
         ({"activation_checkpointing": True}, "gradient_checkpointing", True),
         ({"hub_token": "t"}, "hf_hub_token", "t"),
         ({"use_swanlab": True}, "report_to", ["swanlab"]),
+        ({"use_peft": "no"}, "finetuning_type", "full"),
+        ({"xpu_backend": "gloo"}, "ddp_backend", "gloo"),
+        ({"chat_template_path": "a.jinja"}, "template", "a.jinja"),
         ({"flash_attn": "off"}, "flash_attn", "disabled"),
     ],
 )
@@ -72,6 +75,11 @@ def test_a_synonym_and_its_key_with_equal_values_agree():
         ("use_ipex", True, "device"),
         ("tpu_num_cores", 8, "TPU"),
         ("swanlab_mode", "local", "environment"),
+        ("model_init_kwargs", {"a": 1}, "flash_attn"),
+        ("f_divergence_type", "js_divergence", "KL"),
+        ("assistant_only_loss", False, "train_on_prompt"),
+        ("tp_size", 4, "fsdp"),
+        ("sharded_ddp", "simple", "fsdp"),
     ],
 )
 def test_refused_keys_give_their_reason(key, value, reason):
@@ -118,7 +126,28 @@ def test_every_key_of_llama_factory_is_known_with_its_default(caplog):
     assert "unknown key" not in caplog.text
 
 
+TRL = """
+model_init_kwargs=null router_aux_loss_coef=null chat_template_path=null dataset_text_field=text
+dataset_kwargs=null eos_token=null shuffle_dataset=false packing_strategy=bfd padding_free=false
+pad_to_multiple_of=auto eval_packing=null completion_only_loss=true assistant_only_loss=true
+activation_offloading=false pad_token=null disable_dropout=false precompute_ref_batch_size=null
+loss_weights=null f_divergence_type=reverse_kl f_alpha_divergence_coef=0.5 use_weighting=false
+discopop_tau=0.05 sync_ref_model=false ref_model_mixup_alpha=0.6 ref_model_sync_steps=512
+ref_model_init_kwargs=null model_adapter_name=null ref_adapter_name=null force_use_ref_model=false
+use_logits_to_keep=false label_pad_token_id=-100 tools=null use_liger_loss=false
+base_model_attribute_name=model reference_free=false generate_during_eval=false padding_value=null
+dtype=auto torch_dtype=auto lora_target_parameters=null lora_task_type=CAUSAL_LM bnb_4bit_quant_storage=null
+dataset_config=null dataset_train_split=train dataset_test_split=test dataset_streaming=false
+ignore_bias_buffers=false gradient_checkpointing_use_reentrant=true is_encoder_decoder=null cpo_alpha=null
+"""
+
+
+def test_every_name_of_trls_configs_is_known():
+    assert load_config(BASE, TRL.split())
+
+
 V4 = """
+tp_size=0 sharded_ddp= xpu_backend=null
 evaluation_strategy=no per_gpu_train_batch_size=8 per_gpu_eval_batch_size=8 no_cuda=false
 overwrite_output_dir=false logging_dir=runs save_safetensors=true group_by_length=false
 warmup_ratio=0.0 fp16_backend=auto half_precision_backend=auto fp16_opt_level=O1 past_index=-1

@@ -91,6 +91,9 @@ def test_yaml_values_mean_what_they_plainly_mean(tmp_path, text, key, value):
         (["--resume"], "resume_from_checkpoint", "auto"),
         (["--overwrite"], "overwrite_output_dir", True),
         (["--new-run"], "new_run", True),
+        (["seed=null"], "seed", 42),
+        (["--plot_loss", "null"], "plot_loss", True),
+        (["enable_thinking=null"], "enable_thinking", None),
     ],
 )
 def test_words_of_the_command_line(words, key, value):

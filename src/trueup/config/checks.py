@@ -146,14 +146,21 @@ def _without_effect(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem
         condition = missing_condition(key, cfg)
         if condition is None or is_off(key, cfg[key]) or condition[0] in bad or key in LATER:
             continue
-        other, allowed = condition
+        other, _ = condition
         now = f"`{other}: {_word(cfg[other])}`" if cfg[other] not in (None, []) else f"no `{other}`"
         what = f"`{key}` has no effect with {now}"
         if key in QUIET:
             log.info("%s", what)
         else:
-            found.append(Problem(what, place(key), fix=f"drop it; it acts with {condition_words(other, allowed)}"))
+            found.append(Problem(what, place(key), fix=_how_to_act(cfg, key)))
     return found
+
+
+def _how_to_act(cfg: RunConfig, key: str) -> str:
+    acts = "it acts with " + " and ".join(condition_words(*needed) for needed in ACTS_WITH[key].items())
+    unsaid = "stage" not in cfg.explicit and "dpo" in ACTS_WITH[key].get("stage", ())
+    meant = "set stage: dpo, or " if unsaid and "not supported" not in acts else ""
+    return f"{meant}drop it; {acts}"
 
 
 def _of_other_verbs(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem]:

@@ -20,6 +20,7 @@ REASONS: dict[str, str] = {
     "lora_rank": "the adapter's matrices have this width",
     "device": "auto, cpu, cuda, cuda:N or mps",
 }
+_MOST_CHOICES = 5
 _LIMITS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -94,7 +95,10 @@ def _expected(key: str, kind: str, context: dict[str, Any]) -> str:
         return REASONS.get(key, "another form of word")
     if kind == "finite_number":
         return "a finite number"
-    return _TYPES.get(kind.split("_")[0], "another kind of value")
+    kind = kind.split("_")[0]
+    example = default(key)
+    such_as = f", such as {example}" if kind in ("int", "float") and isinstance(example, int | float) else ""
+    return _TYPES.get(kind, "another kind of value") + such_as
 
 
 def closest_choice(key: str, value: Any) -> str | None:
@@ -104,11 +108,16 @@ def closest_choice(key: str, value: Any) -> str | None:
 
 
 def condition_words(other: str, allowed: Any) -> str:
-    """A condition of `ACTS_WITH` in words."""
+    """A condition of `ACTS_WITH` in words: the values there are now, if there are any."""
     if allowed is SET:
-        return f"`{other}`"
-    shown = [str(v).lower() if isinstance(v, bool) else str(v) for v in allowed]
-    return f"`{other}: {' | '.join(shown)}`"
+        return f"`{other}`" + (", which is not supported yet" if other in LATER else "")
+    later = LATER_VALUES.get(other, {})
+    now = [value for value in allowed if not later.get(value)]
+    shown = [str(v).lower() if isinstance(v, bool) else str(v) for v in now or allowed]
+    if len(shown) > _MOST_CHOICES:
+        shown = [*shown[:_MOST_CHOICES], "…"]
+    missing = "" if now and other not in LATER else ", which is not supported yet"
+    return f"`{other}: {' | '.join(shown)}`" + missing
 
 
 def alternative(instead: str) -> str:

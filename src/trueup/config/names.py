@@ -18,15 +18,20 @@ _SAME: dict[str, str] = {
     "adapter_name_or_path": "adapter_path checkpoint_dir",
     "model_revision": "revision",
     "hf_hub_token": "hub_token push_to_hub_token hf_token token",
-    "enable_liger_kernel": "use_liger_kernel use_liger",
+    "enable_liger_kernel": "use_liger_kernel use_liger use_liger_loss",
+    "quantization_type": "bnb_4bit_quant_type",
+    "double_quantization": "use_bnb_nested_quant",
+    "moe_aux_loss_coef": "router_aux_loss_coef",
+    "use_reentrant_gc": "gradient_checkpointing_use_reentrant",
     "flash_attn": "attn_implementation",
     "dataset": "dataset_name datasets train_dataset",
     "dataset_dir": "data_dir",
     "cutoff_len": "max_seq_length max_length max_seq_len sequence_len model_max_length",
-    "template": "chat_template",
+    "template": "chat_template chat_template_path",
     "default_system": "system system_prompt",
     "truncation": "truncation_mode",
-    "val_size": "val_set_size",
+    "val_size": "val_set_size test_split_size",
+    "streaming": "dataset_streaming",
     "packing": "sample_packing",
     "preprocessing_num_workers": "dataset_num_proc",
     "lora_rank": "lora_r r",
@@ -57,6 +62,7 @@ _SAME: dict[str, str] = {
     "optim": "optimizer",
     "eval_strategy": "evaluation_strategy",
     "early_stopping_steps": "early_stopping_patience",
+    "ddp_backend": "xpu_backend",
     "hub_model_id": "push_to_hub_model_id",
     "hub_private_repo": "hub_private",
     "project": "swanlab_project",
@@ -67,13 +73,14 @@ _SAME: dict[str, str] = {
 }
 SYNONYMS: dict[str, str] = {other: key for key, others in _SAME.items() for other in others.split()}
 
-#: our name, and what its value becomes when the switch is on (nothing, when it is off).
+#: our name, and what its value becomes when the switch is on (nothing when it is off, but for `OFF`).
 SWITCHES: dict[str, tuple[str, Any]] = {
     "load_in_4bit": ("quantization_bit", 4),
     "load_in_8bit": ("quantization_bit", 8),
     "use_cpu": ("device", "cpu"),
     "no_cuda": ("device", "cpu"),
     "use_mps_device": ("device", "mps"),
+    "use_flash_attention_2": ("flash_attn", "fa2"),
     "disable_gradient_checkpointing": ("gradient_checkpointing", False),
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
     "adafactor": ("optim", "adafactor"),
@@ -85,6 +92,9 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "use_peft": ("finetuning_type", "lora"),
     "use_lora": ("finetuning_type", "lora"),
 }
+
+#: switch → what the value becomes when it is off.
+OFF: dict[str, Any] = {"use_peft": "full", "use_lora": "full"}
 
 #: canonical key → other names of its values, as their tools or their readers write them.
 VALUE_SYNONYMS: dict[str, dict[str, str]] = {
@@ -150,6 +160,48 @@ class Refused:
 def _refuse(reason: str, names: str, **neutral: Any) -> dict[str, Refused]:
     return {name: Refused(reason, neutral.get(name)) for name in names.split() + list(neutral)}
 
+
+#: what TRL's SFTConfig, DPOConfig, ModelConfig and ScriptArguments have beside transformers' names.
+_TRL: dict[str, Refused] = {
+    **_refuse("bf16 and fp16 say how a run computes", "", dtype="auto", torch_dtype="auto"),
+    **_refuse(
+        "set the key itself: device, flash_attn, model_revision …",
+        "model_init_kwargs ref_model_init_kwargs base_model_revision model_code_revision",
+    ),
+    **_refuse(
+        "adapter_name_or_path and ref_model_adapters name adapters",
+        "model_adapter_name ref_adapter_name",
+    ),
+    **_refuse("lora_target names modules", "lora_target_parameters", lora_task_type="CAUSAL_LM"),
+    **_refuse("4-bit weights are kept as bytes", "bnb_4bit_quant_storage"),
+    **_refuse(
+        "answers are trained and prompts are not; train_on_prompt: true trains both",
+        "",
+        completion_only_loss=True,
+        assistant_only_loss=True,
+    ),
+    **_refuse("columns in dataset_info.json say which is which", "dataset_kwargs", dataset_text_field="text"),
+    **_refuse("dataset_info.json names subset and split", "dataset_config", dataset_train_split="train"),
+    **_refuse("eval_dataset or val_size says what to evaluate on", "", dataset_test_split="test"),
+    **_refuse("the chat template says where an answer ends", "eos_token"),
+    **_refuse("a row's own `tools` are shown to the model", "tools"),
+    **_refuse("packs never cut an example", "", packing_strategy="bfd"),
+    **_refuse("gradient_checkpointing: true saves that memory", "activation_offloading"),
+    **_refuse("lora_dropout is 0 unless set; other dropout is the model's own", "disable_dropout"),
+    **_refuse("trueup chat --compare shows answers", "generate_during_eval"),
+    **_refuse("pref_ftx weighs an added SFT loss", "loss_weights cpo_alpha"),
+    **_refuse("the KL divergence holds a model to its reference", "", f_divergence_type="reverse_kl"),
+    **_refuse("the losses there are weigh all pairs alike", "use_weighting"),
+    **_refuse("the losses there are compare with a reference", "reference_free"),
+    **_refuse("it belongs to pref_loss: discopop, which is to come", "", discopop_tau=0.05),
+    **_refuse(
+        "the reference stays as it was at the start",
+        "sync_ref_model",
+        ref_model_mixup_alpha=0.6,
+        ref_model_sync_steps=512,
+    ),
+    **_refuse("trueup trains decoder-only models", "is_encoder_decoder"),
+}
 
 REFUSED: dict[str, Refused] = {
     **_refuse(
@@ -253,6 +305,8 @@ REFUSED: dict[str, Refused] = {
     **_refuse("resuming is always exact", "ignore_data_skip"),
     **_refuse("log-probs and losses report non-finite values at once", "debug"),
     **_refuse("set booster", "liger_kernel_config"),
+    **_refuse("fsdp and deepspeed shard a model, and are to come", "sharded_ddp tp_size"),
+    **_TRL,
     **_refuse("YAML merge keys are not read; write the keys out", "<<"),
 }
 
@@ -269,6 +323,9 @@ IDLE = frozenset(
         include_tokens_per_second label_names length_column_name local_rank log_level_replica
         log_on_each_node logging_dir logging_nan_inf_filter prediction_loss_only ray_scope
         remove_unused_columns restore_callback_states_from_checkpoint save_on_each_node
+        padding_free pad_to_multiple_of pad_token padding_value label_pad_token_id eval_packing
+        shuffle_dataset use_logits_to_keep precompute_ref_batch_size force_use_ref_model
+        f_alpha_divergence_coef ignore_bias_buffers base_model_attribute_name
         skip_memory_metrics sortish_sampler split_batches use_cache use_legacy_prediction_loop
         """
     )
@@ -294,7 +351,9 @@ def resolve(name: str, value: Any) -> Resolved:
     if name in SWITCHES:
         key, meaning = SWITCHES[name]
         if not is_on(value):
-            return Resolved(None, notice=None)
+            if name not in OFF:
+                return Resolved(None)
+            meaning = OFF[name]
         shown = ",".join(meaning) if isinstance(meaning, list) else str(meaning).lower()
         return Resolved(key, meaning, f"`{name}` is read as `{key}: {shown}`")
     key = SYNONYMS.get(name, name)

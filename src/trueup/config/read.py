@@ -279,7 +279,7 @@ def _option(bare: str, queue: list[str], takes: Callable[[str], Takes]) -> Entry
     follows = queue[0] if queue and not queue[0].startswith("--") else None
     if takes(key) == "flag":
         if follows is not None and follows.lower() in _BOOLEAN_WORDS:
-            return Entry(key, queue.pop(0), where)
+            return Entry(key, _word_value(key, queue.pop(0)), where)
         return Entry(key, "true", where)
     if key.startswith("no_") and takes(key[3:]) == "flag":
         return Entry(key[3:], "false", where)
@@ -296,6 +296,8 @@ def _snake(key: str) -> str:
 
 def _word_value(key: str, text: str) -> Any:
     """Lists, mappings and parts of mappings (`key.name=1e-6`) as YAML; else the word itself."""
+    if text.strip() in ("null", "Null", "NULL", "~"):
+        return None  # leaves the key unset, as in a file
     if "." not in key and not text.strip().startswith(("[", "{")):
         return text
     try:
