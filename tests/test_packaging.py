@@ -109,7 +109,7 @@ def test_pins_satisfy_the_ranges_and_cover_core_and_dev():
 
 
 def test_floors_close_the_known_holes():
-    """S6, S10 of the security requirements."""
+    """Those that SECURITY.md names."""
     floors = {Requirement(text).name: Requirement(text).specifier for text in PROJECT["dependencies"]}
     for name, unsafe in {"torch": "2.9.1", "transformers": "5.2.0", "jinja2": "3.1.5"}.items():
         assert unsafe not in floors[name]

@@ -1,4 +1,4 @@
-"""S1, S3, S7 of the threat list in SECURITY.md, held by reading our own source."""
+"""What SECURITY.md promises of our own source, held by reading it."""
 
 from __future__ import annotations
 

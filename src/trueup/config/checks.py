@@ -51,14 +51,15 @@ def derive(cfg: RunConfig) -> RunConfig:
     elif cfg.train.warmup_steps >= 1:
         changes["warmup_steps"] = int(cfg.train.warmup_steps)
     if cfg.train.output_dir is None and cfg.model.model_name_or_path:
-        changes["output_dir"] = default_output_dir(cfg)
+        model, method = str(cfg.model.model_name_or_path), cfg.tuning.finetuning_type
+        changes["output_dir"] = default_output_dir(model, method, cfg.objective.stage)
     return cfg.replace(**changes, **_jobs(cfg), **_evaluation(cfg))
 
 
-def default_output_dir(cfg: RunConfig) -> str:
+def default_output_dir(model: str, finetuning_type: str, stage: str) -> str:
     """saves/<model>/<finetuning_type>/<stage>, where the studio and the guides look for runs."""
-    model = str(cfg.model.model_name_or_path).rstrip("/\\").replace("builtin:", "")
-    return f"saves/{PurePath(model).name}/{cfg.tuning.finetuning_type}/{cfg.objective.stage}"
+    name = PurePath(model.rstrip("/\\").replace("builtin:", "")).name
+    return f"saves/{name}/{finetuning_type}/{stage}"
 
 
 def _jobs(cfg: RunConfig) -> dict[str, Any]:

@@ -332,6 +332,15 @@ IDLE = frozenset(
 )
 
 
+#: How the names of keys end whose values are never written down.
+SECRET_ENDINGS = ("_token", "api_key", "password", "_secret")
+
+
+def is_secret(name: str) -> bool:
+    """Whether a key of this name, ours or another tool's, holds a token, an access key or a password."""
+    return name.endswith(SECRET_ENDINGS)
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A key under its canonical name. `key` is None when there is nothing to set."""

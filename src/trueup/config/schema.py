@@ -10,6 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
+from trueup.config.names import is_secret
 from trueup.config.sections.data import DataSection
 from trueup.config.sections.generate import EvaluateSection, ExportSection, GenerateSection
 from trueup.config.sections.model import ModelSection
@@ -28,7 +29,6 @@ SECTIONS: dict[str, type[Section]] = {
     "export": ExportSection,
     "evaluate": EvaluateSection,
 }
-SECRETS = frozenset({"hf_hub_token", "ms_hub_token", "om_hub_token"})
 REDACTED = "<redacted>"
 #: how a run is started, not what it is.
 OF_THE_COMMAND = frozenset({"resume_from_checkpoint", "new_run", "overwrite_output_dir", "allow_changed"})
@@ -36,6 +36,7 @@ OF_THE_COMMAND = frozenset({"resume_from_checkpoint", "new_run", "overwrite_outp
 #: key → the section it is in, and its field.
 SECTION_OF: dict[str, str] = {key: name for name, model in SECTIONS.items() for key in model.model_fields}
 FIELDS: dict[str, FieldInfo] = {key: SECTIONS[name].model_fields[key] for key, name in SECTION_OF.items()}
+SECRETS = frozenset(key for key in FIELDS if is_secret(key))
 for _field in FIELDS.values():
     _field.description = " ".join((_field.description or "").split())
 

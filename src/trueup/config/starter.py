@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from trueup.config.checks import default_output_dir
 from trueup.config.explain import alternative
 from trueup.config.methods import STAGES
 from trueup.config.names import VALUE_SYNONYMS
@@ -67,12 +68,8 @@ def _sections(stage: str, model: str) -> dict[str, dict[str, Any]]:
             "save_steps": 100,
             "plot_loss": True,
         },
-        "output": {"output_dir": _output_dir(model, stage)},
+        "output": {"output_dir": default_output_dir(model, "lora", stage)},
     }
-
-
-def _output_dir(model: str, stage: str) -> str:
-    return f"saves/{model.rstrip('/').replace('builtin:', '').split('/')[-1]}/lora/{stage}"
 
 
 def _block(title: str, keys: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import torch
 
+from trueup.config.names import is_secret
+
 _PACKAGES = (
     *("trueup", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors"),
     *("tokenizers", "numpy", "bitsandbytes", "deepspeed", "vllm", "flash-attn"),
@@ -37,16 +39,12 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-#: How the names of keys end whose values are never written down.
-SECRET_ENDINGS = ("_token", "api_key", "password", "_secret")
-
-
 def _without_secrets(words: Sequence[str]) -> list[str]:
     """A command's words with the values of tokens, keys and passwords blanked out."""
     shown, hide = [], False
     for word in words:
         key, equals, _ = word.partition("=")
-        secret = key.lstrip("-").replace("-", "_").endswith(SECRET_ENDINGS)
+        secret = is_secret(key.lstrip("-").replace("-", "_"))
         shown.append("<redacted>" if hide else f"{key}=<redacted>" if secret and equals else word)
         hide = secret and not equals
     return shown

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from trueup.config.names import is_secret
 from trueup.training import checkpoint as checkpoints
 from trueup.training import durable
 from trueup.training.run_lock import STATUS_FILE, is_alive
@@ -96,8 +97,7 @@ def names_in(path: Path) -> str:
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as JSON values, without tokens, keys and passwords."""
-    endings = ("_token", "api_key", "password", "_secret")
-    kept = {key: value for key, value in config.items() if not key.endswith(endings)}
+    kept = {key: value for key, value in config.items() if not is_secret(key)}
     return json.loads(json.dumps(kept, default=str))
 
 
