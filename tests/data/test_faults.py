@@ -97,6 +97,15 @@ def test_d5_a_renamed_column_gets_the_mapping_to_write(tmp_path):
     message = refuse(tmp_path, jsonl(rows))
     assert "no column `chosen` and `rejected`; found: prompt, good, bad" in message
     assert "did you mean `columns: {chosen: good, rejected: bad}`?" in message
+    assert 'dataset_info.json: "train": {"file_name": "' in message  # it is in no registry yet
+
+
+def test_d5_a_registered_dataset_gets_the_place_of_its_entry(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"question": "q", "x": "a", "y": "b"}]', encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "rows.json"}}', encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load_examples(["mine"], kind="pair", dataset_dir=tmp_path)
+    assert "into its entry, " in str(caught.value) and "dataset_info.json:1" in str(caught.value)
 
 
 def test_d5_one_row_without_the_key_is_named(tmp_path):
@@ -267,6 +276,12 @@ def test_d20_an_unknown_name_lists_the_known_ones(tmp_path):
     message = str(caught.value)
     assert "dataset 'my_pair' is not registered" in message and "did you mean 'my_pairs'?" in message
     assert "dataset_info.json:2" in message and "dpo_en_demo" in message
+
+
+def test_d20_our_own_samples_are_not_where_a_typo_is_mended(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'dpo_en_demo'") as caught:
+        load_examples(["dpo_en_dem"], kind="pair", dataset_dir=tmp_path)
+    assert "builtin" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from toy_program import run_toy
 from trueup.errors import CorruptStateError, ResourceError
 from trueup.training import checkpoint as checkpoints
 from trueup.training import durable
+from trueup.training import state as states
 from trueup.training.loop import WALL_CLOCK
 from trueup.training.run_directory import read_metrics, read_status
 
@@ -273,6 +274,43 @@ def test_retention_does_not_count_what_is_damaged(tmp_path):
         **{**KEYS, "max_steps": 8, "save_total_limit": 2, "lr_scheduler_type": "constant"},
     )  # fmt: skip
     assert steps_in(tmp_path / "run") == [4, 6, 8]  # the damaged one is reported, never deleted
+
+
+def test_a_resume_reads_every_byte_of_the_last_two_only(tmp_path, monkeypatch):
+    for step in (1, 2, 3, 4):
+        commit(tmp_path, step)
+    (tmp_path / "checkpoint-1" / "a.txt").write_bytes(b"")
+    read = []
+    whole = durable.sha256
+    monkeypatch.setattr(durable, "sha256", lambda path: read.append(path.parent.name) or whole(path))
+    assert [found.step for found in checkpoints.all_valid(tmp_path)] == [2, 3, 4]
+    assert set(read) == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_the_best_checkpoint_is_verified_before_it_is_loaded(tmp_path):
+    run_toy(tmp_path / "run", **KEYS)
+    path = tmp_path / "run" / "checkpoint-2" / "masters.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CorruptStateError, match=r"masters.safetensors"):
+        states.load_best_masters(path.parent, None)
+
+
+def test_a_rename_waits_for_a_reader_on_windows(tmp_path, monkeypatch):
+    attempts = []
+
+    def rename(source, target):
+        attempts.append(source)
+        if len(attempts) < 3:
+            raise PermissionError("in use")
+
+    monkeypatch.setattr("os.rename", rename)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(PermissionError):
+        durable.rename(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr("sys.platform", "win32")
+    durable.rename(tmp_path / "a", tmp_path / "b")
+    assert len(attempts) == 3
 
 
 def test_a_checkpoint_deleted_by_hand_does_not_hurt(tmp_path):

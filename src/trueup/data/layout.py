@@ -288,15 +288,16 @@ def _missing_columns(spec: DatasetSpec, found: Sequence[str], columns: Mapping[s
         return Problem(
             f"dataset {spec.name!r}: its columns ({', '.join(found)}) do not hold {_NOUNS[want]}",
             where=spec.origin,
-            fix="say which column is which: `columns: {…}` in dataset_info.json",
+            fix=f"say which column is which: `columns: {{…}}` {_place_of_columns(spec)}",
         )
     names = [spec.columns.get(role) or (role if role in found else USUAL_NAMES[role][0]) for role in missing]
     guesses = suggest_columns(missing, [name for name in found if name not in columns.values()])
     if guesses:
         pairs = ", ".join(f"{role}: {name}" for role, name in guesses.items())
-        fix = f"did you mean `columns: {{{pairs}}}`?"
+        fix = f"did you mean `columns: {{{pairs}}}`? It belongs {_place_of_columns(spec)}"
     else:
-        fix = f"map your columns in dataset_info.json: `columns: {{{missing[0]}: …}}`"
+        pairs = ", ".join(f"{role}: …" for role in missing)
+        fix = f"say which column is which: `columns: {{{pairs}}}` {_place_of_columns(spec)}"
     listed = " and ".join(f"`{name}`" for name in names)
     return Problem(
         f"dataset {spec.name!r}: no column {listed}; found: {', '.join(found) or 'none'}",
@@ -304,6 +305,14 @@ def _missing_columns(spec: DatasetSpec, found: Sequence[str], columns: Mapping[s
         expected=f"{_NOUNS[want]}",
         fix=fix,
     )
+
+
+def _place_of_columns(spec: DatasetSpec) -> str:
+    """Where a user writes `columns`: in the dataset's entry, which a file or hub id given directly has not yet."""
+    if spec.registered:
+        return f"into its entry, {spec.origin}"
+    source = f'"hf_hub_url": "{spec.hub_id}"' if spec.hub_id else f'"file_name": "{spec.source or spec.url}"'
+    return f'into an entry of dataset_info.json: "{spec.name}": {{{source}, "columns": {{…}}}}'
 
 
 def suggest_columns(missing: Sequence[str], free: Sequence[str]) -> dict[str, str]:

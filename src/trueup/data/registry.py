@@ -119,6 +119,7 @@ class DatasetSpec:
     split: str = "train"
     folder: str | None = None
     num_samples: int | None = None
+    registered: bool = False  # whether `origin` is an entry of a registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ def resolve_datasets(
             if entry:
                 specs.append(_from_entry(name, entry, hub))
             else:
-                specs.append(_unregistered(name, directory, hub, {**builtin, **registry}))
+                specs.append(_unregistered(name, directory, hub, registry, builtin))
         except ConfigError as error:
             config_problems += error.problems
         except DataError as error:
@@ -347,6 +348,7 @@ def _from_entry(name: str, entry: _Entry, hub: str) -> DatasetSpec:
     return DatasetSpec(
         name=name,
         origin=entry.origin,
+        registered=True,
         **_source(value, entry, hub, wrong, problems),
         formatting=formatting,
         kind=TYPES.get(kind) if kind else None,
@@ -421,7 +423,9 @@ def _source(value: dict, entry: _Entry, hub: str, wrong, problems: list[Problem]
     raise ConfigError(problems)
 
 
-def _unregistered(name: str, directory: Path, hub: str, registry: Mapping[str, _Entry]) -> DatasetSpec:
+def _unregistered(
+    name: str, directory: Path, hub: str, registry: Mapping[str, _Entry], builtin: Mapping[str, _Entry]
+) -> DatasetSpec:
     """A path, URL or hub id given directly. Raises ConfigError (D20) or DataError (D19)."""
     if _URL(name):
         return DatasetSpec(name, "URL", url=name)
@@ -444,18 +448,20 @@ def _unregistered(name: str, directory: Path, hub: str, registry: Mapping[str, _
         raise DataError([Problem(problem.what, f"dataset {name!r}", fix=problem.fix)])
     if _HUB_ID(name):
         return DatasetSpec(name, "hub id", hub_id=name, hub=hub)
-    raise ConfigError([_unknown_name(name, directory, registry)])
+    raise ConfigError([_unknown_name(name, directory, registry, builtin)])
 
 
-def _unknown_name(name: str, directory: Path, registry: Mapping[str, _Entry]) -> Problem:
+def _unknown_name(name: str, directory: Path, registry: Mapping[str, _Entry], builtin: Mapping[str, _Entry]) -> Problem:
     file = next((directory / n for n in REGISTRY_NAMES if (directory / n).is_file()), None)
-    near = difflib.get_close_matches(name, registry, n=1, cutoff=0.5)
+    known = list(dict.fromkeys([*registry, *builtin]))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    theirs = registry.get(near[0]) if near else None  # our own samples are nothing a user would mend
     add = f'register it in {file or directory / REGISTRY_NAMES[0]}: "{name}": {{"file_name": …}}'
     return Problem(
         f"dataset {name!r} is not registered"
         + ("" if file else f", and there is no registry in {directory.absolute()}"),
-        where=registry[near[0]].origin if near else str(file or directory),
-        expected=f"one of: {_some(list(registry), 12)}; or a path, or a hub id like owner/name",
+        where=theirs.origin if theirs else str(file or "dataset"),
+        expected=f"one of: {_some(known, 12)}; or a path, or a hub id like owner/name",
         fix=f"did you mean {near[0]!r}? Or {add}" if near else add,
     )
 

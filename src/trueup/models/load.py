@@ -153,11 +153,12 @@ def load_base(
             dtype=dtype,
             use_safetensors=True,
             attn_implementation=_plain_attention(model),
+            device_map={"": device},  # straight to the device: no process holds a copy in host memory first
             **common,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(name or location, access, error) from error
-    return base.to(device).eval()
+    return base.eval()
 
 
 def _plain_attention(model: ModelSection) -> str | None:

@@ -98,7 +98,7 @@ def commit(
         if target.exists():  # a bad one of that step, or one of an abandoned continuation
             set_aside(target)
         boundary(POINT)
-        os.rename(stage, target)
+        durable.rename(stage, target)
         boundary(POINT)
         durable.sync_directory(parent)
         boundary(POINT)
@@ -127,13 +127,13 @@ def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
         boundary(POINT)
 
 
-def verify(path: Path) -> Checkpoint:
-    """Read the manifest and compare every file with it. Raises CorruptStateError naming file and
-    both hashes.
+def verify(path: Path, contents: bool = True) -> Checkpoint:
+    """Read the manifest and compare every file with it; without `contents` only names and sizes, which is quick.
+    Raises CorruptStateError naming file and both hashes.
     """
     manifest = _read_manifest(path)
     for entry in manifest["files"]:
-        _verify_file(path / entry["name"], entry)
+        _verify_file(path / entry["name"], entry, contents)
     return Checkpoint(path, int(manifest["step"]), manifest)
 
 
@@ -156,6 +156,7 @@ def newest_valid(parent: Path) -> Checkpoint | None:
     are.
     """
     for path in checkpoints(parent):
+        say_verifying(path)
         try:
             checkpoint = verify(path)
         except CorruptStateError as error:
@@ -167,13 +168,22 @@ def newest_valid(parent: Path) -> Checkpoint | None:
     return None
 
 
+def say_verifying(path: Path) -> None:
+    """Reading many gigabytes takes a while."""
+    gigabytes = sum(file.stat().st_size for file in durable.walk_files(path)) / 2**30
+    if gigabytes > 1:
+        _log.info("verifying %s (%.1f GB)", path.name, gigabytes)
+
+
 def all_valid(parent: Path) -> list[Checkpoint]:
-    """Every checkpoint that verifies, oldest first."""
-    found = []
-    for path in reversed(checkpoints(parent)):
+    """Every checkpoint that verifies, oldest first. The last two, on which a run's safety rests, by every byte; older
+    ones by names and sizes: they are only counted, and removed.
+    """
+    found: list[Checkpoint] = []
+    for path in checkpoints(parent):
         with contextlib.suppress(CorruptStateError):
-            found.append(verify(path))
-    return found
+            found.append(verify(path, contents=len(found) < 2))
+    return found[::-1]
 
 
 def set_aside(path: Path) -> Path:
@@ -183,7 +193,7 @@ def set_aside(path: Path) -> Path:
     number = 1
     while (target := path.with_name(f"{path.name}.set-aside-{number}")).exists():
         number += 1
-    os.rename(path, target)
+    durable.rename(path, target)
     return target
 
 
@@ -210,7 +220,7 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with _disk(path.parent, f"removing {path}"), _staged(doomed, make=False):
         boundary(POINT)
-        os.rename(path, doomed)
+        durable.rename(path, doomed)
         boundary(POINT)
 
 
@@ -301,11 +311,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
+def _verify_file(path: Path, entry: Mapping[str, Any], contents: bool) -> None:
     if not path.is_file():
         raise CorruptStateError("the file is missing", where=str(path))
     try:
-        size, digest = path.stat().st_size, durable.sha256(path)
+        size = path.stat().st_size
+        digest = durable.sha256(path) if contents else entry["sha256"]
     except OSError as error:
         raise CorruptStateError(f"the file cannot be read: {error}", where=str(path)) from error
     if size != entry["size"] or digest != entry["sha256"]:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,20 @@ def sync_file(path: Path) -> None:
     """
     path.chmod(0o666 & ~_UMASK)
     with open(path, "rb+") as file:  # Windows flushes only handles that may write
-        os.fsync(file.fileno())
+        _flush(file.fileno())
+
+
+def _flush(handle: int) -> None:
+    """Push an open file to the disk. On a Mac `fsync` reaches the disk's cache only."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        try:
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # a file system without it: network shares, FAT
+            pass
+    os.fsync(handle)
 
 
 def sync_directory(path: Path) -> None:
@@ -63,13 +76,20 @@ def sync_directory(path: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """`os.replace`, patient with Windows, where a reader that has the target open makes it fail for
-    a moment.
-    """
+    """Put a file in the place of another, in one step."""
+    _patiently(lambda: os.replace(source, target))
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file or directory a name that nothing has."""
+    _patiently(lambda: os.rename(source, target))
+
+
+def _patiently(action: Callable[[], None]) -> None:
+    """Windows refuses for a moment while a reader, an indexer or a virus scanner has one of the files open."""
     for attempt in range(20):
         try:
-            os.replace(source, target)
-            return
+            return action()
         except PermissionError:
             if sys.platform != "win32" or attempt == 19:
                 raise
@@ -85,7 +105,7 @@ def write_text(path: Path, text: str, sync: bool = True) -> None:
             file.write(text)
             if sync:
                 file.flush()
-                os.fsync(file.fileno())
+                _flush(file.fileno())
         boundary("file:write")
         replace(stage, path)
     finally:

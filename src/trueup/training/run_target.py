@@ -103,6 +103,7 @@ def find_checkpoint(path: Path, resume: Resume, config: Mapping[str, Any], allow
 
 
 def _named_checkpoint(path: Path) -> Checkpoint:
+    checkpoints.say_verifying(path)
     found = checkpoints.verify(path)
     if not found.resumable:
         raise CorruptStateError(

@@ -27,7 +27,7 @@ from torch import Tensor
 from trueup.errors import CorruptStateError
 from trueup.training import durable
 from trueup.training.backend import Backend, HostMetrics
-from trueup.training.checkpoint import POINT, STATE_FILE
+from trueup.training.checkpoint import POINT, STATE_FILE, verify
 from trueup.training.metrics import MetricSums
 from trueup.training.optim import MasterOptimizer
 
@@ -180,7 +180,8 @@ def restore(
 
 
 def load_best_masters(directory: Path, optimizer: MasterOptimizer) -> None:
-    """Set only the weights, from a verified checkpoint."""
+    """Set only the weights. Raises CorruptStateError if the checkpoint's bytes have changed since it was saved."""
+    verify(directory)
     optimizer.load_masters(load_file(directory / MASTERS_FILE))
 
 
