@@ -66,7 +66,7 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
         raise ConfigError(
             f"{len(plan.units)} {unit}, {rows_per_step} {unit} a step "
             f"({train.per_device_train_batch_size} per device × {train.gradient_accumulation_steps} accumulation × "
-            f"{world_size} processes) → 0 steps with dataloader_drop_last",
+            f"{world_size} process{'' if world_size == 1 else 'es'}) → 0 steps with dataloader_drop_last",
             where="per_device_train_batch_size",
             fix="lower per_device_train_batch_size or gradient_accumulation_steps, or set dataloader_drop_last: false",
         )
