@@ -16,11 +16,13 @@ import pytest
 import torch
 import yaml
 from processes import fork, has_checkpoint, needs_fork, wait, wait_until
-from toy_program import run_toy
+from toy_program import ToyProgram, run_toy
 
 from trueup.errors import ConfigError, CorruptStateError, ResourceError
+from trueup.training.backend import Single
 from trueup.training.compatibility import check_resumable
 from trueup.training.environment import describe_environment
+from trueup.training.evaluation import evaluate_run
 from trueup.training.loop import resume_command
 from trueup.training.run_directory import (
     RunDirectory,
@@ -29,7 +31,7 @@ from trueup.training.run_directory import (
     read_status,
 )
 from trueup.training.run_lock import boot_id, is_alive, this_process
-from trueup.training.signals import Stopped, StopRequest
+from trueup.training.signals import Stopped, StopRequest, sigterm_cleans_up
 
 # --- who may write ----------------------------------------------------------------------------
 
@@ -393,6 +395,31 @@ def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch):
         with pytest.raises(SystemExit):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
+
+
+def test_sigterm_outside_of_steps_cleans_up(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, sigterm_cleans_up(), RunDirectory.open(tmp_path / "run"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert caught.value.code == 143
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["exit_code"]) == ("stopped", 143)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_stops_an_evaluation_in_order(tmp_path):
+    class Interrupted(ToyProgram):
+        def loss(self, batch, totals):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().loss(batch, totals)
+
+    with pytest.raises(Stopped, match="the evaluation was stopped") as caught:  # noqa: SIM117
+        with RunDirectory.open(tmp_path / "run", {"do_train": False}, join=True) as run:
+            evaluate_run(Interrupted(), run, Single())
+    assert caught.value.exit_code == 130
+    assert read_status(tmp_path / "run")["state"] == "stopped"
+    assert not (tmp_path / "run" / "eval_results.json").exists()
 
 
 def test_the_resume_command_starts_as_many_processes(monkeypatch):

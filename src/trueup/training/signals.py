@@ -4,6 +4,7 @@ ends the process at once; elsewhere the first ends it, in an orderly way.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -17,6 +18,8 @@ from trueup.errors import UserError
 
 if TYPE_CHECKING:
     from trueup.training.backend import Backend
+
+_log = logging.getLogger("trueup")
 
 #: A launcher passes a signal on that the whole process group may have got as well (Slurm, systemd):
 #: what comes within this time is the same one.
@@ -77,6 +80,7 @@ def sigterm_cleans_up() -> Iterator[None]:
     """While open, SIGTERM ends the process as Ctrl-C does: through every `finally`, with exit code 143."""
 
     def end(signum: int, frame: FrameType | None) -> None:
+        _log.warning("ended by SIGTERM outside of the training's steps; checkpoints and caches are as they were")
         raise SystemExit(128 + signum)
 
     if threading.current_thread() is not threading.main_thread():
