@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
 from trueup.errors import ConfigError
@@ -139,8 +140,9 @@ def check_schedule(settings: Any) -> None:
             num_training_steps=total,
             scheduler_specific_kwargs=dict(settings.lr_scheduler_kwargs),
         )
-        for step in (0, total // 2, total):
-            float(schedule.lr_lambdas[0](step))
+        if isinstance(schedule, LambdaLR):
+            for step in (0, total // 2, total):
+                float(schedule.lr_lambdas[0](step))
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(
             f"`lr_scheduler_type: {settings.lr_scheduler_type}` does not work with these kwargs: {error}",
