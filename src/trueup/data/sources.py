@@ -36,6 +36,7 @@ Row = dict[str, Any]
 _SHOWN = 10  # faults listed per file; the rest is counted
 _IN_FULL = 3
 _SAMPLE = 64 * 1024  # bytes looked at to guess an encoding
+_LONG_MEGABYTES = 200  # a file whose reading takes long enough to be said
 
 
 @dataclass(slots=True)
@@ -210,6 +211,8 @@ def _read_file(label: str, content: Path | bytes) -> Part:
         )
     if suffix in (".parquet", ".arrow"):
         return _read_table(label, content, suffix)
+    if isinstance(content, Path) and (megabytes := content.stat().st_size >> 20) > _LONG_MEGABYTES:
+        log.info("reading %s (%s MB)", label, f"{megabytes:,}")
     data = content if isinstance(content, bytes) else content.read_bytes()
     text, notes = _decode(label, data)
     reader = _TEXT_READERS.get(suffix, _read_json)
