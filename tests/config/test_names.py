@@ -164,7 +164,7 @@ def test_every_v4_name_is_known_at_its_default():
 
 
 def test_no_name_has_two_meanings():
-    groups = [set(FIELDS), set(names.SYNONYMS), set(names.SWITCHES), set(names.REFUSED), names.IDLE]
+    groups = [set(FIELDS), set(names.SYNONYMS), set(names.SWITCHES), set(names.REFUSED), set(names.IDLE)]
     for position, group in enumerate(groups):
         for other in groups[position + 1 :]:
             assert not group & other
@@ -232,6 +232,15 @@ def test_keys_that_describe_a_machine_never_fail():
                "preprocessing_num_workers": 16, "dataloader_pin_memory": True, "tf32": True,
                "report_to": "wandb", "ddp_find_unused_parameters": False}  # fmt: skip
     assert load_config({**BASE, **machine})
+
+
+def test_idle_keys_say_why_where_a_reader_would_wonder(caplog):
+    with caplog.at_level("INFO", "trueup"):
+        load_config({**BASE, "logging_dir": "runs", "use_cache": False})
+    assert [r.message for r in caplog.records] == [
+        "`logging_dir` has no effect here: TensorBoard's files are in output_dir/runs",
+        "`use_cache` has no effect here",
+    ]
 
 
 def test_help_on_a_key_by_any_of_its_names():

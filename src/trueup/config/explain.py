@@ -6,7 +6,7 @@ import difflib
 from typing import Any, Literal, get_args
 
 from trueup.config.methods import ACTS_WITH, LATER, LATER_VALUES, OTHER_VERBS, SET
-from trueup.config.names import IDLE, REFUSED, SWITCHES, SYNONYMS
+from trueup.config.names import IDLE, REFUSED, SWITCHES, SYNONYMS, idle_words
 from trueup.config.schema import FIELDS, SECRETS, SECTION_OF, default, kinds
 
 #: why a range is what it is, where that is not plain from the key.
@@ -134,7 +134,7 @@ def explain(key: str) -> str:
     if key in REFUSED:
         return f"{key}: not taken: {REFUSED[key].reason}"
     if key in IDLE:
-        return f"{key}: accepted, has no effect"
+        return f"{key}: accepted, " + idle_words(key).partition("` ")[2]
     if key not in FIELDS:
         near = nearest(key)
         return f"{key}: unknown" + (f"; did you mean {near}?" if near else "")

@@ -132,7 +132,7 @@ def _settle(
             problems += _refused(name, entry.value, where)
             continue
         if name in names.IDLE:
-            log.info("`%s` has no effect here", name)
+            log.info("%s", names.idle_words(name))
             continue
         resolved = names.resolve(name, entry.value)
         if resolved.notice:

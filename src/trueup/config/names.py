@@ -310,26 +310,46 @@ REFUSED: dict[str, Refused] = {
     **_refuse("YAML merge keys are not read; write the keys out", "<<"),
 }
 
-#: accepted and without effect, because what they ask for always holds or has no counterpart here.
-IDLE = frozenset(
-    words(
-        """
-        average_tokens_across_devices batch_eval_metrics bf16_full_eval dataloader_in_order
-        dataloader_multiprocessing_context ddp_broadcast_buffers ddp_bucket_cap_mb
-        ddp_find_unused_parameters ddp_static_graph dispatch_batches enable_jit_checkpoint
-        eval_accumulation_steps eval_do_concat_batches eval_use_gather_object fp16_backend
-        fp16_full_eval fp16_opt_level half_precision_backend include_effective_tokens_per_second
-        include_for_metrics include_inputs_for_metrics include_num_input_tokens_seen
-        include_tokens_per_second label_names length_column_name local_rank log_level_replica
-        log_on_each_node logging_dir logging_nan_inf_filter prediction_loss_only ray_scope
-        remove_unused_columns restore_callback_states_from_checkpoint save_on_each_node
-        padding_free pad_to_multiple_of pad_token padding_value label_pad_token_id eval_packing
-        shuffle_dataset use_logits_to_keep precompute_ref_batch_size force_use_ref_model
-        f_alpha_divergence_coef ignore_bias_buffers base_model_attribute_name
-        skip_memory_metrics sortish_sampler split_batches use_cache use_legacy_prediction_loop
-        """
-    )
-)
+#: accepted and without effect, because what they ask for always holds or has no counterpart here; with the
+#: reason, where a reader would wonder.
+IDLE: dict[str, str] = {
+    **dict.fromkeys(
+        words(
+            """
+            base_model_attribute_name batch_eval_metrics dataloader_in_order
+            dataloader_multiprocessing_context ddp_broadcast_buffers ddp_bucket_cap_mb
+            ddp_find_unused_parameters ddp_static_graph dispatch_batches eval_accumulation_steps
+            eval_do_concat_batches eval_use_gather_object f_alpha_divergence_coef fp16_backend
+            fp16_opt_level half_precision_backend ignore_bias_buffers
+            include_effective_tokens_per_second include_for_metrics include_inputs_for_metrics
+            include_num_input_tokens_seen include_tokens_per_second label_names length_column_name
+            local_rank log_level_replica log_on_each_node precompute_ref_batch_size
+            prediction_loss_only ray_scope remove_unused_columns
+            restore_callback_states_from_checkpoint save_on_each_node skip_memory_metrics
+            sortish_sampler use_cache use_legacy_prediction_loop use_logits_to_keep
+            """
+        ),
+        "",
+    ),
+    "logging_dir": "TensorBoard's files are in output_dir/runs",
+    "average_tokens_across_devices": "a loss is always averaged over all processes",
+    "bf16_full_eval": "evaluation computes as training does",
+    "fp16_full_eval": "evaluation computes as training does",
+    "enable_jit_checkpoint": "SIGTERM always saves",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "split_batches": "per_device_train_batch_size counts the rows of one process",
+    "shuffle_dataset": "the order follows from seed; disable_shuffling: true keeps that of the files",
+    "force_use_ref_model": "ref_model is used whenever it is set",
+    **dict.fromkeys(
+        words("padding_free pad_to_multiple_of pad_token padding_value label_pad_token_id eval_packing"),
+        "nothing is padded",
+    ),
+}
+
+
+def idle_words(name: str) -> str:
+    """What to say of an idle key."""
+    return f"`{name}` has no effect here" + (f": {IDLE[name]}" if IDLE[name] else "")
 
 
 #: How the names of keys end whose values are never written down.
