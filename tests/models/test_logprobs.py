@@ -9,11 +9,13 @@ from torch import nn
 from trueup.models.logprobs import Head, token_logps
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("tile", [(1, 5), (4, 8), (64, 64)])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (1.0, 3.0), (2.0, 5.0)])
-def test_equals_full_logits(chunk: int, trained: bool, bias: bool, scale: float, softcap: float | None) -> None:
+def test_equals_full_logits(
+    tile: tuple[int, int], trained: bool, bias: bool, scale: float, softcap: float | None
+) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(8, 23, bias=bias, dtype=torch.float64).requires_grad_(trained)
     head = Head(linear, scale, softcap)
@@ -33,7 +35,7 @@ def test_equals_full_logits(chunk: int, trained: bool, bias: bool, scale: float,
         z = softcap * torch.tanh(z / softcap) if softcap else z
         return torch.log_softmax(z, -1).gather(1, target[:, None]).squeeze(1)
 
-    for actual, expected in zip(run(lambda h: token_logps(h, head, target, chunk)), run(full), strict=True):
+    for actual, expected in zip(run(lambda h: token_logps(h, head, target, tile)), run(full), strict=True):
         if expected is None:
             assert actual is None
         else:

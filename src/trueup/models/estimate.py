@@ -19,7 +19,7 @@ from trueup.models.load import (
     unfreeze,
     wants_checkpointing,
 )
-from trueup.models.logprobs import CHUNK
+from trueup.models.logprobs import LARGE_TILE, TILES
 
 FP32 = 4  # bytes
 
@@ -35,7 +35,7 @@ class Estimate:
     weights: int
     optimizer: int  # fp32 masters, gradients and two moments of what trains
     activations: int
-    head: int  # logits of one chunk, twice
+    head: int  # one tile of logits, in compute dtype and in fp32
     checkpoint: int  # one checkpoint on disk
 
     @property
@@ -60,6 +60,7 @@ def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int) -> 
     device = pick_device(cfg.model.device)
     dtype = pick_dtype(device, cfg.train.bf16, cfg.train.fp16)
     width = dtype.itemsize
+    rows, columns = TILES.get(device.type, LARGE_TILE)
     base.requires_grad_(False)
     text = base.config.get_text_config()
     parameters = sum(p.numel() for p in base.parameters())
@@ -79,7 +80,7 @@ def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int) -> 
         weights=parameters * width,
         optimizer=trainable * 4 * FP32,
         activations=_activations(text, micro_batch_tokens, width, wants_checkpointing(cfg.train, device)),
-        head=2 * CHUNK * text.vocab_size * FP32,
+        head=rows * min(columns, text.vocab_size) * (width + FP32),
         checkpoint=saved * FP32 + 3 * trainable * FP32,
     )
 

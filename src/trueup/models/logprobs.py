@@ -1,20 +1,27 @@
-"""Hidden states → log-probabilities of the target tokens, in chunks: `[N, V]` logits never exist at once.
+"""Hidden states → log-probabilities of the target tokens, in tiles: `[N, V]` logits never exist at once.
 
-The one place where objectives meet the model's head. Frozen plain heads take a hand-written backward whose gradient
-is made in the forward pass (per row it is a scalar times `W[target] - softmax·W`, so nothing must be recomputed);
-trained plain heads recompute the chunk in the backward; any other head (adapted, quantised) is called as a module
-and recomputed.
+The one place where objectives meet the model's head. Plain linear heads go tile by tile over rows and vocabulary with
+a running maximum (online softmax, Milakov & Gimelshein 2018, arXiv 1805.02867). A frozen head's gradient is made on
+the way (per row it is a scalar times `W[target] − softmax·W`, so nothing is recomputed); a trained head's tiles are
+recomputed in the backward, where the row's normaliser is known. Any other head (adapted, quantised) is called as a
+module and recomputed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-#: Rows of logits held at once. 512 rows of a 152k vocabulary are 300 MB in fp32.
+#: Logits held at once: rows × vocabulary entries. On a CPU a tile stays in the cache (docs/log.md, 2026-11-21); a GPU
+#: wants larger products.
+TILES = {"cpu": (512, 8192)}
+LARGE_TILE = (2048, 32768)
+
+#: Rows of whole logits held at once by heads that are not plain linear layers.
 CHUNK = 512
 
 
@@ -30,33 +37,41 @@ class Head:
     softcap: float | None = None  # logits become softcap · tanh(logits / softcap) (Gemma 2)
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Raw fp32 logits → the architecture's logits, in place where no gradient flows."""
+        """Raw logits → the architecture's logits."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """d logits / d raw logits, from the finished logits."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1.0 - (logits / self.softcap) ** 2)  # tanh' = 1 − tanh²
 
-def token_logps(hidden: Tensor, head: Head, target: Tensor, chunk: int = CHUNK) -> Tensor:
+
+def token_logps(hidden: Tensor, head: Head, target: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
     """log p(target | hidden) for N positions.
 
     Args:
         hidden: [N, H] hidden states after the final norm, in compute dtype.
         target: [N] token ids.
-        chunk: rows of logits held at once.
+        tile: rows and vocabulary entries of logits held at once; the device's by default.
 
     Returns:
         [N] fp32, differentiable in `hidden` and in the head's trained parameters.
     """
     module = head.module
-    if type(module) is nn.Linear and not module.weight.requires_grad and not _hooked(module):
-        return _FrozenHead.apply(hidden, module.weight, module.bias, target, head, chunk)
+    tile = tile or TILES.get(hidden.device.type, LARGE_TILE)
+    if type(module) is nn.Linear and not _hooked(module):
+        return _LinearHead.apply(hidden, module.weight, module.bias, target, head, tile)
 
     def project(rows: Tensor, targets: Tensor) -> Tensor:
         return _gather_logps(head.finish(module(rows).float()), targets)
 
     pieces = []
+    chunk = min(tile[0], CHUNK)
     for rows, targets in zip(hidden.split(chunk), target.split(chunk), strict=True):
         if torch.is_grad_enabled():
             pieces.append(checkpoint(project, rows, targets, use_reentrant=False))
@@ -73,37 +88,126 @@ def _gather_logps(logits: Tensor, target: Tensor) -> Tensor:
     return logits.gather(1, target[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
 
 
-class _FrozenHead(torch.autograd.Function):
-    """log p = z_y − logsumexp(z), z = finish(W h + b); d log p / d h = Wᵀ (f'(z) ⊙ (onehot_y − softmax z))."""
+class _Tiles:
+    """The tiles of `finish(hidden Wᵀ + b)`, through buffers that every tile uses again."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tile: tuple[int, int]) -> None:
+        self.weight, self.bias, self.head = weight, bias, head
+        self.rows, self.columns = max(1, min(tile[0], len(hidden))), min(tile[1], len(weight))
+        self.exact = torch.promote_types(hidden.dtype, torch.float32)
+        self._raw = hidden.new_empty(self.rows * self.columns)
+        self._fine = hidden.new_empty(self.rows * self.columns, dtype=self.exact)
+
+    def row_slices(self, count: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.rows, count)) for start in range(0, count, self.rows))
+
+    def columns_of(self, rows: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """(first entry, tile of W, raw logits, finished logits, fine buffer) for each stretch of the vocabulary."""
+        for start in range(0, len(self.weight), self.columns):
+            part = self.weight[start : start + self.columns]
+            shape = len(rows), len(part)
+            raw, fine = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (self._raw, self._fine))
+            torch.mm(rows, part.t(), out=raw)
+            if self.bias is not None:
+                raw += self.bias[start : start + self.columns]
+            plain = self.head.scale == 1.0 and self.head.softcap is None
+            yield start, part, raw, raw if plain else self.head.finish(raw.to(self.exact)), fine
+
+
+class _LinearHead(torch.autograd.Function):
+    """log p = z_y − logsumexp(z), z = finish(W h + b); d log p / d h = Wᵀ (finish'(z) ⊙ (onehot_y − softmax z))."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, head: Head, chunk: int):
-        logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            raw = torch.addmm(bias, hidden[rows], weight.t()) if bias is not None else hidden[rows] @ weight.t()
-            logits = head.finish(raw.float())
-            logps[rows] = _gather_logps(logits, target[rows])
-            if slopes is not None:
-                slopes[rows] = _slope(logits, target[rows], head).to(weight.dtype) @ weight
-        if slopes is not None:
+    def forward(ctx, hidden, weight, bias, target, head: Head, tile: tuple[int, int]):
+        trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        wants_slope = ctx.needs_input_grad[0] and not trained
+        logps, normaliser, slopes = _logps(hidden, weight, bias, target, head, tile, wants_slope)
+        ctx.trained, ctx.head, ctx.tile = trained, head, tile
+        if trained:
+            ctx.save_for_backward(hidden, weight, bias, target, normaliser)
+        elif wants_slope:
             ctx.save_for_backward(slopes)
         return logps
 
     @staticmethod
     def backward(ctx, grad_logps):
+        if ctx.trained:
+            hidden, weight, bias, target, normaliser = ctx.saved_tensors
+            grads = _trained_gradients(
+                hidden, weight, bias, target, normaliser, grad_logps, ctx.head, ctx.tile, ctx.needs_input_grad
+            )
+            return *grads, None, None, None
         (slopes,) = ctx.saved_tensors
         return slopes * grad_logps[:, None].to(slopes.dtype), None, None, None, None, None
 
 
-def _slope(logits: Tensor, target: Tensor, head: Head) -> Tensor:
-    """d log p / d raw logits, [rows, V] fp32."""
-    slope = torch.softmax(logits, dim=1).neg_()
-    slope[torch.arange(len(target), device=target.device), target] += 1.0
-    if head.softcap is not None:
-        slope *= 1.0 - (logits / head.softcap) ** 2  # tanh' = 1 − tanh²
-    return slope.mul_(head.scale) if head.scale != 1.0 else slope
+def _logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head, tile: tuple[int, int], slope: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities [N] fp32, logsumexp [N, 1] and, if asked for, d log p / d hidden [N, H]."""
+    tiles = _Tiles(hidden, weight, bias, head, tile)
+    exact = {"dtype": tiles.exact, "device": hidden.device}
+    normaliser = torch.empty(len(hidden), 1, **exact)
+    picked = torch.zeros(len(hidden), 1, **exact)
+    slopes = torch.empty_like(hidden) if slope else None
+    for rows in tiles.row_slices(len(hidden)):
+        x, y = hidden[rows], target[rows, None]
+        largest = torch.full((len(x), 1), -torch.inf, **exact)
+        total = torch.zeros(len(x), 1, **exact)
+        expected = torch.zeros(len(x), hidden.shape[1], **exact)  # Σ exp(z − largest) finish'(z) W
+        own_slope: Tensor | float = head.scale  # finish' at the target
+        for start, part, raw, logits, fine in tiles.columns_of(x):
+            inside = (y >= start) & (y < start + len(part))
+            at = (y - start).clamp(0, len(part) - 1)
+            picked[rows] = torch.where(inside, logits.gather(1, at).to(tiles.exact), picked[rows])
+            before = largest
+            largest = torch.maximum(before, logits.amax(1, keepdim=True).to(tiles.exact))
+            shrink = torch.exp(before - largest)
+            weights = torch.sub(logits, largest, out=fine).exp_()
+            total.mul_(shrink).add_(weights.sum(1, keepdim=True))
+            if slopes is not None:
+                if head.softcap is not None:
+                    weights = weights.mul_(head.slope(logits))
+                expected.mul_(shrink).add_(raw.copy_(weights) @ part)
+        normaliser[rows] = largest + total.log()
+        if slopes is not None:
+            mean = expected / total
+            if head.softcap is None:
+                mean *= head.scale
+            else:
+                own_slope = head.slope(picked[rows])
+            slopes[rows] = weight[y.squeeze(1)] * own_slope - mean
+    return (picked - normaliser).squeeze(1).float(), normaliser, slopes
+
+
+def _trained_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, normaliser: Tensor, grad_logps: Tensor,
+    head: Head, tile: tuple[int, int], needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of hidden, weight and bias, from tiles made again."""
+    tiles = _Tiles(hidden, weight, bias, head, tile)
+    d_hidden = torch.zeros(hidden.shape, dtype=tiles.exact, device=hidden.device)
+    d_weight = torch.zeros(weight.shape, dtype=tiles.exact, device=weight.device) if needed[1] else None
+    d_bias = torch.zeros(len(weight), dtype=tiles.exact, device=weight.device) if needed[2] else None
+    for rows in tiles.row_slices(len(hidden)):
+        x, y, g = hidden[rows], target[rows, None], grad_logps[rows, None].to(tiles.exact)
+        for start, part, raw, logits, fine in tiles.columns_of(x):
+            slope = torch.sub(logits, normaliser[rows], out=fine).exp_().mul_(-g)  # −g softmax(z)
+            inside = (y >= start) & (y < start + len(part))
+            at = (y - start).clamp(0, len(part) - 1)
+            slope.scatter_add_(1, at, torch.where(inside, g, 0.0))
+            slope.mul_(head.slope(logits))
+            if d_bias is not None:
+                d_bias[start : start + len(part)] += slope.sum(0)
+            slope = raw.copy_(slope)
+            d_hidden[rows] += slope @ part
+            if d_weight is not None:
+                d_weight[start : start + len(part)] += slope.t() @ x
+    return (
+        d_hidden.to(hidden.dtype),
+        None if d_weight is None else d_weight.to(weight.dtype),
+        None if d_bias is None else d_bias.to(weight.dtype),
+    )
 
 
 def sum_by_sequence(logps: Tensor, owner: Tensor, num_sequences: int) -> Tensor:
