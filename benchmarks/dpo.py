@@ -99,7 +99,7 @@ def one_round(
         except Failed as error:
             print("failed")
             print(error, file=sys.stderr)
-            runs.append({"round": number, "variant": who.name, "failed": str(error)})
+            runs.append({"round": number, "variant": who.name, "failed": True})
             continue
         print(f"{outcome.seconds:.1f} s, {outcome.usage.peak_gb:.1f} GiB")
         runs.append({"round": number, "variant": who.name, **as_run(outcome)})

@@ -67,7 +67,7 @@ def main() -> None:
     from trueup.training.environment import describe_environment
 
     found = describe_environment()
-    found.pop("command")
+    del found["command"], found["platform"]
     found["cpu"]["instructions"] = instructions()
     print(json.dumps({**found, "peak_tflops": round(peak_tflops(), 3)}))
 

@@ -1,9 +1,11 @@
-"""The four workloads: real text, cut and written so that every tool trains on the same token sequences.
+"""The workloads: real text, cut and written so that every tool trains on the same token sequences.
 
     a  the first rows of dpo_en_demo: long and short, single and many turns
     b  short prompts and long answers, as in UltraFeedback
     c  short dialogues with short answers: HH-RLHF
     d  a long prompt with four answers, two pairs on one prompt side by side, as GRPO sees them
+
+    sql  the bundled requests of the built-in model, for checks that need no other text
 
 Texts are stripped, and an answer that would not fit loses its end here instead of in each tool's own way.
 """
@@ -49,6 +51,7 @@ WORKLOADS = {
     "b": Workload("short prompts, long answers (UltraFeedback-like)", 16, 2),
     "c": Workload("short dialogues (HH-RLHF)", 32, 4, 512),
     "d": Workload("long shared prompt, four answers (GRPO-like)", 16, 2),
+    "sql": Workload("requests and SQL, bundled", 80, 4, 256),
 }
 
 
@@ -151,7 +154,12 @@ def _next(texts: Iterator[str], tokenizer: Tokenizer, least: int) -> str:
     return next(text for text in texts if len(tokenizer.encode(text).ids) >= least)
 
 
-_SOURCES = {"a": english, "b": long_answers, "c": dialogues, "d": shared_prompts}
+def bundled(_: Path, __: Tokenizer) -> Iterator[Pair]:
+    for row in read_json_lines(REPOSITORY / "src" / "trueup" / "builtin" / "data" / "sql_pairs.jsonl"):
+        yield Pair([{"role": "user", "content": row["instruction"].strip()}], row["chosen"], row["rejected"])
+
+
+_SOURCES = {"a": english, "b": long_answers, "c": dialogues, "d": shared_prompts, "sql": bundled}
 
 
 # --- lengths ----------------------------------------------------------------------------------
