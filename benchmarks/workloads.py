@@ -95,7 +95,6 @@ def prepare(key: str, model: Path, directory: Path, rows: int | None = None, dat
     pairs = [pair for pair in fitted if pair]
     if not pairs:
         raise Failed(f"workload {key}: no row fits into {workload.max_length} tokens of this tokenizer")
-    directory.mkdir(parents=True, exist_ok=True)
     write(pairs, directory)
     return Prepared(directory, workload, count(pairs, tokenizer, workload.batch, len(candidates) - len(pairs)))
 
@@ -209,6 +208,8 @@ def count(pairs: Sequence[Pair], tokenizer: Tokenizer, batch: int, dropped: int 
 
 def write(pairs: Sequence[Pair], directory: Path) -> None:
     """`trl.jsonl` (TRL and trueup), `swift.jsonl`, and `sharegpt.json` with its dataset_info.json."""
+
+    directory.mkdir(parents=True, exist_ok=True)
 
     def answer(text: str) -> Turn:
         return {"role": "assistant", "content": text}
