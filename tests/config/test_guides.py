@@ -42,27 +42,21 @@ WORKS = {
     "G4 sft": G4 + "--stage sft --model_name_or_path ./pretrain_output --dataset my_sft "
     "--lora_target all-linear --max_seq_length 1024 --evaluation_strategy steps --eval_steps 50 "
     "--load_best_model_at_end True",
+    "G2 ppo": G2 + "--stage ppo --dataset sql_ppo_prompts --ppo_score_norm --kl_coeff 0.1 "
+    "--reward_model saves/Qwen1.5-7B/lora/sql_reward_model_v1 --dpo_beta 0.1",
+    "G4 rlhf": G4 + "--stage rlhf --model_name_or_path ./sft_output --dataset my_sft "
+    "--rm_path ./rm_output --ppo_clip_ratio 0.2 --ppo_kl_coeff 0.05 --max_grad_norm 1.0",
     "G4 dpo": G4 + "--stage dpo --model_name_or_path ./sft_output --dataset my_dpo_data "
     "--dpo_beta 0.1",
 }  # fmt: skip
 
 LATER = {
-    "G2 ppo": (
-        G2 + "--stage ppo --dataset sql_ppo_prompts --ppo_score_norm --kl_coeff 0.1 "
-        "--reward_model saves/Qwen1.5-7B/lora/sql_reward_model_v1 --dpo_beta 0.1",
-        ["stage: ppo"],
-    ),
     "G2 rm": (G2 + "--stage rm --dataset sql_dpo_custom", ["stage: rm"]),
     "G3 hinge": (G3 + "pref_loss=hinge", ["pref_loss: hinge"]),
     "G3 orpo": (G3 + "pref_loss=orpo pref_ftx=0.1", ["pref_loss: orpo"]),
     "G4 rm": (
         G4 + "--stage rm --model_name_or_path ./sft_output --dataset my_rm --lora_target value",
         ["stage: rm"],
-    ),
-    "G4 rlhf": (
-        G4 + "--stage rlhf --model_name_or_path ./sft_output --dataset my_sft "
-        "--rm_path ./rm_output --ppo_clip_ratio 0.2 --ppo_kl_coeff 0.05 --max_grad_norm 1.0",
-        ["stage: ppo"],
     ),
     "G4 mixed": (
         G4 + "--stage dpo --model_name_or_path ./sft_output "

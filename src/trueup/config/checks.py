@@ -11,6 +11,7 @@ from typing import Any
 from trueup.config.explain import alternative, closest_choice, condition_words
 from trueup.config.methods import (
     ACTS_WITH,
+    IDLE_WITH,
     IN_TRAINING,
     LATER,
     LATER_VALUES,
@@ -21,9 +22,11 @@ from trueup.config.methods import (
     STEPS,
     is_off,
     missing_condition,
+    other_verb,
 )
 from trueup.config.rules import RULES, Rule
 from trueup.config.schema import SECTION_OF, RunConfig, default
+from trueup.config.sections.online import SAMPLING, unset_values
 from trueup.errors import Problem
 
 log = logging.getLogger("trueup")
@@ -53,7 +56,15 @@ def derive(cfg: RunConfig) -> RunConfig:
     if cfg.train.output_dir is None and cfg.model.model_name_or_path:
         model, method = str(cfg.model.model_name_or_path), cfg.tuning.finetuning_type
         changes["output_dir"] = default_output_dir(model, method, cfg.objective.stage)
-    return cfg.replace(**changes, **_jobs(cfg), **_evaluation(cfg))
+    return cfg.replace(**changes, **_jobs(cfg), **_evaluation(cfg), **_online(cfg))
+
+
+def _online(cfg: RunConfig) -> dict[str, Any]:
+    """What unset keys mean to a stage that answers prompts itself."""
+    if cfg.objective.stage not in ONLINE:
+        return {}
+    sampling = {key: value for key, value in SAMPLING.items() if key not in cfg.explicit}
+    return {**sampling, **unset_values(cfg.objective.stage, cfg.online)}
 
 
 def default_output_dir(model: str, finetuning_type: str, stage: str) -> str:
@@ -150,7 +161,7 @@ def _without_effect(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem
         other, _ = condition
         now = f"`{other}: {_word(cfg[other])}`" if cfg[other] not in (None, []) else f"no `{other}`"
         what = f"`{key}` has no effect with {now}"
-        if key in QUIET:
+        if key in QUIET or cfg.objective.stage in IDLE_WITH.get(key, ()):
             log.info("%s", what)
         else:
             found.append(Problem(what, place(key), fix=_how_to_act(cfg, key)))
@@ -165,12 +176,11 @@ def _how_to_act(cfg: RunConfig, key: str) -> str:
 
 
 def _of_other_verbs(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem]:
-    """Keys the user set that no training reads. Stages that generate will read those of `chat`."""
-    generates = cfg.objective.stage in ONLINE
+    """Keys the user set that this training does not read."""
     found = []
     for key in sorted(cfg.explicit & OTHER_VERBS.keys() - bad, key=list(SECTION_OF).index):
-        verb = OTHER_VERBS[key]
-        if is_off(key, cfg[key]) or (generates and verb == "chat"):
+        verb = other_verb(key, cfg)
+        if verb is None or is_off(key, cfg[key]):
             continue
         fix = f"set {IN_TRAINING[key]}" if key in IN_TRAINING else "drop it"
         found.append(Problem(f"`{key}` does nothing in training: it belongs to `trueup {verb}`", place(key), fix=fix))

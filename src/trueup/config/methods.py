@@ -45,14 +45,14 @@ STAGES: dict[str, Stage] = {
     "sft": Stage("chat", "learn to give the answers of the data"),
     "dpo": Stage("pair", "prefer the chosen over the rejected answer", reference=True),
     "rm": Stage("ranking", "train a reward model on rankings", instead=f"{DPO_NOW} on the same pairs"),
-    "ppo": Stage("prompt", "learn from a reward model (PPO)", True, f"{DPO_NOW}, which needs no reward model"),
+    "ppo": Stage("prompt", "learn from a reward (PPO)", reference=True),
     "kto": Stage("feedback", "learn from good and bad answers (KTO)", True, f"{DPO_NOW} on pairs"),
     "orpo": Stage("pair", "SFT and preference in one loss (ORPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"),
     "simpo": Stage("pair", "preference without a reference (SimPO)", instead=DPO_NOW),
     "cpo": Stage("pair", "contrastive preference (CPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"),
-    "grpo": Stage("prompt", "learn from rewards of answer groups (GRPO)", True, f"{DPO_NOW} on ranked samples"),
-    "rloo": Stage("prompt", "learn from rewards, leave-one-out (RLOO)", True, f"{DPO_NOW} on ranked samples"),
-    "online_dpo": Stage("prompt", "DPO on judged samples", True, f"{DPO_NOW} on judged samples"),
+    "grpo": Stage("prompt", "learn from rewards of answer groups (GRPO)", reference=True),
+    "rloo": Stage("prompt", "learn from rewards, leave-one-out (RLOO)", reference=True),
+    "online_dpo": Stage("prompt", "DPO on answers that a judge compares", reference=True),
 }
 
 PREF_LOSSES: dict[str, PrefLoss] = {
@@ -213,6 +213,8 @@ _PREFERENCE = ("dpo", "kto", "orpo", "simpo", "cpo", "online_dpo")
 _REFERENCE = tuple(name for name, stage in STAGES.items() if stage.reference)
 _REFERENCE_LOSSES = tuple(name for name, loss in PREF_LOSSES.items() if loss.reference)
 ONLINE = ("ppo", "grpo", "rloo", "online_dpo")
+_OFFLINE_REFERENCE = tuple(name for name in _REFERENCE if name not in ONLINE)
+_REWARDED = ("ppo", "grpo", "rloo")  # online_dpo asks a judge
 _LORA = {"finetuning_type": ("lora",)}
 
 _ROWS: list[tuple[str, dict[str, Any]]] = [
@@ -226,17 +228,26 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("pref_bco_weight ld_alpha knowledge_weight", {"stage": ("dpo",)}),
     ("simpo_gamma", {"stage": ("dpo", "simpo"), "pref_loss": ("simpo",)}),
     ("kto_chosen_weight kto_rejected_weight", {"stage": ("kto",)}),
-    ("ref_model precompute_ref_log_probs", {"stage": _REFERENCE, "pref_loss": _REFERENCE_LOSSES}),
+    ("ref_model", {"stage": _REFERENCE, "pref_loss": _REFERENCE_LOSSES}),
+    ("precompute_ref_log_probs", {"stage": _OFFLINE_REFERENCE, "pref_loss": _REFERENCE_LOSSES}),
     ("ref_model_adapters ref_model_quantization_bit", {"ref_model": SET}),
-    ("reward_model", {"stage": ONLINE}),
     (
-        "reward_model_adapters reward_model_quantization_bit reward_model_type",
-        {"reward_model": SET},
+        "reward_funcs reward_weights reward_model num_generations generation_batch_size missing_eos_penalty "
+        "mask_truncated_completions ppo_buffer_size ppo_epochs",
+        {"stage": ONLINE},
     ),
+    ("reward_timeout", {"stage": ONLINE, "reward_funcs": SET}),
+    ("reward_model_adapters reward_model_quantization_bit reward_model_type", {"reward_model": SET}),
+    ("judge", {"stage": ("online_dpo",)}),
+    ("ppo_kl_coeff", {"stage": _REWARDED}),
+    ("ppo_clip_ratio", {"stage": _REWARDED, "grpo_loss": ("dapo", "grpo", "bnpo", "dr_grpo", "gspo")}),
+    ("ppo_clip_ratio_high", {"stage": _REWARDED}),
     (
-        "ppo_buffer_size ppo_epochs ppo_kl_coeff ppo_clip_ratio ppo_score_norm ppo_target ppo_whiten_rewards",
+        "ppo_target ppo_gamma ppo_lambda ppo_value_coeff ppo_value_clip ppo_score_norm ppo_whiten_rewards",
         {"stage": ("ppo",)},
     ),
+    ("grpo_loss scale_rewards", {"stage": ("grpo",)}),
+    ("normalize_advantages", {"stage": ("rloo",)}),
     ("train_on_prompt mask_history predict_with_generate compute_accuracy", {"stage": ("sft",)}),
     ("use_dft_loss use_asft_loss use_eaft_loss", {"stage": ("sft",)}),
     ("asft_alpha", {"use_asft_loss": (True,)}),
@@ -317,6 +328,8 @@ OTHER_VERBS: dict[str, str] = {
     **dict.fromkeys(words("infer_backend infer_dtype offload_folder use_kv_cache"), "chat"),
     **dict.fromkeys(words("vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config"), "chat"),
 }
+#: keys of `chat` that a stage reads which answers prompts itself.
+SAMPLED = frozenset(words("temperature top_p top_k max_new_tokens"))
 #: keys of the steps of a training, which a run that only evaluates has none of.
 STEPS = frozenset(
     words(
@@ -332,6 +345,8 @@ STEPS = frozenset(
 #: a key of another verb → the one that training has for it.
 IN_TRAINING = {"batch_size": "per_device_train_batch_size", "save_dir": "output_dir"}
 
+#: key → stages whose users know it from elsewhere: there it is said to be idle, and no error.
+IDLE_WITH: dict[str, tuple[str, ...]] = {"pref_beta": ("ppo",)}
 ACTS_WITH: dict[str, dict[str, Any]] = {key: needs for row, needs in _ROWS for key in words(row)}
 QUIET: frozenset[str] = frozenset(key for row, _ in _QUIET_ROWS for key in words(row))
 ACTS_WITH |= {key: needs for row, needs in _QUIET_ROWS for key in words(row)}
@@ -340,6 +355,12 @@ ACTS_WITH |= {key: needs for row, needs in _QUIET_ROWS for key in words(row)}
 def stage_kind(cfg: RunConfig) -> str:
     """The kind of example the stage trains on: text, chat, pair, ranking, feedback or prompt."""
     return STAGES[cfg.objective.stage].kind
+
+
+def other_verb(key: str, cfg: RunConfig) -> str | None:
+    """The verb a key belongs to if a training by `cfg` does not read it."""
+    reads = cfg.objective.stage in ONLINE and key in SAMPLED
+    return None if reads else OTHER_VERBS.get(key)
 
 
 def needs_reference(cfg: RunConfig) -> bool:

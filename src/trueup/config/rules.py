@@ -25,7 +25,43 @@ def _not_multiple(c: Any) -> bool:
     return bool(c.save_steps % c.eval_steps)
 
 
+def _count_rewards(c: Any) -> int:
+    return len(c.reward_funcs) + bool(c.reward_model)
+
+
+_ONLINE = ("ppo", "grpo", "rloo", "online_dpo")
+
 RULES = [
+    Rule(
+        ("stage", "reward_funcs", "reward_model", "judge"),
+        lambda c: c.stage in _ONLINE and not (_count_rewards(c) or (c.stage == "online_dpo" and c.judge)),
+        "nobody says what a good answer is: this stage learns from rewards",
+        "set reward_funcs: FILE.py:NAME, or reward_model: DIR (online_dpo also takes judge: FILE.py:NAME)",
+    ),
+    Rule(
+        ("reward_weights", "reward_funcs", "reward_model"),
+        lambda c: c.reward_weights and len(c.reward_weights) != _count_rewards(c),
+        "`reward_weights` needs one number for each reward: those of `reward_funcs`, then `reward_model`",
+        "give as many as there are rewards",
+    ),
+    Rule(
+        ("judge", "reward_funcs", "reward_model"),
+        lambda c: c.judge and _count_rewards(c),
+        "`judge` and rewards both say which answer is better",
+        "drop one of them",
+    ),
+    Rule(
+        ("stage", "num_generations"),
+        lambda c: c.stage in ("grpo", "rloo", "online_dpo") and (c.num_generations or 2) < 2,
+        "one answer cannot be compared with the others of its prompt",
+        "set num_generations: 2 or more",
+    ),
+    Rule(
+        ("stage", "finetuning_type", "ref_model"),
+        lambda c: c.stage in ("ppo", "grpo", "rloo") and c.ref_model and not c.ppo_kl_coeff and not c.ppo_target,
+        "`ref_model` is compared with at a price of 0: `ppo_kl_coeff` is 0",
+        "set ppo_kl_coeff, or drop ref_model",
+    ),
     Rule(
         ("bf16", "fp16"),
         lambda c: c.bf16 and c.fp16,

@@ -15,6 +15,7 @@ from trueup.config.sections.data import DataSection
 from trueup.config.sections.generate import EvaluateSection, ExportSection, GenerateSection
 from trueup.config.sections.model import ModelSection
 from trueup.config.sections.objective import ObjectiveSection
+from trueup.config.sections.online import OnlineSection
 from trueup.config.sections.train import TrainSection
 from trueup.config.sections.tuning import TuningSection
 from trueup.config.values import Section
@@ -24,6 +25,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataSection,
     "tuning": TuningSection,
     "objective": ObjectiveSection,
+    "online": OnlineSection,
     "train": TrainSection,
     "generate": GenerateSection,
     "export": ExportSection,
@@ -76,6 +78,7 @@ class RunConfig:
     data: DataSection
     tuning: TuningSection
     objective: ObjectiveSection
+    online: OnlineSection
     train: TrainSection
     generate: GenerateSection
     export: ExportSection
@@ -100,11 +103,11 @@ class RunConfig:
         Loading it again gives an equal config. Keys of the one command (whether to resume, to
         overwrite …) are no part of the run.
         """
-        from trueup.config.methods import OTHER_VERBS, missing_condition
+        from trueup.config.methods import missing_condition, other_verb
 
         def acts(key: str) -> bool:
             overruled = key == "num_train_epochs" and self.train.max_steps > 0
-            return not overruled and key not in OTHER_VERBS and missing_condition(key, self) is None
+            return not overruled and other_verb(key, self) is None and missing_condition(key, self) is None
 
         return {
             key: REDACTED if key in SECRETS and self[key] else self[key]

@@ -20,9 +20,13 @@ _METHOD: dict[str, dict[str, Any]] = {
     "pt": {},
     "sft": {},
     "dpo": {"pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0},
+    "ppo": {"reward_model": "saves/rm", "ppo_kl_coeff": 0.05, "max_new_tokens": 256},
+    "grpo": {"reward_funcs": ["rewards.py:score"], "num_generations": 8, "max_new_tokens": 256},
+    "rloo": {"reward_funcs": ["rewards.py:score"], "num_generations": 4, "max_new_tokens": 256},
+    "online_dpo": {"judge": "judge.py:prefer", "pref_beta": 0.1, "max_new_tokens": 256},
 }
-_DATASET = {"pt": "pretrain_demo", "sft": "alpaca_en_demo", "dpo": "dpo_en_demo"}
-_RATE = {"pt": 1e-4, "sft": 1e-4, "dpo": 1e-5}
+_DATASET = {"pt": "pretrain_demo", "dpo": "dpo_en_demo"}  # others: alpaca_en_demo
+_RATE = {"pt": 1e-4, "sft": 1e-4}  # others: 1e-5
 
 
 def starter(stage: str = "dpo", model: str = DEFAULT_MODEL) -> str:
@@ -52,11 +56,11 @@ def _sections(stage: str, model: str) -> dict[str, dict[str, Any]]:
             "lora_target": "all",
             **_METHOD[stage],
         },
-        "data": {"dataset": _DATASET[stage], "cutoff_len": 2048, "val_size": 0.1},
+        "data": {"dataset": _DATASET.get(stage, "alpaca_en_demo"), "cutoff_len": 2048, "val_size": 0.1},
         "training": {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 8,
-            "learning_rate": _RATE[stage],
+            "learning_rate": _RATE.get(stage, 1e-5),
             "num_train_epochs": 3.0,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.1,

@@ -1,8 +1,8 @@
-"""Keys about what is learnt: the stage, the preference loss, the reference, the reward."""
+"""Keys about what is learnt: the stage, the preference loss, the reference."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -12,7 +12,6 @@ from trueup.config.values import (
     Lower,
     Names,
     NonNegativeFloat,
-    Positive,
     PositiveFloat,
     Section,
 )
@@ -54,30 +53,6 @@ class ObjectiveSection(Section):
     """Quantise ref_model to this many bits."""
     precompute_ref_log_probs: bool = True
     """Compute the reference's log-probs once and keep them; false computes them in every step."""
-
-    # reward and PPO
-    reward_model: str | None = None
-    """Reward model PPO learns from."""
-    reward_model_adapters: Names = []
-    """Adapters of the reward model."""
-    reward_model_quantization_bit: Bits | None = None
-    """Quantise the reward model to this many bits."""
-    reward_model_type: Annotated[Literal["lora", "full", "api"], Lower] = "lora"
-    """What reward_model is: an adapter, a whole model, or an HTTP scorer."""
-    ppo_buffer_size: Positive = 1
-    """Mini-batches of answers gathered before PPO trains on them."""
-    ppo_epochs: Positive = 4
-    """Passes over each buffer of answers."""
-    ppo_kl_coeff: NonNegativeFloat = 0.05
-    """Price of moving away from the reference."""
-    ppo_clip_ratio: Annotated[PositiveFloat, Field(lt=1)] = 0.2
-    """How far one update may move a token's probability."""
-    ppo_score_norm: bool = False
-    """Normalise rewards by their running mean and deviation."""
-    ppo_target: PositiveFloat = 6.0
-    """KL the adaptive controller steers towards."""
-    ppo_whiten_rewards: bool = False
-    """Whiten rewards before computing advantages."""
 
     # variants of the SFT loss
     use_dft_loss: bool = False
