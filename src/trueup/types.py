@@ -1,6 +1,7 @@
 """The types every layer speaks: the batch as a forest of token segments, and what objectives see of it.
 
-Shape letters: T tokens of a batch, N predicted tokens, S sequences (leaves), B pairs.
+Shape letters: T tokens of a batch, N predicted tokens, S sequences (leaves), B pairs or answers, M those of a whole
+optimizer step.
 """
 
 from __future__ import annotations
@@ -59,6 +60,31 @@ class PairLogps:
     rejected_len: Tensor  # [B]
     ref_chosen: Tensor | None = None  # [B], None for reference-free objectives
     ref_rejected: Tensor | None = None  # [B]
+    kl_chosen: Tensor | None = None  # [B] Σ_t KL(π_ref ‖ π) over the vocabulary, for objectives that need it
+    kl_rejected: Tensor | None = None  # [B]
+    weight: Tensor | None = None  # [B] of each pair in the loss, no gradient; None counts all alike
+
+
+@dataclass(frozen=True)
+class FeedbackLogps:
+    """Summed log-probabilities of B single answers that people want or do not want, fp32."""
+
+    answer: Tensor  # [B]
+    length: Tensor  # [B] answer tokens
+    desirable: Tensor  # [B] bool
+    reference: Tensor  # [B]
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What an objective that couples examples sees of its whole optimizer step: values without gradient.
+
+    Gathered over every micro-batch of every process before the step's first loss, so that no result depends on how
+    a step was cut up.
+    """
+
+    values: dict[str, Tensor]  # [M] each, in an order of the step's own
+    at: Tensor  # [B] where this micro-batch's examples stand in it
 
 
 @dataclass(frozen=True)
