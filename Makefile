@@ -4,6 +4,7 @@
 VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n auto --maxprocesses 4
+BENCH_FLAGS ?=
 
 # The first of these that is Python 3.11 or newer.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -37,8 +38,8 @@ check: $(VENV)/.dev ## lint, types, and which module may import which
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-bench: $(VENV)/.dev ## measured comparisons (benchmarks/)
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.dev ## the DPO step against its peers, each in its own environment; BENCH_FLAGS=… for options
+	$(BIN)/python -m benchmarks.dpo $(BENCH_FLAGS)
 
 prove: $(VENV)/.dev ## repeat the README's measured claims; takes long
 	$(BIN)/python -m pytest -m prove

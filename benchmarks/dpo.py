@@ -23,7 +23,7 @@ from benchmarks.environments import RECIPES, versions_of
 from benchmarks.measure import HOME, RESULTS, Failed, environment, result_path, spread, table, write_result
 from benchmarks.models import SHAPES, Shape, model_directory
 from benchmarks.tools import Job, Outcome, Variant, perform, variant
-from benchmarks.workloads import DATA, WORKLOADS, Prepared, as_record, describe, prepare
+from benchmarks.workloads import DATA, WORKLOADS, Prepared, as_record, in_words, prepare
 
 OURS = "trueup", "trueup-cached"
 #: What a bare name stands for, unless `--as-installed`.
@@ -40,11 +40,11 @@ def main(words: Sequence[str] | None = None) -> None:
     print(machine.in_words(found))
     variants = [variant(name) for name in (*OURS, *options.peers)]
     versions = {tool: versions_of(tool) for tool in {who.tool for who in variants} & set(RECIPES)}
-    model = model_directory(options.shape)
+    model, failed = model_directory(options.shape), False
     for key in options.workload:
         data = HOME / "data" / f"{options.shape}-{key}"
         prepared = prepare(key, model, data, options.rows, options.data)
-        print(f"\n({key}) {describe(prepared)}")
+        print(f"\n({key}) {in_words(as_record(prepared))}")
         record = {
             "machine": found,
             "versions": versions,
@@ -58,6 +58,9 @@ def main(words: Sequence[str] | None = None) -> None:
             record["runs"] += one_round(variants, model, prepared, number, options.threads)
             write_result(path, f"dpo-{options.shape}-{key}", record)  # what is there already survives an interruption
         print(f"\n{summary(record)}\n\n{path}")
+        failed |= any("failed" in run for run in record["runs"] if run["variant"] in OURS)
+    if failed:
+        sys.exit("trueup itself failed")
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -108,10 +111,7 @@ def one_round(
 
 def as_run(outcome: Outcome) -> dict[str, Any]:
     steps = [{name: row[name] for name in _KEPT if name in row} for row in outcome.steps]
-    return {"seconds": outcome.seconds, **asdict(outcome.usage) | {"process_seconds": outcome.usage.seconds}} | {
-        "seconds": outcome.seconds,
-        "steps": steps,
-    }
+    return {"seconds": outcome.seconds, **asdict(outcome.usage), "steps": steps}
 
 
 # --- what it says -----------------------------------------------------------------------------

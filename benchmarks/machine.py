@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,13 +22,15 @@ def describe(env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def in_words(found: Mapping[str, Any]) -> str:
-    """The machine in a line or two."""
+    """The machine in two lines or three."""
     cpu = found["cpu"]
     gpus = "".join(f", {gpu['name']} {gpu['memory_gb']:.0f} GiB" for gpu in found["gpus"])
-    return (
-        f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['memory_gb']:.0f} GiB{gpus}\n"
-        f"bf16 products at {found['peak_tflops']:.2f} TFLOP/s, torch {found['packages']['torch']}"
+    text = (
+        f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['memory_gb']:.0f} GiB{gpus}; "
+        f"{' '.join(cpu['instructions'])}; "
+        f"bf16 products at {found['peak_tflops']:.2f} TFLOP/s; torch {found['packages']['torch']}"
     )
+    return textwrap.fill(text, 80)
 
 
 def instructions() -> list[str]:

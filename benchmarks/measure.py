@@ -38,7 +38,7 @@ class Failed(Exception):
 class Usage:
     """What a process and those it waited for took. Memory is the largest single process's peak."""
 
-    seconds: float  # wall clock, from start to end
+    process_seconds: float  # wall clock, from start to end
     user: float  # CPU seconds
     system: float
     peak_gb: float  # resident memory, GiB
@@ -109,13 +109,17 @@ def run(command: Sequence[str | Path], log: Path, env: Mapping[str, str], cwd: P
 
 
 def ask(module: str, *arguments: str, env: Mapping[str, str] | None = None) -> Any:
-    """The JSON on the last line that a benchmark module prints in a process of its own."""
+    """The JSON on the last line that a benchmark module prints in a process of its own.
+
+    Raises:
+        Failed: it ended badly; what it said on stderr is in the message.
+    """
     command = [sys.executable, "-m", module, *arguments]
     answer = subprocess.run(
-        command, stdout=subprocess.PIPE, encoding="utf-8", cwd=REPOSITORY, env=dict(env or environment()), check=False
+        command, capture_output=True, encoding="utf-8", cwd=REPOSITORY, env=dict(env or environment()), check=False
     )
     if answer.returncode:
-        raise Failed(f"{' '.join(command)} ended with {answer.returncode}")
+        raise Failed(f"{' '.join(command)} ended with {answer.returncode}:\n{answer.stderr[-2000:]}")
     return json.loads(answer.stdout.splitlines()[-1])
 
 

@@ -69,14 +69,14 @@ def summary(record: dict[str, Any]) -> str:
     prompt, answer = record["prompt"], record["answer"]
     rows = [
         (
-            f"{count} answers, {prompt + count * answer:,} distinct tokens",
+            f"{count} answers: {prompt + count * answer:,} tokens",
             *(f"{cells[size, count]:,.0f}" for size in vocabularies),
             f"{logits_mb(max(vocabularies), count, prompt, answer):,.0f}",
         )
         for count in answers
     ]
     sizes = [f"{size // 1024}k" for size in vocabularies]
-    head = ("MiB above the loaded model; vocabulary", *sizes, f"logits at {sizes[-1]}")
+    head = ("MiB above the model", *sizes, f"logits at {sizes[-1]}")
     return table(head, rows)
 
 

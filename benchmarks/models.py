@@ -72,7 +72,10 @@ SHAPES = {
 def model_directory(shape: str) -> Path:
     """The directory of a shape's model; made in a process of its own if it is not there."""
     directory = HOME / "models" / shape
-    return directory if (directory / "tokenizer.json").exists() else Path(ask("benchmarks.models", shape))
+    if not (directory / "tokenizer.json").exists():
+        print(f"making the {shape} model in {directory}", file=sys.stderr)
+        ask("benchmarks.models", shape)
+    return directory
 
 
 def make(shape: str) -> Path:
@@ -142,7 +145,7 @@ def _ranks() -> str:
     if not kept.exists():
         with TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder, "dashscope"]
-            if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
+            if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
                 raise Failed("the package dashscope, which carries Qwen's vocabulary, could not be downloaded")
             with zipfile.ZipFile(next(Path(folder).glob("dashscope-*.whl"))) as wheel:
                 kept.write_bytes(wheel.read("dashscope/resources/qwen.tiktoken"))

@@ -46,13 +46,16 @@ def main(words: Sequence[str] | None = None) -> None:
     record: dict[str, Any] = {"machine": found, "versions": {"trl": versions_of("trl")}}
     path = result_path("parity", options.results)
     record["fp32"] = [fp32(*case, options.steps, options.threads) for case in CASES]
-    print(f"\n{fp32_table(record['fp32'])}")
     write_result(path, "parity", record)
     if options.seeds:
         record["bf16"] = curves(options.seeds, options.curve_steps, options.threads)
-        print(f"\n{curve_table(record['bf16'])}")
         write_result(path, "parity", record)
-    print(f"\n{path}")
+    print(f"\n{summary(record)}\n\n{path}")
+
+
+def summary(record: dict[str, Any]) -> str:
+    tables = [fp32_table(record["fp32"])]
+    return "\n\n".join([*tables, curve_table(record["bf16"])] if "bf16" in record else tables)
 
 
 # --- fp32, step by step -----------------------------------------------------------------------
@@ -88,12 +91,12 @@ def fp32_table(cases: Sequence[dict[str, Any]]) -> str:
         (
             f"{case['workload']}, {case['batch']} a batch, {case['steps']} steps",
             *(f"{case[name]:.1e} {'ok' if case[name] <= limit else 'OVER'}" for name, limit in LIMITS.items()),
-            f"{case['losses'][0][0]:.3f} → {case['losses'][-1][0]:.3f}",
+            f"{case['losses'][0][0]:.3f}–{case['losses'][-1][0]:.3f}",
         )
         for case in cases
     ]
     limits = ("allowed", *(f"{limit:.0e}   " for limit in LIMITS.values()), "")
-    head = ("fp32, largest deviation", "log-probs", "loss", "grad norm", "loss, first → last")
+    head = ("fp32, largest deviation", "log-probs", "loss", "grad norm", "first–last")
     return table(head, [limits, *rows])
 
 

@@ -61,7 +61,7 @@ def summary(record: dict[str, Any]) -> str:
         (name, spread(values), spread([a / b for a, b in zip(times["trueup"], values, strict=True)]))
         for name, values in times.items()
     ]
-    return table(("from the start of the process", "s", f"trueup's multiple (allowed {LIMIT})"), rows)
+    return table(("from the process's start", "s", f"trueup's ratio (allowed {LIMIT})"), rows)
 
 
 def write_targets(shape: str, data: Path) -> dict[str, Path]:

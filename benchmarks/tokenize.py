@@ -119,7 +119,7 @@ def summary(record: dict) -> str:
         )
         for name, values in seconds.items()
     ]
-    return table((f"{pairs:,} pairs", "s", "pairs/s, best", "multiple of trueup's time"), rows)
+    return table((f"{pairs:,} pairs", "s", "pairs/s, best", "multiple of trueup's"), rows)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -239,16 +240,16 @@ def write(pairs: Sequence[Pair], directory: Path) -> None:
             json.dump(value, file, ensure_ascii=False, indent=1)
 
 
-def describe(prepared: Prepared) -> str:
-    """The workload in two lines."""
-    c = prepared.counts
-    dropped = f" ({c.dropped} dropped)" if c.dropped else ""
+def in_words(record: Mapping[str, Any]) -> str:
+    """A workload and its sizes, as `as_record` gives them, in two lines."""
+    dropped = f" ({record['dropped']} dropped)" if record["dropped"] else ""
     return (
-        f"{prepared.workload.title}: {c.pairs} pairs{dropped}, batch {prepared.workload.batch}, {c.steps} steps\n"
-        f"{c.distinct:,} distinct tokens, {c.answers:,} of them answers; "
-        f"{c.separate:,} separate, {c.padded:,} padded"
+        f"{record['title']}:\n"
+        f"{record['pairs']} pairs{dropped}, batch {record['batch']}, {record['steps']} steps; "
+        f"{record['distinct']:,} distinct tokens,\n{record['answers']:,} of them answers; "
+        f"{record['separate']:,} in separate sequences, {record['padded']:,} padded"
     )
 
 
-def as_record(prepared: Prepared) -> dict:
+def as_record(prepared: Prepared) -> dict[str, Any]:
     return {**asdict(prepared.workload), **asdict(prepared.counts)}
