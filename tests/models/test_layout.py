@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.models.tiny import ARCHITECTURES, tiny_model
 from trueup.data.forest import build_forest
-from trueup.models.attention import _eager, causal_mask
 from trueup.models.policy import Policy, _unseen_window
 
 
@@ -115,16 +113,6 @@ def test_a_model_that_drops_the_layout_runs_unshared(monkeypatch: pytest.MonkeyP
     assert not policy.shared
     rows = random_rows()
     torch.testing.assert_close(policy.token_logps(build_forest(rows)), plain_logps(model, rows), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("window", [None, 5])
-def test_plain_products_equal_the_fused_kernel(window: int | None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, 6, 7, 8, generator=generator)
-    key, value = (torch.randn(1, 2, 12, 8, generator=generator) for _ in range(2))
-    mask = causal_mask(7, 12, window, query.device)
-    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    torch.testing.assert_close(_eager(query, key, value, mask, 0.0, None, None), expected)
 
 
 def test_bf16_on_a_cpu_stays_within_rounding_of_fp32() -> None:

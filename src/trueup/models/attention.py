@@ -8,7 +8,7 @@ the unshared path (`models/load.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ from trueup.types import Segment
 
 FOREST_ATTENTION = "trueup_forest"
 
-#: On a CPU in bf16, plain products beat the fused kernel up to about so many keys (docs/log.md, 2026-11-21).
-EAGER_KEYS = 1024
+#: Query rows that `_BlockAttention` scores at once: their weights stay in the cache, and keys after them are skipped.
+BLOCK = 128
 
 
 class ForestLayout:
@@ -35,6 +35,18 @@ class ForestLayout:
             self.paths.append([*before, index])
         self.windows: set[int] = set()  # sliding windows that the model passed with this layout
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def visits(self) -> Iterator[tuple[list[int], slice]]:
+        """Each segment's path from the root, and where its own tokens lie in the batch."""
+        start = 0
+        for path in self.paths:
+            stop = start + self.lengths[path[-1]]
+            yield path, slice(start, stop)
+            start = stop
+
+    def bound_by(self, window: int | None) -> bool:
+        """Whether a sliding window hides anything from anyone in this batch."""
+        return window is not None and any(sum(self.lengths[s] for s in path) > window for path in self.paths)
 
     def mask(self, index: int, window: int | None) -> Tensor | None:
         """Bool mask [queries, keys] of a segment, True = may attend; None where plain causal attention is meant."""
@@ -81,17 +93,33 @@ def forest_attention(
     Returns:
         [1, T, heads, d] as transformers expects, and no weights.
     """
-    # One split each way: slicing a segment at a time would make its backward fill a whole [T] of zeros every time.
     if sliding_window is not None:
         forest.windows.add(sliding_window)
+    plain = not dropout and softcap is None and not forest.bound_by(sliding_window)
+    if plain and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return _BlockAttention.apply(query, key, value, forest, scaling), None
+    return _fused(query, key, value, forest, scaling, dropout, sliding_window, softcap), None
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    forest: ForestLayout,
+    scaling: float | None,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The forest segment by segment through torch's kernel; [1, T, heads, d]."""
+    # One split each way: slicing a segment at a time would make its backward fill a whole [T] of zeros every time.
     queries, keys, values = (states.split(forest.lengths, dim=2) for states in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    plain_products = query.device.type == "cpu" and query.dtype == torch.bfloat16
     outputs = []
     for index, path in enumerate(forest.paths):
         path_keys, path_values = _join(keys, path), _join(values, path)
-        mask = forest.mask(index, sliding_window)
-        if softcap is not None or (plain_products and path_keys.shape[2] <= EAGER_KEYS):
+        mask = forest.mask(index, window)
+        if softcap is not None:
             output = _eager(queries[index], path_keys, path_values, mask, dropout, scaling, softcap)
         else:
             output = F.scaled_dot_product_attention(
@@ -99,7 +127,7 @@ def forest_attention(
                 scale=scaling, enable_gqa=grouped,
             )  # fmt: skip
         outputs.append(output)
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _join(states: Sequence[Tensor], path: list[int]) -> Tensor:
@@ -113,7 +141,7 @@ def _eager(
     mask: Tensor | None,
     dropout: float,
     scaling: float | None,
-    softcap: float | None,
+    softcap: float,
 ) -> Tensor:
     """Attention as three products; the only way to cap scores (Gemma 2, arXiv 2408.00118 §2).
 
@@ -127,11 +155,95 @@ def _eager(
     scale = scaling if scaling is not None else width**-0.5
     folded = query.reshape(kv_heads, heads // kv_heads * length, width) * scale
     scores = (folded @ key[0].transpose(-1, -2)).view(heads, length, total)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = softcap * torch.tanh(scores / softcap)
     scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
     weights = F.dropout(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), p=dropout)
     return (weights.view(kv_heads, -1, total) @ value[0]).view(1, heads, length, -1)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """softmax(s Q Kᵀ) V over a forest, block by block of queries; the weights are made again in the backward.
+
+    For bf16 on a CPU, where torch's fused kernel does not reach the matrix units in its backward (docs/log.md,
+    2026-11-21). Products are in bf16, the softmax and the sums over siblings in fp32; the backward is the one of
+    FlashAttention (Dao et al. 2022, arXiv 2205.14135, algorithm 4).
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, layout: ForestLayout, scaling: float | None):
+        _, heads, tokens, width = query.shape
+        scale = scaling if scaling is not None else width**-0.5
+        output = query.new_empty(1, tokens, heads, value.shape[-1])
+        keys, values = key[0].split(layout.lengths, dim=1), value[0].split(layout.lengths, dim=1)
+        for path, own in layout.visits():
+            path_keys, path_values = (_join_heads(states, path) for states in (keys, values))
+            for rows, visible in _blocks(own, path_keys.shape[1]):
+                weights = _weights(query[0, :, rows], path_keys[:, :visible], scale)
+                result = _fold(weights, len(path_keys)) @ path_values[:, :visible]
+                output[0, rows] = result.view(heads, -1, result.shape[-1]).transpose(0, 1)
+        ctx.save_for_backward(query, key, value, output)
+        ctx.layout, ctx.scale = layout, scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query, key, value, output = ctx.saved_tensors
+        layout, scale = ctx.layout, ctx.scale
+        groups = key.shape[1]
+        d_query = torch.empty_like(query)
+        d_key = torch.zeros(key.shape, dtype=torch.float32)
+        d_value = torch.zeros(value.shape, dtype=torch.float32)
+        sums = (grad.float() * output).sum(-1)  # [1, T, heads]: Σ_k P dP of each query
+        keys, values = key[0].split(layout.lengths, dim=1), value[0].split(layout.lengths, dim=1)
+        d_keys, d_values = d_key[0].split(layout.lengths, dim=1), d_value[0].split(layout.lengths, dim=1)
+        for path, own in layout.visits():
+            path_keys, path_values = (_join_heads(states, path) for states in (keys, values))
+            path_d_keys = torch.zeros(path_keys.shape, dtype=torch.float32)
+            path_d_values = torch.zeros(path_values.shape, dtype=torch.float32)
+            for rows, visible in _blocks(own, path_keys.shape[1]):
+                seen_keys, seen_values = path_keys[:, :visible], path_values[:, :visible]
+                weights = _weights(query[0, :, rows], seen_keys, scale)
+                d_output = _fold(grad[0, rows].transpose(0, 1), groups)
+                path_d_values[:, :visible] += _fold(weights, groups).transpose(1, 2) @ d_output
+                d_scores = (d_output @ seen_values.transpose(1, 2)).view_as(weights)
+                d_scores = d_scores.sub_(sums[0, rows].t()[..., None]).mul_(weights)
+                d_scores = _fold(d_scores, groups)
+                d_query[0, :, rows] = (d_scores @ seen_keys).view(query.shape[1], -1, query.shape[-1]) * scale
+                path_d_keys[:, :visible] += d_scores.transpose(1, 2) @ _fold(query[0, :, rows] * scale, groups)
+            lengths = [layout.lengths[segment] for segment in path]
+            for segment, part_keys, part_values in zip(
+                path, path_d_keys.split(lengths, dim=1), path_d_values.split(lengths, dim=1), strict=True
+            ):
+                d_keys[segment].add_(part_keys)
+                d_values[segment].add_(part_values)
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+
+
+def _join_heads(states: Sequence[Tensor], path: list[int]) -> Tensor:
+    """[kv_heads, keys of the path, d]."""
+    return states[path[0]] if len(path) == 1 else torch.cat([states[segment] for segment in path], dim=1)
+
+
+def _blocks(own: slice, visible: int) -> Iterator[tuple[slice, int]]:
+    """Stretches of a segment's tokens, and how many keys of its path they see: what comes later is never scored."""
+    before = visible - (own.stop - own.start)
+    for start in range(own.start, own.stop, BLOCK):
+        stop = min(start + BLOCK, own.stop)
+        yield slice(start, stop), before + stop - own.start
+
+
+def _fold(states: Tensor, groups: int) -> Tensor:
+    """[heads, L, x] → [kv_heads, heads / kv_heads · L, x]: heads that share keys share one product."""
+    return states.reshape(groups, -1, states.shape[-1])
+
+
+def _weights(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """softmax over the keys, [heads, L, K] in compute dtype; the queries are the last L of the K positions."""
+    heads, length, _ = query.shape
+    scores = (_fold(query * scale, len(keys)) @ keys.transpose(1, 2)).view(heads, length, -1)
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores[..., -length:].masked_fill_(later, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
 
 
 # transformers builds no mask for an implementation it has no mask function for: the layout is the mask.

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from trueup.config.schema import ModelSection, TrainSection, TuningSection
 from trueup.errors import ModelError
 from trueup.models.adapters import Adapters, attach_frozen, attach_lora, merge_adapters
+from trueup.models.fused import fuse
 from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.policy import Policy
 
@@ -246,6 +247,7 @@ def load_policy(
                 parameter.data = parameter.data.to(dtype)
         policy = Policy(merged)
         unfreeze(policy.base, tuning)
+    fuse(policy.model)
     note = policy.verify_layout()
     if note:
         log.warning("prompts are not shared between answers on this architecture: %s", note)
@@ -354,6 +356,7 @@ def load_frozen(
     base = load_base(location, model, device, dtype, root)
     policy = Policy(base, attach_frozen(base, starts))
     policy.model.requires_grad_(False).eval()
+    fuse(policy.model)
     policy.verify_layout()
     return policy
 

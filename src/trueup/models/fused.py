@@ -1,0 +1,226 @@
+"""Layers of the step in fewer passes over memory: LoRA projections, gated MLPs, RMSNorm.
+
+`fuse` swaps the class of modules that are exactly what the fused forms compute; everything else stays as it is. The
+parameters, their names and what peft saves do not change. On a CPU the elementwise passes around the products cost as
+much as page faults and caches make them (docs/log.md); on a GPU liger-kernel does this job when it is installed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+
+def fuse(model: nn.Module) -> int:
+    """Swap in the fused classes where a module is certain to compute the same; returns how many were swapped."""
+    swapped = 0
+    for module in model.modules():
+        if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
+            module.__class__ = FusedLoraLinear
+        elif _is_gated_mlp(module):
+            module.__class__ = _gated(type(module))
+        elif _is_plain_rms_norm(module):
+            module.__class__ = _normed(type(module))
+        else:
+            continue
+        swapped += 1
+    return swapped
+
+
+# --- LoRA -------------------------------------------------------------------------------------
+
+
+class FusedLoraLinear(LoraLinear):
+    """peft's LoRA layer; one plain adapter over a frozen projection runs as one autograd node."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x [..., in] → [..., out]."""
+        weights = None if args or kwargs else self.single_adapter(x)
+        if weights is None:
+            return super().forward(x, *args, **kwargs)
+        return _LoraLinear.apply(x, self.base_layer.weight, self.base_layer.bias, *weights)
+
+    def single_adapter(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """(A, B, scale) when exactly one plain adapter acts, without dropout; None where peft has to decide."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        base = self.base_layer
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
+            return None
+        name = active[0]
+        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        acts = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        hooked = base._forward_hooks or base._forward_pre_hooks
+        if acts or hooked or b.bias is not None or base.weight.requires_grad or a.weight.dtype != x.dtype:
+            return None
+        return a.weight, b.weight, self.scaling[name]
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ with W frozen; the low-rank part is added in place by its own product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):
+        y, low = _project(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b, low = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        d_a, d_b, d_low = _low_rank_gradients(rows, x.reshape(-1, x.shape[-1]), b, low, ctx.scale)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = (rows @ weight).addmm_(d_low, a).view_as(x)
+        return d_x, None, None, d_a, d_b, None
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float):
+    """(y [N, out], x Aᵀ [N, r])."""
+    low = x @ a.t()
+    y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    return y.addmm_(low, b.t(), alpha=scale), low
+
+
+def _low_rank_gradients(grad: Tensor, x: Tensor, b: Tensor, low: Tensor, scale: float):
+    """Gradients of A [r, in], B [out, r] and of x Aᵀ [N, r], from the output's gradient [N, out]."""
+    d_b = (low.t() @ grad).t() * scale
+    d_low = (grad @ b).mul_(scale)
+    return d_low.t() @ x, d_b, d_low
+
+
+# --- gated MLPs -------------------------------------------------------------------------------
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    """Llama's MLP and its many copies: down(silu(gate(x)) · up(x)), and nothing else."""
+    return (
+        type(module).__name__ in _GATED_MLPS
+        and module.config.hidden_act == "silu"
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+#: Classes whose forward is that formula, as read in transformers 5.
+_GATED_MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP", "SmolLM3MLP", "Olmo2MLP", "GraniteMLP", "Ernie4_5MLP")
+
+
+class _GatedMLP:
+    """Forward of a gated MLP that keeps gate and up for the backward, and not their product."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] → [..., hidden]."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        down = self.down_proj
+        weights = down.single_adapter(up) if type(down) is FusedLoraLinear else None
+        if weights is None:
+            return down(_SwiGLU.apply(gate, up))
+        return _SwiGLULora.apply(gate, up, down.base_layer.weight, down.base_layer.bias, *weights)
+
+
+def _gated(cls: type) -> type:
+    return type(f"Fused{cls.__name__}", (_GatedMLP, cls), {})
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) · up (Shazeer 2020, arXiv 2002.05202)."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _swiglu_gradients(grad, *ctx.saved_tensors)
+
+
+def _swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    d_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return d_gate, F.silu(gate).mul_(grad)
+
+
+class _SwiGLULora(torch.autograd.Function):
+    """(silu(gate) · up) through a LoRA projection; the product is made again in the backward."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, bias, a, b, scale):
+        inner = F.silu(gate).mul_(up)
+        y, low = _project(inner.view(-1, inner.shape[-1]), weight, bias, a, b, scale)
+        ctx.save_for_backward(gate, up, weight, a, b, low)
+        ctx.scale = scale
+        return y.view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up, weight, a, b, low = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        activated = F.silu(gate)
+        inner = (activated * up).view(-1, up.shape[-1])
+        d_a, d_b, d_low = _low_rank_gradients(rows, inner, b, low, ctx.scale)
+        d_inner = torch.mm(rows, weight, out=inner).addmm_(d_low, a).view_as(gate)
+        d_up = activated.mul_(d_inner)
+        d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)
+        return d_gate, d_up, None, None, d_a, d_b, None
+
+
+# --- RMSNorm ----------------------------------------------------------------------------------
+
+
+def _is_plain_rms_norm(module: nn.Module) -> bool:
+    """weight · x / rms(x), x rounded to its dtype before the weight: Llama's order, tried on numbers."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or eps is None:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or weight.requires_grad or weight.ndim != 1:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, len(weight), generator=generator).to(weight.device, weight.dtype) * 3 + 1
+    with torch.no_grad():
+        return torch.equal(module(x), _rms_norm(x, weight, eps)[0])
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(output, 1 / rms [..., 1] in fp32)."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * inverse).to(x.dtype), inverse
+
+
+class _RMSNorm:
+    """Forward of an RMSNorm with a frozen weight, as one autograd node that keeps x and one number a row."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H] → [..., H]."""
+        return _RMSNormFunction.apply(x, self.weight, self.variance_epsilon)
+
+
+def _normed(cls: type) -> type:
+    return type(f"Fused{cls.__name__}", (_RMSNorm, cls), {})
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """y = w · x̂, x̂ = x / rms(x) (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y, inverse = _rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse  # fp32, by promotion
+        scaled = (grad * weight).float()
+        return (scaled - normed * (scaled * normed).mean(-1, keepdim=True)).mul_(inverse).to(x.dtype), None, None
