@@ -33,50 +33,115 @@ def num_predictions(example: Encoded) -> int:
     return sum(int(predicted(example, answer).sum()) for answer in example.answers)
 
 
-def build_forest(examples: Sequence[Encoded]) -> Forest:
-    """Lay examples out as one forest: each prompt once, then its answers; sequences in reading order.
+#: Common beginnings shorter than this are not worth a segment of their own (docs/log.md, 2026-11-21). A prompt is
+#: always shared by its own answers.
+SHORTEST_SHARED = 16
 
-    The first token of an answer is read from the prompt's last position, so siblings share that position and no
-    token is duplicated.
+
+def build_forest(examples: Sequence[Encoded]) -> Forest:
+    """Lay sequences (prompt + answer) out as a radix tree: whatever several of them begin with is there once.
+
+    Answers share their prompt, pairs on one prompt share it too, and different prompts share a system prompt.
+    The first token of an answer is read from the position before it, wherever that lies, so no token is duplicated.
     """
-    ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
+    root = _Node(np.zeros(0, dtype=np.int32), depth=0)
+    leaves: list[_Node] = []
+    for example in examples:
+        fork = root.insert(example.prompt) if len(example.prompt) else root
+        leaves += [fork.insert(answer.ids) for answer in example.answers]
+    nodes = root.lay_out()
+    segments = tuple(
+        Segment(node.start, node.start + len(node.tokens), -1 if node.parent is root else node.parent.index)
+        for node in nodes
+    )
+    paths: list[tuple[int, ...]] = []
     read_at: list[np.ndarray] = []
     target: list[np.ndarray] = []
     owner: list[np.ndarray] = []
-    segments: list[Segment] = []
-    paths: list[tuple[int, ...]] = []
-    cursor = 0
-
-    def append(tokens: np.ndarray, depth: int, parent: int) -> int:
-        nonlocal cursor
-        segments.append(Segment(cursor, cursor + len(tokens), parent))
-        ids.append(tokens)
-        positions.append(np.arange(depth, depth + len(tokens)))
-        cursor += len(tokens)
-        return len(segments) - 1
-
-    for example in examples:
-        depth = len(example.prompt)
-        root = append(example.prompt, 0, -1) if depth else -1
-        fork = cursor - 1  # the prompt's last position
-        for answer in example.answers:
-            readers = np.arange(cursor - 1, cursor - 1 + len(answer.ids))
-            readers[:1] = fork
-            mask = predicted(example, answer)
-            read_at.append(readers[mask])
-            target.append(answer.ids[mask])
-            owner.append(np.full(int(mask.sum()), len(paths)))
-            leaf = append(answer.ids, depth, root)
-            paths.append((root, leaf) if depth else (leaf,))
+    answers = ((example, answer) for example in examples for answer in example.answers)
+    for leaf, (example, answer) in zip(leaves, answers, strict=True):
+        path = leaf.path()
+        at = np.concatenate([np.arange(node.start, node.start + len(node.tokens)) for node in path])
+        mask = predicted(example, answer)
+        before = np.arange(len(answer.ids)) + len(example.prompt) - 1
+        read_at.append(at[before[mask]])
+        target.append(answer.ids[mask])
+        owner.append(np.full(int(mask.sum()), len(paths)))
+        paths.append(tuple(node.index for node in path))
 
     def tensor(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     return Forest(
-        tensor(ids), tensor(positions), tuple(segments), tensor(read_at), tensor(target), tensor(owner),
-        len(paths), tuple(paths),
+        tensor([node.tokens for node in nodes]),
+        tensor([np.arange(node.depth, node.depth + len(node.tokens)) for node in nodes]),
+        segments, tensor(read_at), tensor(target), tensor(owner), len(paths), tuple(paths),
     )  # fmt: skip
+
+
+class _Node:
+    """A stretch of tokens in the tree, `depth` tokens from the root."""
+
+    def __init__(self, tokens: np.ndarray, depth: int, parent: _Node | None = None) -> None:
+        self.tokens, self.depth, self.parent = tokens, depth, parent
+        self.children: dict[bytes, _Node] = {}  # by their beginning: siblings share less than it is long
+        self.index = self.start = -1  # set by lay_out
+
+    def insert(self, tokens: np.ndarray) -> _Node:
+        """The node at which these tokens, following this one, end; what is new of them is added to the tree."""
+        node = self
+        while len(tokens):
+            child = node.children.get(_beginning(tokens))
+            if child is None:
+                child = _Node(tokens, node.depth + len(node.tokens), node)
+                node.children[_beginning(tokens)] = child
+                return child
+            common = _common(child.tokens, tokens)
+            node = child if common == len(child.tokens) else child._split(common)
+            tokens = tokens[common:]
+        return node
+
+    def _split(self, at: int) -> _Node:
+        """Cut this node in two; the front takes its place, the rest becomes the front's child."""
+        assert self.parent is not None
+        front = _Node(self.tokens[:at], self.depth, self.parent)
+        self.parent.children[_beginning(front.tokens)] = front
+        self.tokens, self.depth, self.parent = self.tokens[at:], self.depth + at, front
+        front.children[_beginning(self.tokens)] = self
+        return front
+
+    def lay_out(self) -> list[_Node]:
+        """All nodes below this one, parents first, with their place in the batch."""
+        nodes: list[_Node] = []
+        start = 0
+        waiting = list(self.children.values())[::-1]
+        while waiting:
+            node = waiting.pop()
+            node.index, node.start = len(nodes), start
+            start += len(node.tokens)
+            nodes.append(node)
+            waiting += list(node.children.values())[::-1]
+        return nodes
+
+    def path(self) -> list[_Node]:
+        """From below the root down to this node."""
+        nodes: list[_Node] = []
+        node: _Node | None = self
+        while node is not None and node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+def _beginning(tokens: np.ndarray) -> bytes:
+    return tokens[:SHORTEST_SHARED].tobytes()
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(a[:length] != b[:length])
+    return int(differs[0]) if len(differs) else length
 
 
 @dataclass(frozen=True)

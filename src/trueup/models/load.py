@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from trueup.config.schema import ModelSection, TrainSection, TuningSection
 from trueup.errors import ModelError
 from trueup.models.adapters import Adapters, attach_frozen, attach_lora, merge_adapters
+from trueup.models.allocator import keep_memory
 from trueup.models.fused import fuse
 from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.policy import Policy
@@ -144,6 +145,8 @@ def load_base(
     access = hub_access(model)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # a bar in a log file is noise
+    if device.type == "cpu":
+        keep_memory()
     common = dict(revision=access.revision, token=access.token, cache_dir=access.cache_dir,
                   trust_remote_code=model.trust_remote_code)  # fmt: skip
     try:
