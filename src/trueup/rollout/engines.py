@@ -1,4 +1,4 @@
-"""The engine: token prompts in, token answers out, on transformers' `generate`.
+"""The engine: token prompts in, token answers out, on transformers' models.
 
 One small surface, so that a continuous-batching engine or vLLM can take its place without its callers noticing.
 """
@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from trueup.models.policy import Policy
+from trueup.rollout.sampler import Choice, Sampled, sample_batch
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,22 @@ class Engine:
     def generate_text(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         """As `generate`, decoded."""
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in self.generate(prompts, sampling)]
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, num_answers: int = 1, seed: int = 0
+    ) -> list[list[Sampled]]:
+        """`num_answers` answers to each prompt, all decoded together, for those who learn from them.
+
+        With their stop tokens and log-probabilities. The same policy, prompts and seed give the same answers.
+        `repetition_penalty` is not taken: such answers are not the model's own.
+        """
+        assert sampling.repetition_penalty == 1.0
+        choice = Choice(sampling.temperature, sampling.top_p, sampling.top_k)
+        with self.policy.generating() as model:
+            return sample_batch(
+                model, prompts, num_answers, choice, max_new_tokens=sampling.max_new_tokens,
+                stop_ids=self.stop_ids, pad_id=self.pad_id, seed=seed,
+            )  # fmt: skip
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
         """The answer in pieces of text as they come. Closing the iterator stops the generation."""

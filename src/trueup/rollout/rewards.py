@@ -1,0 +1,190 @@
+"""Who says what an answer is worth: functions in a process of their own, a reward model, an HTTP scorer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from trueup.errors import ConfigError, DataError, ResourceError
+
+log = logging.getLogger("trueup")
+
+Scores = list[float | None]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer as rewards see it. `columns`: the whole row of the dataset, under its own names."""
+
+    row: str
+    prompt: str
+    completion: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Reward(Protocol):
+    """A source of numbers; None where it has no opinion."""
+
+    name: str
+
+    def score(self, answers: Sequence[Answered]) -> Scores: ...
+    def close(self) -> None: ...
+
+
+class Workers:
+    """The process that runs the operator's functions; started when needed, ended when late.
+
+    Raises, while in use:
+        DataError: a function raised an error, or returned something else than a number an answer.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.Queue[str] = queue.Queue()
+
+    def check(self, function: str, key: str) -> None:
+        """Whether there is such a function. Raises ConfigError."""
+        reply = self._ask({"function": function}, max(self.seconds, 120.0))  # its file may import much
+        if reply is None or "error" in reply:
+            why = reply["error"] if reply else "importing it takes too long, or ends the process"
+            raise ConfigError(f"{function}: {why}", where=key, expected="FILE.py:NAME or the name of a built-in reward")
+
+    def call(self, function: str, batch: Mapping[str, Sequence[Any]]) -> Scores:
+        """The function's values. A batch that takes too long is cut in half, until it is known which answer does."""
+        size = len(batch["completions"])
+        reply = self._ask({"function": function, "batch": batch}, self.seconds)
+        if reply is None:
+            if size == 1:
+                log.warning("%s took more than %g s for one answer, which has no reward", function, self.seconds)
+                return [None]
+            half = size // 2
+            first = {key: column[:half] for key, column in batch.items()}
+            second = {key: column[half:] for key, column in batch.items()}
+            return self.call(function, first) + self.call(function, second)
+        if "error" in reply:
+            raise DataError(
+                f"the reward function failed: {reply['error']}", where=function, fix="mend the function, then resume"
+            )
+        return reply["values"]
+
+    def _ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any] | None:
+        """The reply, None if there is none in time (the process is then ended)."""
+        process = self._started()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(request, default=str) + "\n")
+            process.stdin.flush()
+            reply = json.loads(self._lines.get(timeout=seconds))
+        except (queue.Empty, OSError, json.JSONDecodeError):  # late, or it died
+            self.close()
+            return None
+        return reply
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            command = [sys.executable, "-m", "trueup.rollout.worker"]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            )
+            self._lines = queue.Queue()
+            threading.Thread(target=_read, args=(self._process, self._lines), daemon=True).start()
+        return self._process
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def _read(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
+    assert process.stdout is not None
+    with process.stdout as output:
+        for line in output:
+            lines.put(line)
+    lines.put("")  # it has ended: no JSON
+
+
+class FunctionReward:
+    """A function of the operator's, or a built-in one."""
+
+    def __init__(self, function: str, workers: Workers) -> None:
+        self.function = function
+        self.name = function.rpartition(":")[2]
+        self.workers = workers
+        workers.check(function, "reward_funcs")
+
+    def score(self, answers: Sequence[Answered]) -> Scores:
+        return self.workers.call(self.function, as_columns(answers))
+
+    def close(self) -> None:
+        self.workers.close()
+
+
+def as_columns(answers: Sequence[Answered]) -> dict[str, list[Any]]:
+    """What functions get: `prompts`, `completions`, and every column of the rows."""
+    names = dict.fromkeys(name for a in answers for name in a.columns)
+    columns = {name: [a.columns.get(name) for a in answers] for name in names}
+    return {**columns, "prompts": [a.prompt for a in answers], "completions": [a.completion for a in answers]}
+
+
+class ModelReward:
+    """A reward model. `score_texts` runs it on answers; the recipe that loaded it knows its template."""
+
+    name = "reward_model"
+
+    def __init__(self, score: Callable[[Sequence[Answered]], list[float]]) -> None:
+        self._score = score
+
+    def score(self, answers: Sequence[Answered]) -> Scores:
+        return list(self._score(answers))
+
+    def close(self) -> None:
+        pass
+
+
+class HttpReward:
+    """A scorer behind a URL: POST {"model", "messages": [texts]} → {"scores": [numbers]}, as LLaMA-Factory's."""
+
+    name = "reward_model"
+    TRIES, SECONDS = 3, 60.0
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def score(self, answers: Sequence[Answered]) -> Scores:
+        texts = [a.prompt + a.completion for a in answers]
+        body = json.dumps({"model": "model", "messages": texts}).encode()
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        for attempt in range(self.TRIES):
+            try:
+                with urllib.request.urlopen(request, timeout=self.SECONDS) as reply:
+                    return self._scores(json.load(reply), len(texts))
+            except (urllib.error.URLError, TimeoutError, ValueError) as error:
+                failure = error
+                time.sleep(min(2.0**attempt, 5.0) * (attempt + 1 < self.TRIES))
+        raise ResourceError(
+            f"the scorer does not answer: {failure}", where=f"reward_model: {self.url}",
+            expected='{"scores": [a number for each text]}', fix="start it, then resume",
+        )  # fmt: skip
+
+    def _scores(self, reply: Any, count: int) -> Scores:
+        scores = reply.get("scores") if isinstance(reply, dict) else None
+        if not isinstance(scores, list) or len(scores) != count:
+            raise ValueError(f"it answered {json.dumps(reply)[:200]}")
+        return [float(score) for score in scores]
+
+    def close(self) -> None:
+        pass
