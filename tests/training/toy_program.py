@@ -51,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "run_name": None,
     "report_to": [],
     "plot_loss": True,
+    "profile": False,
     "project": "trueup",
     "disable_tqdm": None,
     "seed": 7,

@@ -135,7 +135,6 @@ LATER: dict[str, str] = {
     "torch_compile_backend": "drop it: the default kernels",
     "torch_compile_mode": "drop it: the default kernels",
     "auto_find_batch_size": "per_device_train_batch_size: 1 with more gradient_accumulation_steps",
-    "profile": "the tokens/s of the log",
     "compute_accuracy": "the evaluation loss",
     "optim_args": "the adam_… keys",
     "num_beams": "num_beams: 1 with sampling",

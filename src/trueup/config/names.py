@@ -154,7 +154,7 @@ _HYPER = "HyperParallel is no backend of trueup"
 _BADAM = "BAdam is not kept up; LoRA, or finetuning_type: freeze, trains in as little memory"
 _SWANLAB = "SwanLab reads it from its own environment variables (SWANLAB_API_KEY, SWANLAB_WORKSPACE …)"
 _TRACKIO = "Trackio reads it from its own environment variables (TRACKIO_SPACE_ID …)"
-_PROFILER = "profile: true is planned; torch's own profiler can wrap `python -m trueup`"
+_PROFILER = "profile: true tells where the time goes; torch's own profiler can wrap `python -m trueup`"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from trueup.training.evaluation import evaluate_run
 from trueup.training.loop import fit
 from trueup.training.observers import standard_observers
 from trueup.training.plan import check_schedule
+from trueup.training.profile import phase, profiling
 from trueup.training.run_directory import RunDirectory, check_target
 from trueup.training.signals import StopRequest, sigterm_cleans_up
 from trueup.training.watchdog import Watchdog
@@ -61,7 +62,7 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
         torch.use_deterministic_algorithms(True)
     backend = make_backend(pick_device(cfg.model.device), cfg.train.ddp_timeout)
     try:
-        with sigterm_cleans_up():
+        with sigterm_cleans_up(), profiling(cfg.train.profile, backend.device):
             return train(cfg, backend, console) if cfg.train.do_train else evaluate(cfg, backend, console)
     finally:
         backend.close()
@@ -71,7 +72,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     """A run that trains, and evaluates if it is asked to."""
     check_schedule(cfg.train)
     set_seed(cfg.train.seed)
-    with stop_at_warnings(cfg.train.strict):
+    with stop_at_warnings(cfg.train.strict), phase("loading"):
         tokenizer = load_tokenizer(cfg.model)
         check_reference(cfg, tokenizer)
         prepared = prepare(cfg, tokenizer)
@@ -163,7 +164,7 @@ def _references(
     """The reference's log-probabilities, if the objective takes them. Raises Stopped after a signal."""
     if not objective_of(cfg).needs_reference:
         return None
-    with StopRequest() as stop, Watchdog(directory) as watchdog:
+    with StopRequest() as stop, Watchdog(directory) as watchdog, phase("reference"):
 
         def asked_to_stop() -> bool:
             watchdog.beat()

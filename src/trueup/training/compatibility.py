@@ -26,7 +26,7 @@ FREE = frozenset(
     output_dir overwrite_output_dir resume_from_checkpoint allow_changed new_run run_name
     project report_to logging_dir logging_strategy logging_steps logging_first_step
     logging_nan_inf_filter log_level log_level_replica log_on_each_node disable_tqdm
-    plot_loss include_num_input_tokens_seen save_strategy save_steps save_total_limit
+    plot_loss profile include_num_input_tokens_seen save_strategy save_steps save_total_limit
     save_only_model save_on_each_node eval_strategy eval_steps eval_delay eval_on_start
     per_device_eval_batch_size do_eval do_predict do_train dataloader_num_workers
     dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers

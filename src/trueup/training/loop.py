@@ -41,6 +41,7 @@ from trueup.training.events import (
 from trueup.training.metrics import MetricSums, means
 from trueup.training.optim import MasterOptimizer
 from trueup.training.plan import make_plan
+from trueup.training.profile import phase
 from trueup.training.run_directory import METRICS_FILE, RUN_FILE, RunDirectory, read_metrics
 from trueup.training.signals import Stopped, StopRequest
 from trueup.training.state import Progress, RankState
@@ -297,7 +298,8 @@ class Trainer(Generic[B]):
         def tell(done: int, total: int) -> None:
             self.observers.tell(EvaluationProgress(self.progress.step, done, total))
 
-        return evaluate_sets(self.program, self.backend, self._asked_to_stop, tell)
+        with phase("evaluation"):
+            return evaluate_sets(self.program, self.backend, self._asked_to_stop, tell)
 
     def _judge(self, row: Mapping[str, float]) -> bool:
         """Keep the best metric, and count evaluations without improvement."""
@@ -358,7 +360,8 @@ class Trainer(Generic[B]):
             self.run.status(checkpoint=checkpoint.path.name)
             self.observers.tell(Saved(progress.step, checkpoint.path))
 
-        self.backend.on_first(commit)
+        with phase("save"):
+            self.backend.on_first(commit)
         self.saved_step = progress.step
         self.watchdog.beat()
         self.clock.reset_time()
@@ -394,11 +397,12 @@ class Trainer(Generic[B]):
         reload = self.plan.load_best and best is not None and best != self._path_of(self.progress.step)
         if reload and best is not None:
             states.load_best_masters(best, self.optimizer)
-        self.backend.on_first(
-            lambda: checkpoints.replace_files(
-                self.run.path, lambda d: self.program.save_model(d, self.optimizer.masters)
+        with phase("save"):
+            self.backend.on_first(
+                lambda: checkpoints.replace_files(
+                    self.run.path, lambda d: self.program.save_model(d, self.optimizer.masters)
+                )
             )
-        )
         evaluation = self._final_evaluation(reload)
         train = self._train_results()
         self.run.write_results("train", train)

@@ -8,6 +8,7 @@ from trueup.training.events import Observer
 from trueup.training.health import Health
 from trueup.training.model_card import ModelCard
 from trueup.training.plots import Plots
+from trueup.training.profile import ProfileReport
 from trueup.training.progress import make_display
 from trueup.training.run_directory import RunDirectory
 from trueup.training.trackers import make_trackers
@@ -17,7 +18,7 @@ from trueup.training.trainer_log import TrainerLog
 def standard_observers(settings: Any, run: RunDirectory, *, quiet: bool = False) -> list[Observer]:
     """Display, health, trainer_log.jsonl, trackers, pictures and model card, for rank 0.
 
-    settings  the train section (`report_to`, `project`, `disable_tqdm`)
+    settings  the train section (`report_to`, `project`, `disable_tqdm`, `plot_loss`, `profile`)
     quiet     leave out what writes to standard output
     """
     if not run.writer:
@@ -29,4 +30,5 @@ def standard_observers(settings: Any, run: RunDirectory, *, quiet: bool = False)
         *make_trackers(settings.report_to, settings.project),
         *([Plots(run)] if settings.plot_loss else []),
         ModelCard(run),
+        *([ProfileReport(run, quiet)] if settings.profile else []),
     ]

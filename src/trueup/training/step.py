@@ -22,6 +22,7 @@ from trueup.errors import DivergenceError
 from trueup.training.backend import Backend
 from trueup.training.metrics import MetricSums
 from trueup.training.optim import MasterOptimizer
+from trueup.training.profile import phase
 from trueup.types import Metrics
 
 B = TypeVar("B")
@@ -110,22 +111,27 @@ def train_step(
     Raises DivergenceError, before the optimizer moves, when the loss or a gradient is not finite on
     any rank.
     """
-    batches = program.micro_batches(*divmod(steps_done, program.steps_per_epoch))
+    with phase("data"):
+        batches = program.micro_batches(*divmod(steps_done, program.steps_per_epoch))
     totals = step_totals(program, batches, backend)
     loss_of_rank = torch.zeros((), dtype=torch.float32, device=backend.device)
     for batch in batches:
-        loss, metrics = program.loss(batch, totals)
-        optimizer.backward(loss)
+        with phase("forward"):
+            loss, metrics = program.loss(batch, totals)
+        with phase("backward"):
+            optimizer.backward(loss)
         loss_of_rank += loss.detach()
         sums.update(metrics)
-    backend.sum_gradients(optimizer.gradients.buckets)
-    norm = optimizer.gradient_norm()
-    numbers = torch.stack([loss_of_rank, norm.to(loss_of_rank.device)]).tolist()  # the step's one sync
+    with phase("optimizer"):
+        backend.sum_gradients(optimizer.gradients.buckets)
+        norm = optimizer.gradient_norm()
+        numbers = torch.stack([loss_of_rank, norm.to(loss_of_rank.device)]).tolist()  # the step's one sync
     loss_value = backend.sum_counts({"loss": numbers[0]})["loss"]
     result = StepResult(loss_value, numbers[1], int(totals[_TOKENS]))
     sums.add("loss", loss_of_rank, float(backend.rank == 0))
     if math.isfinite(loss_value) and math.isfinite(result.grad_norm):
-        optimizer.step(norm, steps_done + 1)
+        with phase("optimizer"):
+            optimizer.step(norm, steps_done + 1)
         return result
     if math.isfinite(loss_value) and optimizer.shrink_loss_scale():
         optimizer.skip(steps_done + 1)
