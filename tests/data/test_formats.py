@@ -539,3 +539,38 @@ def test_the_four_empty_sides_of_hh_are_dropped_counted_and_shown(real_data):
     assert all(e.prompt[-1].role == "user" and len(e.chosen) == 1 for e in data.train)
     with pytest.raises(DataError, match="empty chosen in 4 of 1 500 rows"):
         load_examples(["hh_harmless"], kind="pair", dataset_dir=real_data, on_bad_rows="error")
+
+
+# --- answers with what the data says of them ------------------------------------------------------
+
+QUESTION = (user("q"),)
+
+
+@pytest.mark.parametrize(
+    ("row", "answers", "scores"),
+    [
+        ({"instruction": "q", "output": "a", "score": 3}, ["a"], (3.0,)),
+        ({"instruction": "q", "output": "a"}, ["a"], None),
+        ({"messages": FULL_GOOD, "score": 0.5}, ["good"], (0.5,)),
+        ({"instruction": "q", "output": "a", "kto_tag": True}, ["a"], (1.0,)),
+        ({"instruction": "q", "output": [{"content": "a", "score": 2}]}, ["a"], (2.0,)),
+        ({"instruction": "q", "output": ["a", "b"], "scores": [1, 4]}, ["b", "a"], (4.0, 1.0)),
+        ({"instruction": "q", "chosen": "a", "rejected": "b"}, ["a", "b"], None),
+    ],
+)
+def test_answers_come_from_rows_of_many_kinds(row: dict, answers: list[str], scores: tuple | None):
+    assert parse(row, "answers") == Ranking(QUESTION, tuple((bot(text),) for text in answers), "mine:0", scores)
+
+
+@pytest.mark.parametrize("want", ["ranking", "answers"])
+def test_a_pair_may_bring_a_margin(want: str):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5}
+    assert parse(row, want).margin == 0.5
+    assert parse({**row, "margin": None}, want).margin is None
+    with pytest.raises(ShapeProblem):
+        parse({**row, "margin": "much"}, want)
+
+
+def test_a_ranking_of_one_is_dropped_where_rankings_are_wanted():
+    with pytest.raises(RowProblem, match="fewer than two"):
+        parse({"instruction": "q", "output": ["a"]}, "ranking")

@@ -35,7 +35,7 @@ class Encoded:
     """A prompt and its continuations: one for text, chat and feedback, two (chosen, rejected) for a
     pair, N for a
     ranking, none for a prompt. `scores` holds a ranking's scores, or 1.0 / 0.0 for wanted /
-    unwanted feedback."""
+    unwanted feedback; a single one beside two answers is the margin by which the first must win."""
 
     row: str
     prompt: np.ndarray  # int32 [P], may be empty

@@ -355,7 +355,9 @@ def _all_equal(answers: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
 def _scores(example: Example) -> tuple[float, ...]:
     if isinstance(example, Feedback):
         return (float(example.desirable),)
-    return tuple(example.scores or ()) if isinstance(example, Ranking) else ()
+    if isinstance(example, Ranking):
+        return tuple(example.scores or ()) if example.margin is None else (example.margin,)
+    return ()
 
 
 def _answers(example: Chat | Shared) -> list[Messages]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
-Kind = Literal["text", "chat", "pair", "ranking", "feedback", "prompt"]
+Kind = Literal["text", "chat", "pair", "ranking", "answers", "feedback", "prompt"]
 
 #: What a function specification or call looks like everywhere in trueup: the shape transformers'
 #: chat templates take, {"type": "function", "function": {"name": …, "arguments" | "parameters":
@@ -84,7 +84,11 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """N ≥ 2 continuations of a prompt, best first; `scores` (descending) if the data gave any."""
+    """Continuations of a prompt, best first; `scores` (descending) if the data gave any.
+
+    Where rankings are wanted there are two or more, where answers are wanted there may be one.
+    `margin`: by how much the data wants the better of two to win.
+    """
 
     prompt: Messages
     answers: tuple[Messages, ...]
@@ -92,6 +96,7 @@ class Ranking:
     scores: tuple[float, ...] | None = None
     tools: Tools | None = None
     plain: bool = False
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ Choices worth knowing
   Transcripts (`\\n\\nHuman: …`) are parsed into turns first. Other texts become one plain pair
   whose common prefix of tokens is the prompt; never one of characters.
 - Where pairs are wanted, a ranking of N ≥ 2 answers gives its best and its worst.
+- Where answers are wanted, pairs and rankings give theirs, feedback its one with the label as 1 or
+  0, and a chat its last one with what its column `score` says.
 - Labels: true/false, 1/0, "true"/"false", "yes"/"no", "desirable"/"undesirable", "1"/"0", any case.
 """
 
@@ -316,12 +318,13 @@ def _refuse_equal(chosen: Messages, rejected: Messages) -> None:
 def _ranking(read: _Reader, row: str) -> Ranking:
     if read.layout.gives == "pair":
         pair = _pair(read, row)
-        return Ranking(pair.prompt, (pair.chosen, pair.rejected), row, tools=pair.tools, plain=pair.plain)
+        answers = pair.chosen, pair.rejected
+        return Ranking(pair.prompt, answers, row, tools=pair.tools, plain=pair.plain, margin=_number(read, "margin"))
     role = "answers" if "answers" in read.layout.columns else "response"
     column, values = read.layout.columns[role], read.required(role)
     if not isinstance(values, list):
         raise ShapeProblem(column, describe(values), "a list of answers")
-    if len(values) < 2:
+    if len(values) < 2 and (read.layout.want != "answers" or not values):
         raise RowProblem("fewer than two answers", f"`{column}` has {len(values)}")
     scores = _scores(read, values, column)
     answers = [_answer(read, role, value, "answer") for value in values]
@@ -376,6 +379,31 @@ def _check_numbers(values: Any, count: int, column: str, expected: str) -> None:
             raise ShapeProblem(column, f"a list with {value}", expected)
 
 
+def _number(read: _Reader, role: str) -> float | None:
+    """The number of a role that may be absent or null."""
+    value = read.value(role)
+    if value is None:
+        return None
+    _check_numbers([value], 1, read.layout.columns[role], "a number")
+    return float(value)
+
+
+def _answers(read: _Reader, row: str) -> Ranking:
+    """The answers of a row of any kind that has some, with what the data says of them."""
+    match read.layout.gives:
+        case "ranking" | "pair":
+            return _ranking(read, row)
+        case "feedback":
+            feedback = _feedback(read, row)
+            prompt, answer, score = feedback.prompt, feedback.answer, float(feedback.desirable)
+        case _:
+            *before, last = _chat(read, row).messages
+            prompt, answer, score = tuple(before), (last,), _number(read, "score")
+            _check(prompt, {"answer": answer})
+    scores = None if score is None else (score,)
+    return Ranking(prompt, (answer,), row, scores, read.tools, read.layout.plain)
+
+
 def _feedback(read: _Reader, row: str) -> Feedback:
     desirable = _label(read)
     turns = _conversation(read)
@@ -424,6 +452,7 @@ _PARSERS = {
     "chat": _chat,
     "pair": _pair,
     "ranking": _ranking,
+    "answers": _answers,
     "feedback": _feedback,
     "prompt": _prompt,
 }

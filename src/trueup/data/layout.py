@@ -36,8 +36,10 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "kto_tag": ("kto_tag", "label"),
     "text": ("text",),
     "answers": ("responses", "answers", "completions"),
+    "score": ("score",),
     "scores": ("scores",),
     "ranks": ("rank", "ranks"),
+    "margin": ("margin",),
 }
 
 #: Names that suggest a role without being taken for it: material for "did you mean".
@@ -57,6 +59,7 @@ _SERVES: dict[Kind, tuple[str, ...]] = {
     "chat": ("chat",),
     "pair": ("pair", "ranking"),
     "ranking": ("ranking", "pair"),
+    "answers": ("ranking", "pair", "feedback", "chat"),
     "feedback": ("feedback",),
     "prompt": ("prompt", "chat", "pair", "ranking", "feedback"),
 }
@@ -65,6 +68,7 @@ _NEEDED: dict[Kind, tuple[str, ...]] = {
     "chat": ("prompt", "response"),
     "pair": ("chosen", "rejected"),
     "ranking": ("chosen", "rejected"),
+    "answers": ("prompt", "response"),
     "feedback": ("prompt", "response", "kto_tag"),
     "prompt": ("prompt",),
 }
@@ -73,6 +77,7 @@ _NOUNS = {
     "chat": "prompts with one answer (SFT)",
     "pair": "preference pairs",
     "ranking": "ranked answers",
+    "answers": "prompts with answers",
     "feedback": "single answers with a label (KTO)",
     "prompt": "prompts without answers",
 }
@@ -187,7 +192,7 @@ def _is_conversational(spec: DatasetSpec, columns: Mapping[str, str], want: Kind
         return False
     if "prompt" not in columns:
         return True
-    return want in ("chat", "feedback") and "response" not in columns
+    return want in ("chat", "feedback", "answers") and "response" not in columns
 
 
 def _offers(columns: Mapping[str, str], sample: _Sample, conversational: bool) -> set[str]:
@@ -274,7 +279,7 @@ def _wrong_kind(spec: DatasetSpec, want: Kind, have: str) -> Problem:
 
 def _missing_columns(spec: DatasetSpec, found: Sequence[str], columns: Mapping[str, str], want: Kind) -> Problem:
     needed = _NEEDED[want]
-    if spec.formatting in ("sharegpt", "openai") and want in ("chat", "prompt", "feedback"):
+    if spec.formatting in ("sharegpt", "openai") and want in ("chat", "prompt", "feedback", "answers"):
         needed = ("messages", *(role for role in needed if role not in ("prompt", "response")))
     have_prompt = "messages" in columns or "query" in columns
     missing = [r for r in needed if r not in columns and not (r == "prompt" and have_prompt)]

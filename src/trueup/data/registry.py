@@ -51,8 +51,10 @@ COLUMN_ROLES = (
     "kto_tag",
     "text",
     "answers",
+    "score",
     "scores",
     "ranks",
+    "margin",
 )
 COLUMN_ALIASES = {
     "instruction": "prompt",

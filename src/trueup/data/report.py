@@ -159,11 +159,12 @@ class DataReport:
             if isinstance(example, Feedback):
                 label = "desirable" if example.desirable else "undesirable"
                 self.of_row(example.row).labels[label] += 1
-            if isinstance(example, Pair):
-                mirror = pairs.get(_digest(example.prompt, example.rejected, example.chosen))
+            if sides := _two_sides(example):
+                better, worse = sides
+                mirror = pairs.get(_digest(example.prompt, worse, better))
                 if mirror:
                     self.reversed_pairs.add(example.row, f"the reverse of {mirror}")
-                pairs.setdefault(_digest(example.prompt, example.chosen, example.rejected), example.row)
+                pairs.setdefault(_digest(example.prompt, better, worse), example.row)
 
     def compare_splits(self, train: Iterable[Example], evaluation: Iterable[Example]) -> None:
         """Count evaluation rows whose prompt (or, without prompts, text) is trained on as well
@@ -378,6 +379,16 @@ def fingerprint(example: Example) -> bytes:
             return _digest(prompt, *answers)
         case Feedback(prompt, answer, desirable):
             return _digest(prompt, answer, str(desirable))
+
+
+def _two_sides(example: Example) -> tuple[Messages, Messages] | None:
+    """The better and the worse answer of a pair, also where it is a ranking of two."""
+    match example:
+        case Pair():
+            return example.chosen, example.rejected
+        case Ranking(_, (better, worse)):
+            return better, worse
+    return None
 
 
 def prompt_fingerprint(example: Example) -> bytes:
