@@ -76,6 +76,29 @@ class FeedbackLogps:
 
 
 @dataclass(frozen=True)
+class Rankings:
+    """Rewards of the answers of B prompts, up to N each, fp32, and what the data says of them.
+
+    Where an answer is absent, rewards and scores are 0.
+    """
+
+    rewards: Tensor  # [B, N]
+    scores: Tensor  # [B, N] higher is better, equal is a tie
+    present: Tensor  # [B, N] bool
+    margin: Tensor  # [B] by how much the better answer of a pair must win
+
+    @property
+    def together(self) -> Tensor:
+        """[B, N, N] bool: both answers are there."""
+        return self.present[:, :, None] & self.present[:, None, :]
+
+    @property
+    def wins(self) -> Tensor:
+        """[B, N, N] bool: both answers are there, and the first is better than the second."""
+        return (self.scores[:, :, None] > self.scores[:, None, :]) & self.together
+
+
+@dataclass(frozen=True)
 class StepValues:
     """What an objective that couples examples sees of its whole optimizer step: values without gradient.
 

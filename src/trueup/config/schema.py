@@ -16,6 +16,7 @@ from trueup.config.sections.generate import EvaluateSection, ExportSection, Gene
 from trueup.config.sections.model import ModelSection
 from trueup.config.sections.objective import ObjectiveSection
 from trueup.config.sections.online import OnlineSection
+from trueup.config.sections.reward import RewardSection
 from trueup.config.sections.train import TrainSection
 from trueup.config.sections.tuning import TuningSection
 from trueup.config.values import Section
@@ -25,6 +26,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataSection,
     "tuning": TuningSection,
     "objective": ObjectiveSection,
+    "reward": RewardSection,
     "online": OnlineSection,
     "train": TrainSection,
     "generate": GenerateSection,
@@ -78,6 +80,7 @@ class RunConfig:
     data: DataSection
     tuning: TuningSection
     objective: ObjectiveSection
+    reward: RewardSection
     online: OnlineSection
     train: TrainSection
     generate: GenerateSection

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trueup.types import Loss
 
-Denominator = Literal["pairs", "predictions", "answers", "desirable"]
+Denominator = Literal["pairs", "predictions", "answers", "desirable", "rankings"]
 Survey = Callable[[Any], dict[str, Tensor]]
 
 
