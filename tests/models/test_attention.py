@@ -43,6 +43,33 @@ def test_equals_dense_attention(monkeypatch, block: int, kv_heads: int) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_gathered_form_equals_segments(monkeypatch, window: int | None) -> None:
+    """On a CPU the varlen kernel is played by a loop with its documented meaning."""
+
+    def varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, scale, window_size, enable_gqa):
+        assert longest_q == starts_q.diff().max() and longest_k == starts_k.diff().max()
+        outputs = []
+        for (a, b), (c, d) in zip(starts_q.unfold(0, 2, 1).tolist(), starts_k.unfold(0, 2, 1).tolist(), strict=True):
+            left = window_size[0] + 1 if window_size[0] >= 0 else None
+            mask = attention.causal_mask(b - a, d - c, left, q.device)
+            states = (x[None].transpose(1, 2) for x in (q[a:b], k[c:d], v[c:d]))
+            outputs.append(F.scaled_dot_product_attention(*states, attn_mask=mask, scale=scale, enable_gqa=enable_gqa))
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, 40, 8) for heads in (4, 2, 2)]
+    results = [
+        forest_attention(
+            torch.nn.Identity(), *states, None,
+            forest=ForestLayout(FOREST, torch.device("cpu"), gathered), sliding_window=window,
+        )[0]
+        for gathered in (True, False)
+    ]  # fmt: skip
+    torch.testing.assert_close(*results)
+
+
 def test_a_window_that_binds_is_masked_in_bf16_too() -> None:
     torch.manual_seed(0)
     states = [torch.randn(1, 2, 40, 8) for _ in range(3)]

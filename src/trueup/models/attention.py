@@ -9,6 +9,8 @@ the unshared path (`models/load.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,11 @@ from transformers import AttentionInterface
 
 from trueup.types import Segment
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch without it
+    varlen_attn = None
+
 FOREST_ATTENTION = "trueup_forest"
 
 #: Query rows that `_BlockAttention` scores at once: their weights stay in the cache, and keys after them are skipped.
@@ -24,10 +31,15 @@ BLOCK = 128
 
 
 class ForestLayout:
-    """Who sees whom in a batch, and the masks that say so; made once per batch, used by every layer."""
+    """Who sees whom in a batch, and the masks that say so; made once per batch, used by every layer.
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+    Args:
+        gathered: give the kernel each segment's keys gathered from its path (`kernels_for`: where that is possible).
+    """
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device, gathered: bool = False) -> None:
         self.device = device
+        self.gathered = gathered
         self.lengths = [segment.stop - segment.start for segment in segments]
         self.paths: list[list[int]] = []  # segment → its ancestors from the root down, and itself
         for index, segment in enumerate(segments):
@@ -35,6 +47,20 @@ class ForestLayout:
             self.paths.append([*before, index])
         self.windows: set[int] = set()  # sliding windows that the model passed with this layout
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    @cached_property
+    def gathering(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """For kernels over sequences of several lengths: which positions every segment's path has as keys, where each
+        segment's queries and keys begin (cumulative, int32), and the longest of both.
+        """
+        starts = [0, *accumulate(self.lengths)]
+        spans = [torch.arange(starts[i], starts[i + 1], device=self.device) for path in self.paths for i in path]
+        visible = [sum(self.lengths[i] for i in path) for path in self.paths]
+
+        def cumulative(lengths: list[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.device)
+
+        return torch.cat(spans), cumulative(self.lengths), cumulative(visible), max(self.lengths), max(visible)
 
     def visits(self) -> Iterator[tuple[list[int], slice]]:
         """Each segment's path from the root, and where its own tokens lie in the batch."""
@@ -95,10 +121,37 @@ def forest_attention(
     """
     if sliding_window is not None:
         forest.windows.add(sliding_window)
+    if forest.gathered:
+        if dropout or softcap is not None:
+            raise NotImplementedError("this kernel has neither dropout nor a cap on scores")
+        return _gathered(query, key, value, forest, scaling, sliding_window), None
     plain = not dropout and softcap is None and not forest.bound_by(sliding_window)
     if plain and query.device.type == "cpu" and query.dtype == torch.bfloat16:
         return _BlockAttention.apply(query, key, value, forest, scaling), None
     return _fused(query, key, value, forest, scaling, dropout, sliding_window, softcap), None
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> tuple[bool, ...]:
+    """Values of `ForestLayout.gathered` to try, the fastest first."""
+    has_varlen = varlen_attn is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return (True, False) if has_varlen else (False,)
+
+
+def _gathered(
+    query: Tensor, key: Tensor, value: Tensor, forest: ForestLayout, scaling: float | None, window: int | None
+) -> Tensor:
+    """The forest in one call of a varlen flash kernel: every segment is a sequence whose keys are its whole path.
+
+    Causality is aligned to the end, so a segment's last query sees all of its path's keys. [1, T, heads, d].
+    """
+    positions, starts_q, starts_k, longest_q, longest_k = forest.gathering
+    queries = query[0].transpose(0, 1)
+    keys, values = (states[0].transpose(0, 1).index_select(0, positions) for states in (key, value))
+    output = varlen_attn(
+        queries, keys, values, starts_q, starts_k, longest_q, longest_k, scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output[None]
 
 
 def _fused(

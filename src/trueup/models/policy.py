@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trueup.errors import ModelError
-from trueup.models.attention import FOREST_ATTENTION, ForestLayout
+from trueup.models.attention import FOREST_ATTENTION, ForestLayout, kernels_for
 from trueup.models.logprobs import Head, token_logps
 from trueup.types import Forest, Segment
 
@@ -35,6 +35,7 @@ class Policy:
         self.model = model if model is not None else base
         self.plain_attention: str = base.config._attn_implementation
         self.shared = False
+        self.gathered = False  # which kernel takes the shared layout (`ForestLayout`)
         self._layout: ForestLayout | None = None  # of the last batch in the shared layout
 
     @property
@@ -68,7 +69,7 @@ class Policy:
         return backbone(use_cache=False, **inputs).last_hidden_state
 
     def _shared_hidden(self, forest: Forest) -> Tensor:
-        self._layout = layout = ForestLayout(forest.segments, forest.input_ids.device)
+        self._layout = layout = ForestLayout(forest.segments, forest.input_ids.device, self.gathered)
         hidden = self._backbone(input_ids=forest.input_ids[None], position_ids=forest.position_ids[None], forest=layout)
         return hidden[0, forest.read_at]
 
@@ -128,7 +129,11 @@ class Policy:
                     expected=f"differences below {tolerance}",
                     fix="please report the architecture; until then use another model",
                 )
-            reason = self._try_shared(forest, unshared)
+            for gathered in kernels_for(self.device, self.dtype):
+                self.gathered = gathered
+                reason = self._try_shared(forest, unshared)
+                if reason is None:
+                    break
         finally:
             self.model.train(training)
         if reason:
