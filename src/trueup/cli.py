@@ -222,7 +222,7 @@ def train(session: Session, words: tuple[str, ...]) -> None:
     if several:
         raise click.exceptions.Exit(launch.launch(words, num_gpus))
     session.output_dir = Path(cfg.train.output_dir)
-    from trueup.recipes.offline import run
+    from trueup.recipes.run import run
 
     with session.result() as result:
         done = run(cfg, console())

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from trueup.config.losses import LIVE_REFERENCE, PREF_LOSSES, STAGE_LOSSES
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -29,9 +31,82 @@ def _count_rewards(c: Any) -> int:
     return len(c.reward_funcs) + bool(c.reward_model)
 
 
+def _losses(c: Any) -> list[str]:
+    return c.pref_loss if isinstance(c.pref_loss, list) else [c.pref_loss]
+
+
+def _foreign(c: Any) -> bool:
+    return c.stage in STAGE_LOSSES and not set(_losses(c)) <= set(STAGE_LOSSES[c.stage])
+
+
 _ONLINE = ("ppo", "grpo", "rloo", "online_dpo")
 
 RULES = [
+    Rule(
+        ("stage", "pref_loss"),
+        lambda c: _foreign(c) and set(_losses(c)) <= set(PREF_LOSSES),
+        "this stage does not train this `pref_loss`",
+        "stage: dpo takes every loss on pairs, stage: kto takes kto, bco and apo_zero_unpaired; "
+        "orpo, simpo and cpo have their own",
+    ),
+    Rule(
+        ("pref_loss",),
+        lambda c: c.stage in STAGE_LOSSES and (not c.pref_loss or len(set(_losses(c))) < len(_losses(c))),
+        "`pref_loss` names a loss twice, or none",
+        "name each once; loss_weights weighs them",
+    ),
+    Rule(
+        ("stage", "pref_loss"),
+        lambda c: c.stage != "dpo" and c.stage in STAGE_LOSSES and len(_losses(c)) > 1,
+        "only `stage: dpo` adds up several losses",
+        "keep one, or set stage: dpo",
+    ),
+    Rule(
+        ("pref_loss", "loss_weights"),
+        lambda c: c.stage in STAGE_LOSSES and c.loss_weights and len(c.loss_weights) != len(_losses(c)),
+        "`loss_weights` needs one number for each loss of `pref_loss`",
+        "give as many as there are losses, or drop it",
+    ),
+    Rule(
+        ("loss_weights",),
+        lambda c: c.loss_weights and (min(c.loss_weights) < 0 or c.loss_weights[0] <= 0),
+        "`loss_weights` are not negative, and the first loss counts",
+        "give the losses positive weights",
+    ),
+    Rule(
+        ("pref_loss", "dpo_label_smoothing"),
+        lambda c: c.stage == "dpo" and "exo_pair" in _losses(c) and not c.dpo_label_smoothing,
+        "`pref_loss: exo_pair` takes the logarithm of `dpo_label_smoothing`, which is 0",
+        "set dpo_label_smoothing: 0.001, or leave it unset",
+    ),
+    Rule(
+        ("pref_loss", "pref_bco_weight"),
+        lambda c: c.stage == "dpo" and c.pref_bco_weight and "bco_pair" in _losses(c),
+        "`pref_bco_weight` adds a BCO loss, and `pref_loss` has it already",
+        "drop one of them",
+    ),
+    Rule(
+        ("pref_loss", "pref_ftx"),
+        lambda c: c.stage == "dpo" and c.pref_ftx and "sft" in _losses(c),
+        "`pref_ftx` adds an SFT loss, and `pref_loss` has it already",
+        "drop one of them",
+    ),
+    Rule(
+        ("sync_ref_model", "ref_model"),
+        lambda c: c.stage == "dpo" and c.sync_ref_model and c.ref_model,
+        "`sync_ref_model` moves the reference with the model, and `ref_model` is another model",
+        "drop one of them",
+    ),
+    Rule(
+        ("precompute_ref_log_probs", "sync_ref_model", "pref_loss"),
+        lambda c: (
+            c.stage == "dpo"
+            and c.precompute_ref_log_probs
+            and (c.sync_ref_model or set(_losses(c)) & set(LIVE_REFERENCE))
+        ),
+        "`precompute_ref_log_probs: true` keeps log-probabilities, and this reference has to run in every step",
+        "drop precompute_ref_log_probs",
+    ),
     Rule(
         ("stage", "reward_funcs", "reward_model", "judge"),
         lambda c: c.stage in _ONLINE and not (_count_rewards(c) or (c.stage == "online_dpo" and c.judge)),
@@ -57,7 +132,13 @@ RULES = [
         "set num_generations: 2 or more",
     ),
     Rule(
-        ("stage", "finetuning_type", "ref_model"),
+        ("judge", "num_generations"),
+        lambda c: c.judge and c.num_generations not in (None, 2),
+        "`judge` compares two answers of a prompt",
+        "drop num_generations, or give rewards: the best and the worst of several are then a pair",
+    ),
+    Rule(
+        ("stage", "ppo_kl_coeff", "ref_model"),
         lambda c: c.stage in ("ppo", "grpo", "rloo") and c.ref_model and not c.ppo_kl_coeff and not c.ppo_target,
         "`ref_model` is compared with at a price of 0: `ppo_kl_coeff` is 0",
         "set ppo_kl_coeff, or drop ref_model",

@@ -27,8 +27,9 @@ class Answered:
     """An answer as rewards see it. `columns`: the whole row of the dataset, under its own names."""
 
     row: str
-    prompt: str
+    prompt: str  # what is asked last
     completion: str
+    text: str  # the whole conversation as the model sees it
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -165,7 +166,7 @@ class HttpReward:
         self.url = url
 
     def score(self, answers: Sequence[Answered]) -> Scores:
-        texts = [a.prompt + a.completion for a in answers]
+        texts = [a.text for a in answers]
         body = json.dumps({"model": "model", "messages": texts}).encode()
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
         for attempt in range(self.TRIES):

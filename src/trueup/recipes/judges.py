@@ -1,0 +1,142 @@
+"""The rewards and the judge that a config names, ready to be asked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trueup.config.schema import RunConfig
+from trueup.data.chat_template import ChatTemplate
+from trueup.data.examples import Message
+from trueup.data.templates import load_template, own_source
+from trueup.errors import ConfigError
+from trueup.models.load import load_tokenizer
+from trueup.models.scorer import Scorer, load_scorer
+from trueup.recipes.prompts import PromptRows
+from trueup.rollout.rewards import Answered, FunctionReward, HttpReward, ModelReward, Reward, Workers, as_columns
+
+log = logging.getLogger("trueup")
+
+
+class Judges:
+    """Every reward with its weight, and the judge of pairs if there is one."""
+
+    def __init__(
+        self, rewards: Sequence[Reward], weights: Sequence[float], judge: str | None, workers: Workers
+    ) -> None:
+        self.rewards = list(rewards)
+        self.names = _distinct([reward.name for reward in rewards])
+        self.weights = np.array(weights, dtype=np.float64)
+        self.judge = judge
+        self.workers = workers
+
+    def score(self, answers: Sequence[Answered]) -> np.ndarray:
+        """[S, rewards] float64; NaN where a reward has no opinion."""
+        columns = [[np.nan if s is None else s for s in reward.score(answers)] for reward in self.rewards]
+        return np.array(columns, dtype=np.float64).reshape(len(self.rewards), len(answers)).T
+
+    def combine(self, scores: np.ndarray) -> np.ndarray:
+        """[S, rewards] → [S] weighted sums; NaN where no reward has an opinion."""
+        known = np.isfinite(scores)
+        return np.where(known.any(axis=1), np.nansum(scores * self.weights, axis=1), np.nan)
+
+    def prefer(self, first: Sequence[Answered], second: Sequence[Answered]) -> list[int]:
+        """What the judge says of each pair: 0 the first is better, 1 the second, -1 neither."""
+        assert self.judge is not None
+        batch = as_columns(first)
+        batch["completions"] = [[a.completion, b.completion] for a, b in zip(first, second, strict=True)]
+        return [-1 if verdict is None else int(verdict) for verdict in self.workers.call(self.judge, batch)]
+
+    def close(self) -> None:
+        for reward in self.rewards:
+            reward.close()
+        self.workers.close()
+
+
+def load_judges(
+    cfg: RunConfig, template: ChatTemplate, rows: PromptRows, device: torch.device, dtype: torch.dtype
+) -> Judges:
+    """Everything that says what an answer is worth.
+
+    Raises:
+        ConfigError: a function is not there. ModelError: the reward model cannot be had.
+    """
+    online = cfg.online
+    workers = Workers(online.reward_timeout)
+    rewards: list[Reward] = [FunctionReward(name, workers) for name in online.reward_funcs]
+    if online.judge:
+        workers.check(online.judge, "judge")
+    if online.reward_model:
+        rewards.append(_reward_model(cfg, template, rows, device, dtype))
+    return Judges(rewards, online.reward_weights or [1.0] * len(rewards), online.judge, workers)
+
+
+def _reward_model(
+    cfg: RunConfig, template: ChatTemplate, rows: PromptRows, device: torch.device, dtype: torch.dtype
+) -> Reward:
+    name, kind = str(cfg.online.reward_model), cfg.online.reward_model_type
+    is_url = name.startswith(("http://", "https://"))
+    if kind is not None and (kind == "api") != is_url:
+        raise ConfigError(
+            f"`reward_model_type: {kind}` and `reward_model: {name}` do not fit",
+            where="reward_model_type", expected="api with a URL, lora or full with a model", fix="drop it",
+        )  # fmt: skip
+    if is_url:
+        return HttpReward(name)
+    scorer = load_scorer(cfg.model, name, cfg.online.reward_model_adapters, device, dtype)
+    return ModelReward(_Rendered(scorer, _template_of(cfg, name, template), rows))
+
+
+def _template_of(cfg: RunConfig, name: str, template: ChatTemplate) -> ChatTemplate:
+    """The reward model's own template, on its own tokenizer; the run's where it has none."""
+    update = {"model_name_or_path": name, "adapter_name_or_path": cfg.online.reward_model_adapters}
+    tokenizer = load_tokenizer(cfg.model.model_copy(update=update))
+    if own_source(tokenizer) is None:
+        log.info("the reward model has no chat template of its own: it reads that of the run, %s", template.name)
+        return load_template(tokenizer, template.name)
+    return load_template(tokenizer, None)
+
+
+class _Rendered:
+    """A scorer on conversations: the row's messages and the answer, as the reward model's template writes them."""
+
+    def __init__(self, scorer: Scorer, template: ChatTemplate, rows: PromptRows) -> None:
+        self.scorer, self.template, self.rows = scorer, template, rows
+
+    def __call__(self, answers: Sequence[Answered]) -> list[float]:
+        return self.scorer.score([self._ids(answer) for answer in answers])
+
+    def _ids(self, answer: Answered) -> list[int]:
+        prompt = self.rows.prompt(answer.row)
+        reply = (Message("assistant", answer.completion),)
+        ids, _ = self.template.encode_answer(prompt.messages, reply, prompt.tools)
+        return [*self.template.encode_prompt(prompt.messages, prompt.tools), *ids.tolist()]
+
+
+def reward_names(cfg: RunConfig) -> list[str]:
+    """The names that a run's rewards are logged under."""
+    functions = [name.rpartition(":")[2] for name in cfg.online.reward_funcs]
+    return _distinct(functions + ["reward_model"] * bool(cfg.online.reward_model))
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names to log under; a second one of the same name gets a number."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return result
+
+
+def check_files(cfg: RunConfig) -> None:
+    """Whether the files of functions are there; seen before anything large is loaded."""
+    for key, names in (("reward_funcs", cfg.online.reward_funcs), ("judge", [cfg.online.judge or ""])):
+        for name in names:
+            path = name.rpartition(":")[0]
+            if path and not Path(path).is_file():
+                raise ConfigError(f"there is no file {path}", where=key, expected="FILE.py:NAME", fix=f"create {path}")
