@@ -195,10 +195,13 @@ def test_the_way_out_names_only_what_there_is():
     def fix(**keys):
         return problems({**BASE, **keys})[0].fix
 
-    assert fix(pref_beta=0.1) == "set stage: dpo, or drop it; it acts with `stage: dpo`"
-    assert fix(pref_beta=0.1, stage="sft") == "drop it; it acts with `stage: dpo`"
-    assert fix(kto_chosen_weight=2.0) == "drop it; it acts with `stage: kto`, which is not supported yet"
-    assert fix(simpo_gamma=1.0, stage="dpo").endswith("`pref_loss: simpo`, which is not supported yet")
+    losses = "`pref_loss: sigmoid | robust | hinge | ipo | ipo_sum | …`"
+    stages = "`stage: dpo | kto | orpo | simpo | cpo | …`"
+    assert fix(pref_beta=0.1) == f"set stage: dpo, or drop it; it acts with {stages} and {losses}"
+    assert fix(pref_beta=0.1, stage="sft") == f"drop it; it acts with {stages} and {losses}"
+    assert fix(kto_chosen_weight=2.0).startswith("drop it; it acts with `stage: kto`")
+    assert fix(simpo_gamma=1.0, stage="dpo").endswith("`pref_loss: simpo | alphapo`")
+    assert fix(use_galore=True, galore_rank=8).startswith("use optim: adamw_torch")
 
 
 @pytest.mark.parametrize(

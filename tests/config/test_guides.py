@@ -34,6 +34,9 @@ WORKS = {
     "--output_dir saves/Qwen1.5-7B/lora/sql_dpo_v1",
     "G3 dpo": G3 + "pref_loss=sigmoid pref_ftx=0.0",
     "G3 dpo with sft": G3 + "pref_loss=sigmoid pref_ftx=0.1",
+    "G3 hinge": G3 + "pref_loss=hinge",
+    "G3 orpo": G3 + "pref_loss=orpo pref_ftx=0.1",
+    "G3 kto": "model_name_or_path=m dataset=kto_en_demo stage=kto kto_chosen_weight=1.0",
     "G3 evaluation": "model_name_or_path=./Qwen3-4B-Base stage=dpo do_train=false do_eval=true "
     "adapter_name_or_path=./saves/qwen3-4b-base/lora/dpo/checkpoint-1875 "
     "eval_dataset=ultrafeedback template=qwen3 output_dir=./saves/eval",
@@ -46,32 +49,23 @@ WORKS = {
     "--reward_model saves/Qwen1.5-7B/lora/sql_reward_model_v1 --dpo_beta 0.1",
     "G4 rlhf": G4 + "--stage rlhf --model_name_or_path ./sft_output --dataset my_sft "
     "--rm_path ./rm_output --ppo_clip_ratio 0.2 --ppo_kl_coeff 0.05 --max_grad_norm 1.0",
+    "G4 mixed": G4 + "--stage dpo --model_name_or_path ./sft_output "
+        "--dataset my_dpo_data,my_knowledge_data --dpo_beta 0.1 --kto_alpha 0.5",
     "G4 dpo": G4 + "--stage dpo --model_name_or_path ./sft_output --dataset my_dpo_data "
     "--dpo_beta 0.1",
 }  # fmt: skip
 
 LATER = {
     "G2 rm": (G2 + "--stage rm --dataset sql_dpo_custom", ["stage: rm"]),
-    "G3 hinge": (G3 + "pref_loss=hinge", ["pref_loss: hinge"]),
-    "G3 orpo": (G3 + "pref_loss=orpo pref_ftx=0.1", ["pref_loss: orpo"]),
     "G4 rm": (
         G4 + "--stage rm --model_name_or_path ./sft_output --dataset my_rm --lora_target value",
         ["stage: rm"],
-    ),
-    "G4 mixed": (
-        G4 + "--stage dpo --model_name_or_path ./sft_output "
-        "--dataset my_dpo_data,my_knowledge_data --dpo_beta 0.1 --kto_alpha 0.5",
-        ["knowledge_weight"],
     ),
     "G4 qlora": (
         G4 + "--stage sft --model_name_or_path m --dataset my_sft --load_in_4bit True",
         ["quantization_bit"],
     ),
     "G3 qlora": (G3 + "quantization_bit=4", ["quantization_bit"]),
-    "G3 kto": (
-        "model_name_or_path=m dataset=kto_en_demo stage=kto kto_chosen_weight=1.0",
-        ["stage: kto"],
-    ),
 }
 
 LLAMA_FACTORY = """
@@ -161,7 +155,7 @@ def test_chat_and_export_lines_need_no_data(line):
         ("dpo", "pref_beta: 0.1\npref_loss: sigmoid  # choices: [sigmoid (dpo), orpo]", None),
         ("sft", "", None),
         ("pt", "", None),
-        ("kto", "pref_beta: 0.1", "`stage: kto` is not supported yet"),
+        ("kto", "pref_beta: 0.1", None),
         ("sft", "deepspeed: ds_z3_config.json", "`deepspeed` is not supported yet"),
         ("sft", "quantization_bit: 4\nquantization_method: bnb\ndouble_quantization: false",
          "`quantization_bit` is not supported yet"),

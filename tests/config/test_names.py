@@ -76,7 +76,7 @@ def test_a_synonym_and_its_key_with_equal_values_agree():
         ("tpu_num_cores", 8, "TPU"),
         ("swanlab_mode", "local", "environment"),
         ("model_init_kwargs", {"a": 1}, "flash_attn"),
-        ("f_divergence_type", "js_divergence", "KL"),
+        ("reference_free", True, "simpo"),
         ("assistant_only_loss", False, "train_on_prompt"),
         ("tp_size", 4, "fsdp"),
         ("sharded_ddp", "simple", "fsdp"),

@@ -13,8 +13,9 @@ from trueup.config.schema import RunConfig
 from trueup.data.encode import prepare
 from trueup.models.load import load_policy, load_tokenizer
 from trueup.recipes.batches import plan_batches, train_batches
+from trueup.recipes.objective import objective_of
 from trueup.recipes.offline import run
-from trueup.recipes.program import OfflineProgram, objective_of
+from trueup.recipes.program import OfflineProgram
 from trueup.recipes.references import build_references
 from trueup.training.backend import Single
 from trueup.training.step import step_totals

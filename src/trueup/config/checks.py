@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from trueup.config.explain import alternative, closest_choice, condition_words
+from trueup.config.losses import loss_defaults
 from trueup.config.methods import (
     ACTS_WITH,
     IDLE_WITH,
@@ -45,8 +46,8 @@ _READ_BY_INFERENCE = {key for key, section in SECTION_OF.items() if section in I
 
 
 def derive(cfg: RunConfig) -> RunConfig:
-    """Fill in what other keys imply: the jobs, the directory, LoRA's scale, evaluation."""
-    changes: dict[str, Any] = {}
+    """Fill in what other keys imply: the loss and its values, the jobs, the directory, LoRA's scale, evaluation."""
+    changes: dict[str, Any] = loss_defaults(cfg)
     if cfg.tuning.finetuning_type == "lora" and cfg.tuning.lora_alpha is None:
         changes["lora_alpha"] = 2 * cfg.tuning.lora_rank
     if 0 < cfg.train.warmup_steps < 1:
@@ -125,7 +126,11 @@ def _broken(cfg: RunConfig, place: Place, bad: set[str], rules: list[Rule]) -> l
 
 
 def _supported(cfg: RunConfig) -> bool:
-    return not any(LATER_VALUES[key].get(cfg[key], "unknown") for key in ("stage", "pref_loss"))
+    return not any(LATER_VALUES[key].get(v, "unknown") for key in ("stage", "pref_loss") for v in _listed(cfg[key]))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _not_yet(cfg: RunConfig, place: Place, training: bool) -> list[Problem]:
@@ -136,15 +141,21 @@ def _not_yet(cfg: RunConfig, place: Place, training: bool) -> list[Problem]:
             continue
         value = cfg[key]
         shown = f"`{key}: {_word(value)}`"
-        if key in ("stage", "pref_loss", "optim") and value not in LATER_VALUES[key]:
-            near = closest_choice(key, value)
+        unknown = [v for v in _listed(value) if v not in LATER_VALUES.get(key, ())]
+        if key in ("stage", "pref_loss", "optim") and unknown:
+            near = closest_choice(key, unknown[0])
             fix = f"did you mean {near}?" if near else None
             found.append(Problem(f"{shown} is unknown", place(key), "one of " + ", ".join(LATER_VALUES[key]), fix))
-        elif instead := LATER_VALUES.get(key, {}).get(_word(value)):
+        elif instead := _instead(key, value):
             found.append(_later(f"{shown} is not supported yet", place(key), instead))
         elif key in LATER and value != default(key) and value not in (None, False, [], {}, 0):
             found.append(_later(f"`{key}` is not supported yet", place(key), LATER[key]))
     return found
+
+
+def _instead(key: str, value: Any) -> str | None:
+    values = LATER_VALUES.get(key, {})
+    return next((values[_word(v)] for v in _listed(value) if values.get(_word(v))), None)
 
 
 def _later(what: str, where: str | None, instead: str | None) -> Problem:

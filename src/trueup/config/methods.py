@@ -2,8 +2,8 @@
 
 Four tables, read by the checker, the help, the docs and the forms:
 
-* `STAGES` and `PREF_LOSSES`: a row without `instead` is supported; otherwise it is known and
-  refused for now, and `instead` names what to use. Supporting one is deleting its `instead`.
+* `STAGES` (and `PREF_LOSSES` in `losses.py`): a row without `instead` is supported; otherwise it is
+  known and refused for now, and `instead` names what to use. Supporting one is deleting its `instead`.
 * `LATER`, `LATER_VALUES`: keys and values known and not supported yet, with the alternative.
 * `ACTS_WITH`: a key acts only while the conditions in its row hold; set in vain, it is an error.
 * `OTHER_VERBS`: keys that no training reads, with the verb that does.
@@ -14,6 +14,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from trueup.config.losses import (
+    LOSSES_OF_KEY,
+    ON_SUMS,
+    PAIR_STAGES,
+    PREF_LOSSES,
+    STAGE_LOSSES,
+    WITH_REFERENCE,
+    pref_losses,
+    stages_of,
+)
 from trueup.config.schema import SECTION_OF, RunConfig, default
 from trueup.config.sections.train import Scheduler
 from trueup.config.values import words
@@ -31,49 +41,19 @@ class Stage:
     instead: str | None = None
 
 
-@dataclass(frozen=True)
-class PrefLoss:
-    """One loss on preference pairs."""
-
-    help: str
-    reference: bool = True
-    instead: str | None = None
-
-
 STAGES: dict[str, Stage] = {
     "pt": Stage("text", "continue pre-training on plain text"),
     "sft": Stage("chat", "learn to give the answers of the data"),
     "dpo": Stage("pair", "prefer the chosen over the rejected answer", reference=True),
-    "rm": Stage("ranking", "train a reward model on rankings", instead=f"{DPO_NOW} on the same pairs"),
+    "rm": Stage("ranking", "train a reward model on pairs, rankings or scores"),
     "ppo": Stage("prompt", "learn from a reward (PPO)", reference=True),
-    "kto": Stage("feedback", "learn from good and bad answers (KTO)", True, f"{DPO_NOW} on pairs"),
-    "orpo": Stage("pair", "SFT and preference in one loss (ORPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"),
-    "simpo": Stage("pair", "preference without a reference (SimPO)", instead=DPO_NOW),
-    "cpo": Stage("pair", "contrastive preference (CPO)", instead=f"{DPO_NOW} with pref_ftx: 1.0"),
+    "kto": Stage("feedback", "learn from good and bad answers (KTO, BCO)", reference=True),
+    "orpo": Stage("pair", "SFT and preference in one loss (ORPO)"),
+    "simpo": Stage("pair", "preference without a reference (SimPO)"),
+    "cpo": Stage("pair", "contrastive preference (CPO)"),
     "grpo": Stage("prompt", "learn from rewards of answer groups (GRPO)", reference=True),
     "rloo": Stage("prompt", "learn from rewards, leave-one-out (RLOO)", reference=True),
     "online_dpo": Stage("prompt", "DPO on answers that a judge compares", reference=True),
-}
-
-PREF_LOSSES: dict[str, PrefLoss] = {
-    "sigmoid": PrefLoss("DPO"),
-    "robust": PrefLoss("DPO for noisy labels", instead="sigmoid with dpo_label_smoothing"),
-    "hinge": PrefLoss("SLiC / RSO", instead="sigmoid"),
-    "ipo": PrefLoss("IPO", instead="sigmoid with a larger pref_beta"),
-    "kto_pair": PrefLoss("KTO on pairs, removed upstream", instead="sigmoid"),
-    "exo_pair": PrefLoss("EXO", instead="sigmoid with a small dpo_label_smoothing"),
-    "nca_pair": PrefLoss("NCA", instead="sigmoid with pref_ftx"),
-    "bco_pair": PrefLoss("BCO", instead="sigmoid"),
-    "sppo_hard": PrefLoss("SPPO", instead="sigmoid"),
-    "aot": PrefLoss("AOT", instead="sigmoid"),
-    "aot_unpaired": PrefLoss("AOT, unpaired", instead="sigmoid"),
-    "apo_zero": PrefLoss("APO-zero", instead="sigmoid with pref_ftx"),
-    "apo_down": PrefLoss("APO-down", instead="sigmoid"),
-    "discopop": PrefLoss("DiscoPOP", instead="sigmoid"),
-    "sigmoid_norm": PrefLoss("length-normalised DPO", instead="sigmoid"),
-    "orpo": PrefLoss("ORPO", False, instead="sigmoid with pref_ftx: 1.0"),
-    "simpo": PrefLoss("SimPO", False, instead="sigmoid"),
-    "cpo": PrefLoss("CPO", False, instead="sigmoid with pref_ftx: 1.0"),
 }
 
 _ADAPTERS = "plain LoRA (finetuning_type: lora)"
@@ -121,9 +101,6 @@ LATER: dict[str, str] = {
     "use_adam_mini": _OPTIMISERS,
     "use_muon": _OPTIMISERS,
     # objective
-    "knowledge_weight": "pref_ftx, an SFT loss on the chosen answers",
-    "pref_bco_weight": "pref_loss: sigmoid alone",
-    "ld_alpha": "pref_loss: sigmoid alone",
     "use_dft_loss": "the plain SFT loss",
     "use_asft_loss": "the plain SFT loss",
     "use_eaft_loss": "the plain SFT loss",
@@ -208,27 +185,32 @@ SCHEDULES: tuple[str, ...] = get_args(Scheduler)
 SET = object()
 """A condition that holds when the other key has a value at all."""
 
-_PREFERENCE = ("dpo", "kto", "orpo", "simpo", "cpo", "online_dpo")
+_PREFERENCE = tuple(STAGE_LOSSES)
 _REFERENCE = tuple(name for name, stage in STAGES.items() if stage.reference)
-_REFERENCE_LOSSES = tuple(name for name, loss in PREF_LOSSES.items() if loss.reference)
 ONLINE = ("ppo", "grpo", "rloo", "online_dpo")
 _OFFLINE_REFERENCE = tuple(name for name in _REFERENCE if name not in ONLINE)
 _REWARDED = ("ppo", "grpo", "rloo")  # online_dpo asks a judge
 _LORA = {"finetuning_type": ("lora",)}
 
 _ROWS: list[tuple[str, dict[str, Any]]] = [
-    ("pref_loss", {"stage": ("dpo",)}),
-    ("pref_beta", {"stage": _PREFERENCE}),
-    ("pref_ftx", {"stage": ("dpo", "kto")}),
+    *((key, {"stage": stages_of(losses), "pref_loss": losses}) for key, losses in LOSSES_OF_KEY.items()),
+    ("pref_loss loss_weights pref_ftx", {"stage": _PREFERENCE}),
+    ("pref_beta", {"stage": (*_PREFERENCE, "online_dpo"), "pref_loss": LOSSES_OF_KEY["pref_beta"]}),
     (
-        "dpo_label_smoothing",
-        {"stage": ("dpo",), "pref_loss": ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")},
+        "f_alpha_divergence_coef",
+        {
+            "stage": ("dpo",),
+            "f_divergence_type": ("alpha_divergence",),
+            "pref_loss": LOSSES_OF_KEY["f_divergence_type"],
+        },
     ),
-    ("pref_bco_weight ld_alpha knowledge_weight", {"stage": ("dpo",)}),
-    ("simpo_gamma", {"stage": ("dpo", "simpo"), "pref_loss": ("simpo",)}),
-    ("kto_chosen_weight kto_rejected_weight", {"stage": ("kto",)}),
-    ("ref_model", {"stage": _REFERENCE, "pref_loss": _REFERENCE_LOSSES}),
-    ("precompute_ref_log_probs", {"stage": _OFFLINE_REFERENCE, "pref_loss": _REFERENCE_LOSSES}),
+    ("use_weighting knowledge_weight", {"stage": PAIR_STAGES}),
+    ("ld_alpha", {"stage": PAIR_STAGES, "pref_loss": ON_SUMS}),
+    ("ld_reference", {"ld_alpha": SET, "pref_loss": WITH_REFERENCE}),
+    ("pref_bco_weight sync_ref_model", {"stage": ("dpo",), "pref_loss": WITH_REFERENCE}),
+    ("ref_model_mixup_alpha ref_model_sync_steps", {"sync_ref_model": (True,)}),
+    ("ref_model", {"stage": _REFERENCE, "pref_loss": WITH_REFERENCE}),
+    ("precompute_ref_log_probs", {"stage": _OFFLINE_REFERENCE, "pref_loss": WITH_REFERENCE}),
     ("ref_model_adapters ref_model_quantization_bit", {"ref_model": SET}),
     (
         "reward_funcs reward_weights reward_model num_generations generation_batch_size missing_eos_penalty "
@@ -236,6 +218,11 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
         {"stage": ONLINE},
     ),
     ("reward_timeout", {"stage": ONLINE, "reward_funcs": SET}),
+    ("reward_loss", {"stage": ("rm",)}),
+    (
+        "center_rewards_coefficient score_margin",
+        {"stage": ("rm",), "reward_loss": ("bradley_terry", "plackett_luce")},
+    ),
     ("reward_model_adapters reward_model_quantization_bit reward_model_type", {"reward_model": SET}),
     ("judge", {"stage": ("online_dpo",)}),
     ("ppo_kl_coeff", {"stage": _REWARDED}),
@@ -346,13 +333,19 @@ IN_TRAINING = {"batch_size": "per_device_train_batch_size", "save_dir": "output_
 
 #: key → stages whose users know it from elsewhere: there it is said to be idle, and no error.
 IDLE_WITH: dict[str, tuple[str, ...]] = {"pref_beta": ("ppo",)}
+#: keys that TRL's configs hold whether or not they are meant; at their defaults they ask for nothing.
+_ALWAYS_WRITTEN = frozenset(
+    words("f_divergence_type f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha ref_model_sync_steps")
+)
 ACTS_WITH: dict[str, dict[str, Any]] = {key: needs for row, needs in _ROWS for key in words(row)}
 QUIET: frozenset[str] = frozenset(key for row, _ in _QUIET_ROWS for key in words(row))
 ACTS_WITH |= {key: needs for row, needs in _QUIET_ROWS for key in words(row)}
 
 
 def stage_kind(cfg: RunConfig) -> str:
-    """The kind of example the stage trains on: text, chat, pair, ranking, feedback or prompt."""
+    """The kind of example the stage trains on: text, chat, pair, ranking, answers, feedback or prompt."""
+    if cfg.objective.stage == "rm" and cfg.reward.reward_loss in ("pointwise", "binary"):
+        return "answers"  # each is learnt by itself
     return STAGES[cfg.objective.stage].kind
 
 
@@ -364,8 +357,8 @@ def other_verb(key: str, cfg: RunConfig) -> str | None:
 
 def needs_reference(cfg: RunConfig) -> bool:
     """Whether the objective compares with a reference model."""
-    if cfg.objective.stage == "dpo":
-        return PREF_LOSSES[cfg.objective.pref_loss].reference
+    if losses := pref_losses(cfg):
+        return any(PREF_LOSSES[name].reference for name in losses) or bool(cfg.objective.pref_bco_weight)
     return STAGES[cfg.objective.stage].reference
 
 
@@ -383,13 +376,13 @@ def missing_condition(key: str, cfg: RunConfig) -> tuple[str, Any] | None:
     None if it acts.
     """
     for other, allowed in ACTS_WITH.get(key, {}).items():
-        if other == "pref_loss" and cfg.objective.stage != "dpo":
-            continue  # only stage dpo chooses a loss
+        if other == "pref_loss" and cfg.objective.stage not in STAGE_LOSSES:
+            continue  # no loss to choose
         if not _holds(cfg[other], allowed):
             return other, allowed
     return None
 
 
 def is_off(key: str, value: Any) -> bool:
-    """Whether a value asks for nothing: off, and off is what happens anyway."""
-    return value == default(key) and not value and value not in ("",)
+    """Whether a value asks for nothing: off, and off is what happens anyway; or what its tool always writes down."""
+    return value == default(key) and (key in _ALWAYS_WRITTEN or (not value and value not in ("",)))

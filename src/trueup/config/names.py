@@ -39,7 +39,7 @@ _SAME: dict[str, str] = {
     "additional_target": "modules_to_save lora_modules_to_save",
     "pref_loss": "loss_type",
     "pref_beta": "dpo_beta beta",
-    "pref_ftx": "rpo_alpha",
+    "pref_ftx": "rpo_alpha cpo_alpha",
     "dpo_label_smoothing": "label_smoothing",
     "knowledge_weight": "kto_alpha",
     "kto_chosen_weight": "desirable_weight",
@@ -112,7 +112,7 @@ VALUE_SYNONYMS: dict[str, dict[str, str]] = {
         "reward": "rm",
         "reward_model": "rm",
     },
-    "pref_loss": {"dpo": "sigmoid", "slic": "hinge", "cdpo": "sigmoid"},
+    "pref_loss": {"dpo": "sigmoid", "slic": "hinge", "cdpo": "sigmoid", "rso": "hinge", "aot_pair": "aot"},
     "lora_target": {"all-linear": "all", "all_linear": "all", "value": "v_proj"},
     "oft_target": {"all-linear": "all", "all_linear": "all"},
     "scale_rewards": {"true": "group", "false": "no", "none": "no"},
@@ -197,17 +197,7 @@ _TRL: dict[str, Refused] = {
     **_refuse("gradient_checkpointing: true saves that memory", "activation_offloading"),
     **_refuse("lora_dropout is 0 unless set; other dropout is the model's own", "disable_dropout"),
     **_refuse("trueup chat --compare shows answers", "generate_during_eval"),
-    **_refuse("pref_ftx weighs an added SFT loss", "loss_weights cpo_alpha"),
-    **_refuse("the KL divergence holds a model to its reference", "", f_divergence_type="reverse_kl"),
-    **_refuse("the losses there are weigh all pairs alike", "use_weighting"),
-    **_refuse("the losses there are compare with a reference", "reference_free"),
-    **_refuse("it belongs to pref_loss: discopop, which is to come", "", discopop_tau=0.05),
-    **_refuse(
-        "the reference stays as it was at the start",
-        "sync_ref_model",
-        ref_model_mixup_alpha=0.6,
-        ref_model_sync_steps=512,
-    ),
+    **_refuse("pref_loss: simpo, orpo and cpo need no reference; others compare with one", "reference_free"),
     **_refuse("trueup trains decoder-only models", "is_encoder_decoder"),
 }
 
@@ -327,7 +317,7 @@ IDLE: dict[str, str] = {
             base_model_attribute_name batch_eval_metrics dataloader_in_order
             dataloader_multiprocessing_context ddp_broadcast_buffers ddp_bucket_cap_mb
             ddp_find_unused_parameters ddp_static_graph dispatch_batches eval_accumulation_steps
-            eval_do_concat_batches eval_use_gather_object f_alpha_divergence_coef fp16_backend
+            eval_do_concat_batches eval_use_gather_object fp16_backend
             fp16_opt_level half_precision_backend ignore_bias_buffers
             include_effective_tokens_per_second include_for_metrics include_inputs_for_metrics
             include_num_input_tokens_seen include_tokens_per_second label_names length_column_name

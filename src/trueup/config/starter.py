@@ -20,12 +20,21 @@ _METHOD: dict[str, dict[str, Any]] = {
     "pt": {},
     "sft": {},
     "dpo": {"pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0},
+    "kto": {"pref_beta": 0.1, "kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0},
+    "orpo": {"pref_beta": 0.1},
+    "simpo": {"pref_beta": 2.0, "simpo_gamma": 1.0},
+    "cpo": {"pref_beta": 0.1, "pref_ftx": 1.0},
+    "rm": {"reward_loss": "bradley_terry", "center_rewards_coefficient": 0.01},
     "ppo": {"reward_model": "saves/rm", "ppo_kl_coeff": 0.05, "max_new_tokens": 256},
     "grpo": {"reward_funcs": ["rewards.py:score"], "num_generations": 8, "max_new_tokens": 256},
     "rloo": {"reward_funcs": ["rewards.py:score"], "num_generations": 4, "max_new_tokens": 256},
     "online_dpo": {"judge": "judge.py:prefer", "pref_beta": 0.1, "max_new_tokens": 256},
 }
-_DATASET = {"pt": "pretrain_demo", "dpo": "dpo_en_demo"}  # others: alpaca_en_demo
+_DATASET = {
+    "pt": "pretrain_demo",
+    "kto": "kto_en_demo",
+    **dict.fromkeys(("dpo", "orpo", "simpo", "cpo", "rm"), "dpo_en_demo"),
+}  # others: alpaca_en_demo
 _RATE = {"pt": 1e-4, "sft": 1e-4}  # others: 1e-5
 
 

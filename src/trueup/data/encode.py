@@ -183,7 +183,7 @@ class _Cache:
         if self.root:
             self.facts = {
                 **asdict(policy),
-                "kind of example": stage_kind(cfg),
+                "kind of example": stage_kind(cfg) + (" and chat" if cfg.objective.knowledge_weight else ""),
                 "template": template.fingerprint,
                 "tokenizer": _tokenizer_fingerprint(tokenizer),
             }

@@ -18,7 +18,7 @@ from trueup.config.methods import stage_kind
 from trueup.config.schema import RunConfig
 from trueup.data.examples import Chat, Example, Kind
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
-from trueup.data.layout import choose_layout
+from trueup.data.layout import Layout, choose_layout
 from trueup.data.registry import DatasetSpec, resolve_datasets
 from trueup.data.report import DataReport, number
 from trueup.data.sources import Rows, mix, read_rows, sample_indices
@@ -64,6 +64,7 @@ def load_examples(
     dataset: Sequence[str],
     *,
     kind: Kind,
+    beside: Kind | None = None,
     eval_dataset: Sequence[str] = (),
     dataset_dir: str | Path = "data",
     hub: str = "huggingface",
@@ -80,15 +81,16 @@ def load_examples(
 ) -> LoadedData:
     """Examples of `kind` from the named datasets, and the report on every row of theirs.
 
-    A name given twice counts twice. `max_samples` takes the first rows of each dataset. `val_size`
-    (a share below 1, or a number of rows) is held out of the training data before mixing, so that
-    no copy of a held-out row is trained on; without any evaluation data, `eval_wanted` holds out 5
-    %. Raises ConfigError, DataError or ModelError, with every problem of all datasets at once.
+    Datasets that do not hold `kind` may hold `beside`, if it is given. A name given twice counts twice.
+    `max_samples` takes the first rows of each dataset. `val_size` (a share below 1, or a number of rows)
+    is held out of the training data before mixing, so that no copy of a held-out row is trained on;
+    without any evaluation data, `eval_wanted` holds out 5 %. Raises ConfigError, DataError or
+    ModelError, with every problem of all datasets at once.
     """
     names = list(dict.fromkeys([*dataset, *eval_dataset]))
     specs = dict(zip(names, resolve_datasets(names, dataset_dir, hub), strict=True))
     report = DataReport()
-    loaded = _load_all(specs, kind, report, hub_token, cache_dir, max_samples, seed)
+    loaded = _load_all(specs, (kind, beside), report, hub_token, cache_dir, max_samples, seed)
     report.require_usable()
     if on_bad_rows == "error":
         report.refuse_bad_rows()
@@ -117,7 +119,7 @@ def load_examples(
 
 def _load_all(
     specs: dict[str, DatasetSpec],
-    kind: Kind,
+    kinds: tuple[Kind, Kind | None],
     report: DataReport,
     token,
     cache_dir,
@@ -130,7 +132,7 @@ def _load_all(
     for name, spec in specs.items():
         try:
             rows = read_rows(spec, token=token, cache_dir=cache_dir)
-            loaded[name] = _parse(spec, rows, kind, report, max_samples, seed)
+            loaded[name] = _parse(spec, rows, kinds, report, max_samples, seed)
         except DataError as error:
             problems += error.problems
     if problems:
@@ -141,7 +143,7 @@ def _load_all(
 def _parse(
     spec: DatasetSpec,
     rows: Rows,
-    kind: Kind,
+    kinds: tuple[Kind, Kind | None],
     report: DataReport,
     max_samples: int | None,
     seed: int,
@@ -156,7 +158,7 @@ def _parse(
     entry.read = len(chosen)
     if not chosen:
         return result  # `require_usable` says so
-    layout = choose_layout(spec, rows.values, kind)
+    layout = _layout(spec, rows, *kinds)
     faults: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     with waiting(f"reading {spec.name}", len(chosen), "rows") as tell:
         for done, index in enumerate(chosen, 1):
@@ -172,6 +174,19 @@ def _parse(
         raise DataError(_shape_problems(spec, rows, faults, len(chosen)))
     _tell_placeholders(result, report)
     return result
+
+
+def _layout(spec: DatasetSpec, rows: Rows, kind: Kind, beside: Kind | None) -> Layout:
+    """How to read the rows as one kind, or else as the other; what is wrong is told of the first."""
+    try:
+        return choose_layout(spec, rows.values, kind)
+    except DataError as error:
+        if beside is None:
+            raise
+        try:
+            return choose_layout(spec, rows.values, beside)
+        except DataError:
+            raise error from None
 
 
 def _tell_placeholders(data: _Dataset, report: DataReport) -> None:
@@ -289,6 +304,7 @@ def load_examples_for(cfg: RunConfig) -> LoadedData:
     return load_examples(
         data.dataset,
         kind=cast(Kind, stage_kind(cfg)),
+        beside="chat" if cfg.objective.knowledge_weight else None,
         eval_dataset=data.eval_dataset,
         dataset_dir=data.dataset_dir,
         hub=model.hub,

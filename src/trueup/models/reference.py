@@ -13,8 +13,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from trueup import __version__
 from trueup.models.adapters import TRAINED, Adapters
+from trueup.models.distributions import projection
 from trueup.models.policy import Policy
 from trueup.types import Forest
 from trueup.waiting import waiting
@@ -59,16 +60,26 @@ class LiveReference:
         """As `of`, for use before the first step only: needs no copy, because nothing has moved yet."""
         return cls(policy, adapters.as_reference if adapters is not None else nullcontext)
 
-    @torch.no_grad()
-    def token_logps(self, forest: Forest) -> Tensor:
-        """[N] fp32 log-probabilities under the reference, dropout off."""
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Its policy is the reference, without gradient and without dropout."""
         training = self.policy.model.training
         self.policy.model.eval()
         try:
-            with self.switch():
-                return self.policy.token_logps(forest)
+            with torch.no_grad(), self.switch():
+                yield
         finally:
             self.policy.model.train(training)
+
+    def token_logps(self, forest: Forest) -> Tensor:
+        """[N] fp32 log-probabilities under the reference."""
+        with self.running():
+            return self.policy.token_logps(forest)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The reference's logits [n, V] of its hidden states [n, H], fp32."""
+        with self.running():
+            return projection(self.policy.head)(hidden)
 
     def fingerprint(self) -> str:
         """sha256 over every parameter that acts in the reference, and all that turns parameters into values."""
@@ -96,6 +107,38 @@ def _shape_of(config: LoraConfig) -> list:
     """What of an adapter's config decides its values, beside its weights."""
     patterns = sorted(config.rank_pattern.items()), sorted(config.alpha_pattern.items())
     return [config.r, config.lora_alpha, config.use_rslora, config.use_dora, *patterns]
+
+
+class MovingReference(LiveReference):
+    """The policy's own past, some steps ago: a copy of what is trained, put in its place while the reference runs."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy, self._in_place)
+        self.trained = policy.trainable()
+        self.past = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self.trained.items():
+            self.past[name], parameter.data = parameter.data, self.past[name]
+
+    @torch.no_grad()
+    def follow(self, share: float) -> None:
+        """past ← share · present + (1 − share) · past (TR-DPO, arXiv 2404.09656)."""
+        for name, parameter in self.trained.items():
+            self.past[name].lerp_(parameter.data, share)
+
+    def load(self, past: Mapping[str, Tensor]) -> None:
+        """Go on from a copy saved before."""
+        for name, tensor in self.past.items():
+            tensor.copy_(past[name])
 
 
 class ReferenceTable:

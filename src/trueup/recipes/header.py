@@ -6,11 +6,13 @@ import os
 
 import torch
 
+from trueup.config.methods import ONLINE
 from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared
 from trueup.models.load import Loaded
 from trueup.recipes.batches import Arithmetic
-from trueup.recipes.program import objective_of, objective_parameters
+from trueup.recipes.objective import describe_objective
+from trueup.recipes.online_words import describe_online
 
 
 def header(cfg: RunConfig, loaded: Loaded, prepared: Prepared, arithmetic: Arithmetic) -> str:
@@ -24,7 +26,7 @@ def header(cfg: RunConfig, loaded: Loaded, prepared: Prepared, arithmetic: Arith
     lines = {
         "model": f"{loaded.base_name}{begun}",
         "training": f"{cfg.tuning.finetuning_type}, {loaded.num_trainable:,} of {loaded.num_parameters:,} parameters",
-        "objective": describe_objective(cfg),
+        "objective": _objective(cfg),
         "batch": batch_words(a),
         "steps": steps_words(a),
         "device": _device(loaded, a.world_size),
@@ -71,13 +73,17 @@ def evaluation_header(cfg: RunConfig, loaded: Loaded, prepared: Prepared) -> str
     sets = ", ".join(f"{name} ({counted(len(dataset), 'row')})" for name, dataset in prepared.eval.items())
     lines = {
         "model": " + ".join([loaded.base_name, *loaded.starts]),
-        "objective": describe_objective(cfg),
+        "objective": _objective(cfg),
         "data": sets,
         "device": _device(loaded, int(os.environ.get("WORLD_SIZE", "1"))),
         "template": prepared.template.name,
         "output": str(cfg.train.output_dir),
     }
     return _aligned(lines)
+
+
+def _objective(cfg: RunConfig) -> str:
+    return describe_online(cfg) if cfg.objective.stage in ONLINE else describe_objective(cfg)
 
 
 def _device(loaded: Loaded, world_size: int) -> str:
@@ -89,13 +95,3 @@ def _device(loaded: Loaded, world_size: int) -> str:
 
 def _aligned(lines: dict[str, str]) -> str:
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
-
-
-def describe_objective(cfg: RunConfig) -> str:
-    """The objective and its parameters, as the header shows them."""
-    objective = objective_of(cfg)
-    settings = objective_parameters(cfg, objective) | (
-        {"pref_ftx": cfg.objective.pref_ftx} if cfg.objective.pref_ftx else {}
-    )
-    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-    return f"{cfg.objective.stage}: {objective.name}" + (f" ({shown})" if shown else "")

@@ -18,14 +18,16 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
+from trueup.config.methods import needs_reference, stage_kind
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset, Prepared, prepare
 from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError, Problem
 from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_tokenizer, pick_device
 from trueup.recipes.batches import eval_batches, plan_batches, train_batches
+from trueup.recipes.feedback import tell_balance
 from trueup.recipes.header import evaluation_header, header
-from trueup.recipes.program import OfflineProgram, objective_of
+from trueup.recipes.program import OfflineProgram
 from trueup.recipes.references import References, build_references, check_reference
 from trueup.recipes.reported import check_metric
 from trueup.training.backend import Backend, make_backend
@@ -77,6 +79,8 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         check_reference(cfg, tokenizer)
         prepared = prepare(cfg, tokenizer)
         check_metric(cfg, prepared.eval)
+        if stage_kind(cfg) == "feedback":
+            tell_balance(cfg, prepared.train)
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device)
     console.print(prepared.report.render(), markup=False, highlight=False)
@@ -162,7 +166,7 @@ def _references(
     directory: RunDirectory,
 ) -> References | None:
     """The reference's log-probabilities, if the objective takes them. Raises Stopped after a signal."""
-    if not objective_of(cfg).needs_reference:
+    if not needs_reference(cfg):
         return None
     with StopRequest() as stop, Watchdog(directory) as watchdog, phase("reference"):
 

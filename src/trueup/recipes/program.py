@@ -5,23 +5,60 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from trueup.config.methods import stage_kind
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset, Prepared
-from trueup.data.encoded import Encoded
-from trueup.data.forest import BatchPlan, build_forest, num_predictions
+from trueup.data.forest import BatchPlan
 from trueup.models.load import Loaded
-from trueup.models.logprobs import sum_by_sequence
-from trueup.objectives import OBJECTIVES, Objective, pairwise
+from trueup.models.policy import Policy
 from trueup.recipes.batches import Batch, eval_batches
+from trueup.recipes.feedback import FeedbackLesson
+from trueup.recipes.pairs import PairLesson
 from trueup.recipes.references import References
+from trueup.recipes.text import TextLesson
 from trueup.training.backend import Backend
-from trueup.types import Forest, Loss, Metrics, PairLogps, TokenLogps
+from trueup.types import Metrics
+
+
+class Lesson(Protocol):
+    """What one kind of example teaches: how its micro-batches become losses."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Denominators this micro-batch adds."""
+        ...
+
+    def loss(self, batch: Batch, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]: ...
+
+    def look_ahead(self, batches: Sequence[Batch], backend: Backend, steps_done: int | None) -> None:
+        """What its examples must know of each other (`training.step.LooksAhead`)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def lesson_of(
+    cfg: RunConfig,
+    policy: Policy,
+    datasets: Mapping[str, EncodedDataset],
+    references: References | None,
+    backend: Backend,
+    steps_per_epoch: int,
+) -> Lesson:
+    """The lesson of the kind of example a stage trains on."""
+    match stage_kind(cfg):
+        case "pair":
+            return PairLesson(cfg, policy, datasets, references, backend)
+        case "feedback":
+            return FeedbackLesson(cfg, policy, datasets, references, backend, steps_per_epoch)
+        case _:
+            return TextLesson(policy, datasets)
 
 
 class OfflineProgram:
@@ -46,10 +83,7 @@ class OfflineProgram:
             tidy_generation(loaded.policy.base, prepared.template.stop_ids)
         self.datasets: dict[str, EncodedDataset] = {"train": prepared.train, **prepared.eval}
         self.plan = plan
-        self.objective = objective_of(cfg)
-        self.parameters = objective_parameters(cfg, self.objective)
-        self.sft_weight = cfg.objective.pref_ftx
-        self.references = references
+        self.lesson = lesson_of(cfg, loaded.policy, self.datasets, references, backend, plan.steps_per_epoch)
         self.rank, self.world_size = backend.rank, backend.world_size
         self.trainable: dict[str, nn.Parameter] = loaded.policy.trainable()
         self.examples_per_step = plan.rows_per_step
@@ -68,42 +102,21 @@ class OfflineProgram:
         return [Batch("train", group) for group in self.plan.micro_batches(units, self.rank, self.world_size)]
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        if self.objective.denominator == "pairs":
-            return {"pairs": float(len(batch.indices))}
-        return {"predictions": float(sum(num_predictions(example) for example in self._examples(batch)))}
+        return self.lesson.counts(batch)
 
     def size(self, batch: Batch) -> int:
         return int(self.datasets[batch.split].lengths[batch.indices].sum())
 
     def describe(self, batch: Batch) -> list[str]:
-        return [example.row for example in self._examples(batch)]
+        rows = self.datasets[batch.split].rows
+        return [rows[i] for i in batch.indices]
 
-    def _examples(self, batch: Batch) -> list[Encoded]:
-        dataset = self.datasets[batch.split]
-        return [dataset[i] for i in batch.indices]
+    def look_ahead(self, batches: Sequence[Batch], backend: Backend, steps_done: int | None) -> None:
+        self.lesson.look_ahead(batches, backend, steps_done)
 
     def loss(self, batch: Batch, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]:
         """This batch's share of the step's loss, and its metrics."""
-        forest = build_forest(self._examples(batch)).to(self.policy.device)
-        logps = self.policy.token_logps(forest)
-        if self.objective.takes is TokenLogps:
-            result = self.objective.function(TokenLogps(logps, forest.owner, forest.num_sequences), **self.parameters)
-        else:
-            result = self._pair_loss(batch, forest, logps)
-        return result.sum / totals[self.objective.denominator], result.metrics
-
-    def _pair_loss(self, batch: Batch, forest: Forest, logps: Tensor) -> Loss:
-        reference, metrics = None, {}
-        if self.references is not None:
-            reference = self.references.token_logps(batch, forest).to(logps.device)
-            metrics["kl"] = kl_to_reference(logps.detach(), reference, forest.num_sequences)
-        pairs = pair_logps(forest, logps, reference)
-        result = self.objective.function(pairs, **self.parameters)
-        if not self.sft_weight:
-            return Loss(result.sum, {**result.metrics, **metrics})
-        nll = pairwise.chosen_nll(pairs)
-        metrics["sft_loss"] = (nll.detach(), float(len(batch.indices)))
-        return Loss(result.sum + self.sft_weight * nll, {**result.metrics, **metrics})
+        return self.lesson.loss(batch, totals)
 
     def save_model(self, directory: Path, masters: Mapping[str, Tensor]) -> None:
         """Files that transformers and peft load: adapter or full weights, and the tokenizer."""
@@ -115,10 +128,10 @@ class OfflineProgram:
         self.tokenizer.save_pretrained(directory)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return self.lesson.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state
+        self.lesson.load_state_dict(state)
 
 
 def tidy_generation(base: PreTrainedModel, stop_ids: Sequence[int]) -> None:
@@ -130,36 +143,3 @@ def tidy_generation(base: PreTrainedModel, stop_ids: Sequence[int]) -> None:
     except ValueError:  # some published models set a temperature beside do_sample: false, and saving would refuse it
         settings.do_sample = True
     base.generation_config = settings
-
-
-def pair_logps(forest: Forest, logps: Tensor, reference: Tensor | None) -> PairLogps:
-    """Per-token values of a batch of pairs → sums per side; sequences alternate chosen, rejected."""
-
-    def sides(values: Tensor) -> tuple[Tensor, Tensor]:
-        sums = sum_by_sequence(values, forest.owner, forest.num_sequences)
-        return sums[0::2], sums[1::2]
-
-    lengths = sides(torch.ones_like(logps))
-    if reference is None:
-        return PairLogps(*sides(logps), *lengths)
-    return PairLogps(*sides(logps), *lengths, *sides(reference))
-
-
-def kl_to_reference(logps: Tensor, reference: Tensor, num_sequences: int) -> tuple[Tensor, float]:
-    """(sum, count) of Σ_t (e^d − 1 − d), d = log π_ref − log π, per answer: an estimate on the data, never negative.
-
-    The k3 estimator (Schulman 2020) evaluated on the data's tokens instead of the policy's own samples.
-    """
-    d = reference - logps
-    return (torch.expm1(d) - d).sum(), float(num_sequences)
-
-
-def objective_of(cfg: RunConfig) -> Objective:
-    """The registered objective that a stage and `pref_loss` name."""
-    stage = cfg.objective.stage
-    return OBJECTIVES["sft" if stage in ("pt", "sft") else cfg.objective.pref_loss]
-
-
-def objective_parameters(cfg: RunConfig, objective: Objective) -> dict[str, Any]:
-    """Keyword arguments of the objective's function, from the keys it declares."""
-    return {name: getattr(cfg.objective, key) for name, key in objective.parameters.items()}

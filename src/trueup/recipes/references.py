@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from trueup.data.forest import build_forest, num_predictions
 from trueup.errors import ConfigError, DivergenceError, ModelError
 from trueup.models.hub import resolve_model
 from trueup.models.load import Loaded, hub_access, load_frozen, read_model_config
-from trueup.models.reference import LiveReference, ReferenceTable, table_path
+from trueup.models.reference import LiveReference, MovingReference, ReferenceTable, table_path
 from trueup.recipes.batches import Batch
+from trueup.recipes.objective import terms_of
 from trueup.training.backend import Backend
+from trueup.training.profile import phase
 from trueup.types import Forest
 from trueup.waiting import waiting
 
@@ -39,10 +42,34 @@ class References:
         self.tables = tables
 
     def token_logps(self, batch: Batch, forest: Forest) -> Tensor:
-        if self.tables:
+        if not self.tables:
+            return self.live_token_logps(forest)
+        with phase("reference"):
             return self.tables[batch.split].get(batch.indices)
+
+    def live_token_logps(self, forest: Forest) -> Tensor:
+        """[N] of any forest, whether or not its rows are in a table."""
         assert self.live is not None
-        return self.live.token_logps(forest)
+        with phase("reference"):
+            return self.live.token_logps(forest)
+
+    def follow(self, share: float) -> None:
+        """Move the reference towards the policy (TR-DPO)."""
+        assert isinstance(self.live, MovingReference)
+        self.live.follow(share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of the reference: nothing, unless it moves."""
+        if not isinstance(self.live, MovingReference):
+            return {}
+        return {f"{_PAST}{name}": tensor for name, tensor in self.live.past.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if isinstance(self.live, MovingReference):
+            self.live.load({name.removeprefix(_PAST): tensor for name, tensor in state.items()})
+
+
+_PAST = "reference."
 
 
 def build_references(
@@ -80,7 +107,7 @@ def build_references(
             return None
         if not backend.rank:
             tell_rounding(tables[name], live, dataset, asked[0], name)
-    return References(None, tables)
+    return References(live if runs_beside(cfg) else None, tables)
 
 
 def rows_to_compute(batches: Sequence[np.ndarray], size: int) -> np.ndarray:
@@ -151,8 +178,16 @@ def live_reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
         return LiveReference(load_frozen(cfg.model, *names, loaded.device, loaded.dtype))
     if not cfg.train.do_train:
         return base_reference(loaded)
-    make = LiveReference.before_training if cfg.objective.precompute_ref_log_probs else LiveReference.of
+    if cfg.objective.sync_ref_model:
+        return MovingReference(loaded.policy)
+    before_only = cfg.objective.precompute_ref_log_probs and not runs_beside(cfg)
+    make = LiveReference.before_training if before_only else LiveReference.of
     return make(loaded.policy, loaded.adapters)
+
+
+def runs_beside(cfg: RunConfig) -> bool:
+    """Whether the reference is asked about more than the rows of the data (KTO: about mismatched ones)."""
+    return any(term.objective.needs_mismatched for term in terms_of(cfg))
 
 
 def base_reference(loaded: Loaded) -> LiveReference:

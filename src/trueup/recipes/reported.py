@@ -8,12 +8,15 @@ from dataclasses import fields
 
 import torch
 
+from trueup.config.losses import pref_losses
+from trueup.config.methods import ONLINE, needs_reference
 from trueup.config.schema import RunConfig
 from trueup.errors import ConfigError
 from trueup.objectives import Objective
-from trueup.recipes.program import objective_of, objective_parameters
+from trueup.recipes.objective import merged_metrics, terms_of
+from trueup.recipes.online_words import online_metric_names
 from trueup.training.evaluation import metric_name
-from trueup.types import PairLogps, TokenLogps
+from trueup.types import FeedbackLogps, PairLogps, TokenLogps
 
 
 def check_metric(cfg: RunConfig, sets: Iterable[str]) -> None:
@@ -37,16 +40,21 @@ def check_metric(cfg: RunConfig, sets: Iterable[str]) -> None:
 
 def metric_names(cfg: RunConfig) -> list[str]:
     """Names of an evaluation's metrics, without the name of the set in front."""
-    objective = objective_of(cfg)
-    told = objective.function(_one_example(objective), **objective_parameters(cfg, objective)).metrics
-    names = ["loss", *told]
-    if objective.takes is PairLogps:
-        names += ["kl"] * objective.needs_reference + ["sft_loss"] * bool(cfg.objective.pref_ftx)
+    if cfg.objective.stage in ONLINE:
+        return online_metric_names(cfg)
+    terms = terms_of(cfg)
+    results = [term.objective.function(_one_example(term.objective), **term.parameters) for term in terms]
+    names = ["loss", *merged_metrics(terms, results, 1.0)]
+    names += ["kl"] * needs_reference(cfg)
+    if pref_losses(cfg):
+        names += ["weights"] * cfg.objective.use_weighting + ["knowledge_loss"] * bool(cfg.objective.knowledge_weight)
     return names
 
 
-def _one_example(objective: Objective) -> PairLogps | TokenLogps:
+def _one_example(objective: Objective) -> PairLogps | FeedbackLogps | TokenLogps:
     one = torch.ones(1)
     if objective.takes is TokenLogps:
         return TokenLogps(one, torch.zeros(1, dtype=torch.int64), 1)
+    if objective.takes is FeedbackLogps:
+        return FeedbackLogps(one, one, one > 0, one)
     return PairLogps(*(one for _ in fields(PairLogps)))

@@ -14,7 +14,7 @@ from trueup.training.events import Ended, Evaluated, Observer, Observers
 from trueup.training.metrics import MetricSums, means
 from trueup.training.run_directory import RunDirectory
 from trueup.training.signals import StopRequest
-from trueup.training.step import B, Program, step_totals
+from trueup.training.step import B, LooksAhead, Program, step_totals
 from trueup.training.watchdog import Watchdog
 
 
@@ -35,6 +35,8 @@ def evaluate(
     rounds = int(max(backend.gather(len(batches))))
     program.train(False)
     with torch.random.fork_rng([backend.device] if backend.device.type == "cuda" else []):
+        if isinstance(program, LooksAhead):
+            program.look_ahead(batches, backend, None)
         for index in range(rounds):
             if backend.any(stop()):
                 program.train(True)

@@ -2,6 +2,7 @@
 
     masters.safetensors     fp32 masters
     optimizer.safetensors   exp_avg, exp_avg_sq, step …
+    program.safetensors     tensors of the program's own state, if it has any
     random.safetensors      torch's generators of every rank, metric sums in mid-interval (fp64)
     trainer_state.json      step, best metric, counters, Python's and numpy's generators, versions
 
@@ -34,6 +35,7 @@ from trueup.training.optim import MasterOptimizer
 MASTERS_FILE = "masters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
+PROGRAM_FILE = "program.safetensors"
 
 _log = logging.getLogger("trueup")
 
@@ -133,11 +135,14 @@ def write_state(
         {f"{i}/{name}": t for i, rank in enumerate(ranks) for name, t in rank.tensors().items()},
         directory / RANDOM_FILE,
     )
+    tensors = {name: value for name, value in program_state.items() if isinstance(value, Tensor)}
+    if tensors:
+        _save(tensors, directory / PROGRAM_FILE)
     state = {
         "global_step": progress.step,
         "progress": asdict(progress),
         "optimizer": optimizer.state_dict(),
-        "program": program_state,
+        "program": {name: value for name, value in program_state.items() if name not in tensors},
         "generators": [{"python": rank.python, "numpy": rank.numpy} for rank in ranks],
         "circumstances": circumstances(len(ranks), _device_of(optimizer)),
         "config": config,
@@ -176,7 +181,8 @@ def restore(
     now = circumstances(backend.world_size, _device_of(optimizer))
     if backend.rank == 0:
         _say_inexact(state["circumstances"], now)
-    return progress, state["program"]
+    tensors = load_file(directory / PROGRAM_FILE) if (directory / PROGRAM_FILE).is_file() else {}
+    return progress, {**state["program"], **tensors}
 
 
 def load_best_masters(directory: Path, optimizer: MasterOptimizer) -> None:

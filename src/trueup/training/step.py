@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +81,21 @@ class Program(Protocol[B]):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The objective's own state, JSON-able."""
+        """The objective's own state: JSON, and tensors by name. Called on every rank."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol[B]):
+    """A program whose examples depend on each other, or whose objective changes from step to step."""
+
+    def look_ahead(self, batches: Sequence[B], backend: Backend, steps_done: int | None) -> None:
+        """Called on every rank before the first loss of a step, with this rank's micro-batches of it; or of a whole
+        evaluation, where `steps_done` is None.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,8 @@ def train_step(
     """
     with phase("data"):
         batches = program.micro_batches(*divmod(steps_done, program.steps_per_epoch))
+    if isinstance(program, LooksAhead):
+        program.look_ahead(batches, backend, steps_done)
     totals = step_totals(program, batches, backend)
     loss_of_rank = torch.zeros((), dtype=torch.float32, device=backend.device)
     for batch in batches:

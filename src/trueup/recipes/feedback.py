@@ -1,0 +1,158 @@
+"""Single answers with a label as the loop sees them (KTO, BCO): micro-batches in, weighed losses out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trueup.config.schema import RunConfig
+from trueup.data.encoded import Answer, Encoded, EncodedDataset
+from trueup.data.forest import build_forest
+from trueup.models.logprobs import sum_by_sequence
+from trueup.models.policy import Policy
+from trueup.recipes.batches import Batch
+from trueup.recipes.coupling import RunningMean, gather_values
+from trueup.recipes.objective import add_up, merged_metrics, terms_of
+from trueup.recipes.pairs import kl_to_reference
+from trueup.recipes.references import References
+from trueup.training.backend import Backend
+from trueup.types import FeedbackLogps, Metrics
+
+log = logging.getLogger("trueup")
+
+#: What KTO's paper finds good for (λ_D n_D) / (λ_U n_U).
+RATIO = (1.0, 4 / 3)
+
+
+class FeedbackLesson:
+    """Losses on single answers; KTO's estimate of the KL on prompts with answers of other prompts."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        policy: Policy,
+        datasets: Mapping[str, EncodedDataset],
+        references: References | None,
+        backend: Backend,
+        steps_per_epoch: int,
+    ) -> None:
+        assert references is not None
+        self.policy, self.datasets, self.references = policy, datasets, references
+        self.beta, self.cutoff = cfg.objective.pref_beta, cfg.data.cutoff_len
+        self.seed = cfg.train.seed if cfg.train.data_seed is None else cfg.train.data_seed
+        self.terms = terms_of(cfg)
+        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.needs_mismatched = any(term.objective.needs_mismatched for term in self.terms)
+        self.shift = RunningMean(backend) if any(term.objective.needs_shift for term in self.terms) else None
+        self.mismatched: Tensor | None = None  # [M] log-ratios over the whole step
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        wanted = sum(is_wanted(example) for example in self._examples(batch))
+        return {"answers": float(len(batch.indices)), "desirable": float(wanted)}
+
+    def loss(self, batch: Batch, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]:
+        examples = self._examples(batch)
+        forest = build_forest(examples).to(self.policy.device)
+        logps = self.policy.token_logps(forest)
+        reference = self.references.token_logps(batch, forest).to(logps.device)
+        count = len(examples)
+
+        def sums(values: Tensor) -> Tensor:
+            return sum_by_sequence(values, forest.owner, count)
+
+        wanted = torch.tensor([is_wanted(example) for example in examples], device=logps.device)
+        given = FeedbackLogps(sums(logps), sums(torch.ones_like(logps)), wanted, sums(reference))
+        results = [term.objective.function(given, **self._arguments(term, given)) for term in self.terms]
+        metrics = merged_metrics(self.terms, results, float(count))
+        metrics["kl"] = kl_to_reference(logps.detach(), reference, count)
+        return add_up(self.terms, results, totals), metrics
+
+    def _arguments(self, term, given: FeedbackLogps) -> dict[str, Any]:
+        arguments: dict[str, Any] = dict(term.parameters)
+        if term.objective.needs_mismatched:
+            arguments["mismatched"] = self.mismatched
+        if term.objective.needs_shift:
+            assert self.shift is not None
+            if torch.is_grad_enabled():  # an evaluation moves nothing
+                self.shift.see(self.beta * (given.answer - given.reference))
+            arguments["shift"] = self.shift.mean
+        return arguments
+
+    @torch.no_grad()
+    def look_ahead(self, batches: Sequence[Batch], backend: Backend, steps_done: int | None) -> None:
+        """KTO's mismatched pairs of the whole step: prompt → answer of another row, other ones in every epoch."""
+        if self.shift is not None and steps_done is not None:
+            self.shift.fold()
+        if self.needs_mismatched:
+            epoch = 0 if steps_done is None else steps_done // self.steps_per_epoch
+            ratios = [{"ratio": self._log_ratios(batch, epoch)} for batch in batches]
+            values, _ = gather_values(ratios, backend)
+            self.mismatched = values.get("ratio", torch.zeros(0)).to(self.policy.device)
+
+    def _log_ratios(self, batch: Batch, epoch: int) -> Tensor:
+        dataset = self.datasets[batch.split]
+        if len(dataset) < 2:
+            return torch.zeros(0)
+        others = partners(len(dataset), self.seed, epoch)
+        forest = build_forest([crossed(dataset[i], dataset[others[i]], self.cutoff) for i in batch.indices])
+        forest = forest.to(self.policy.device)
+        gap = self.policy.token_logps(forest) - self.references.live_token_logps(forest)
+        return sum_by_sequence(gap, forest.owner, len(batch.indices))
+
+    def _examples(self, batch: Batch) -> list[Encoded]:
+        dataset = self.datasets[batch.split]
+        return [dataset[i] for i in batch.indices]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.shift is None else {"shift": self.shift.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.shift is not None:
+            self.shift.load(state["shift"])
+
+
+def is_wanted(example: Encoded) -> bool:
+    """The label of an encoded row of feedback."""
+    return bool(example.scores[0])
+
+
+def partners(count: int, seed: int, epoch: int) -> np.ndarray:
+    """For each of `count` ≥ 2 rows another one: one cycle through all rows, drawn anew in every epoch."""
+    order = np.random.default_rng([seed, epoch, 1]).permutation(count)
+    other = np.empty(count, dtype=np.int64)
+    other[order] = np.roll(order, 1)
+    return other
+
+
+def crossed(own: Encoded, other: Encoded, cutoff: int) -> Encoded:
+    """The prompt of one row with the answer of another, cut to fit."""
+    (answer,) = other.answers
+    room = cutoff - len(own.prompt)
+    return Encoded(own.row, own.prompt, (Answer(answer.ids[:room], answer.mask[:room]),))
+
+
+def tell_balance(cfg: RunConfig, dataset: EncodedDataset) -> None:
+    """Say so when wanted and unwanted answers are out of the balance that KTO's paper recommends."""
+    wanted = sum(map(is_wanted, dataset))
+    unwanted = len(dataset) - wanted
+    if not wanted or not unwanted:
+        log.warning(
+            "all %s rows are %s answers: nothing tells the model what to leave; add rows with the other label",
+            f"{len(dataset):,}", "unwanted" if unwanted else "wanted",
+        )  # fmt: skip
+        return
+    up, down = cfg.objective.kto_chosen_weight, cfg.objective.kto_rejected_weight
+    ratio = up * wanted / (down * unwanted)
+    if not RATIO[0] - 0.01 <= ratio <= RATIO[1] + 0.01:
+        low, high = (bound * down * unwanted / wanted for bound in RATIO)
+        log.warning(
+            "%s wanted and %s unwanted answers weigh %.2f to 1; recommended is 1 to 1.33: kto_chosen_weight between "
+            "%.2f and %.2f, or kto_rejected_weight between %.2f and %.2f",
+            f"{wanted:,}", f"{unwanted:,}", ratio, low, high,
+            up * wanted / unwanted / RATIO[1], up * wanted / unwanted / RATIO[0],
+        )  # fmt: skip

@@ -1,0 +1,43 @@
+"""Text and chats as the loop sees them: micro-batches in, likelihoods out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from trueup.data.encoded import EncodedDataset
+from trueup.data.forest import build_forest, num_predictions
+from trueup.models.policy import Policy
+from trueup.objectives import OBJECTIVES
+from trueup.recipes.batches import Batch
+from trueup.training.backend import Backend
+from trueup.types import Metrics, TokenLogps
+
+
+class TextLesson:
+    """The likelihood of the trained tokens, averaged over the whole step."""
+
+    def __init__(self, policy: Policy, datasets: Mapping[str, EncodedDataset]) -> None:
+        self.policy, self.datasets = policy, datasets
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        dataset = self.datasets[batch.split]
+        return {"predictions": float(sum(num_predictions(dataset[i]) for i in batch.indices))}
+
+    def loss(self, batch: Batch, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]:
+        dataset = self.datasets[batch.split]
+        forest = build_forest([dataset[i] for i in batch.indices]).to(self.policy.device)
+        given = TokenLogps(self.policy.token_logps(forest), forest.owner, forest.num_sequences)
+        result = OBJECTIVES["sft"].function(given)
+        return result.sum / totals["predictions"], result.metrics
+
+    def look_ahead(self, batches: Sequence[Batch], backend: Backend, steps_done: int | None) -> None:
+        """Nothing: no example depends on another."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state
