@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.toy_program import ToyProgram, settings
+from toy_program import ToyProgram, settings
 
 from trueup.training.backend import Single
 from trueup.training.loop import fit
