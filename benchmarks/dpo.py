@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.environments import RECIPES, versions_of
-from benchmarks.measure import HOME, RESULTS, Failed, environment, result_path, spread, table, write_result
+from benchmarks.measure import RESULTS, WORK, Failed, environment, result_path, spread, table, write_result
 from benchmarks.models import SHAPES, Shape, model_directory
 from benchmarks.tools import Job, Outcome, Variant, perform, variant
 from benchmarks.workloads import DATA, WORKLOADS, Prepared, as_record, in_words, prepare
@@ -42,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> None:
     versions = {tool: versions_of(tool) for tool in {who.tool for who in variants} & set(RECIPES)}
     model, failed = model_directory(options.shape), False
     for key in options.workload:
-        data = HOME / "data" / f"{options.shape}-{key}"
+        data = WORK / f"data-{key}"
         prepared = prepare(key, model, data, options.rows, options.data)
         print(f"\n({key}) {in_words(as_record(prepared))}")
         record = {

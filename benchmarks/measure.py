@@ -20,6 +20,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 #: Peer environments, models, data and runs: large, and none of it belongs into the repository.
 HOME = Path(os.environ.get("TRUEUP_BENCH_HOME", "~/.cache/trueup/bench")).expanduser()
+#: Data and output of this process's runs: two benchmarks at once must not write over each other.
+WORK = HOME / "runs" / str(os.getpid())
 
 #: glibc told to keep freed memory instead of handing it back and faulting it in again at every step.
 ALLOCATOR = {

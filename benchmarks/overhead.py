@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.measure import (
-    HOME,
     RESULTS,
+    WORK,
     ask,
     environment,
     read_json,
@@ -34,7 +34,6 @@ from benchmarks.models import model_directory
 from benchmarks.workloads import prepare
 
 LIMIT = 1.15
-FOLDER = HOME / "runs" / "overhead"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -76,7 +75,7 @@ def summary(record: dict[str, Any]) -> str:
 def write_config(steps: int) -> Path:
     """A run of the built-in model; one epoch of more rows than it needs."""
     model = model_directory("tiny")
-    prepared = prepare("sql", model, HOME / "data" / "overhead", 320)
+    prepared = prepare("sql", model, WORK / "data", 320)
     config = {
         "model_name_or_path": str(model),
         "stage": "dpo",
@@ -90,19 +89,19 @@ def write_config(steps: int) -> Path:
         "logging_steps": 10,
         "save_strategy": "no",
         "plot_loss": False,
-        "output_dir": str(FOLDER / "out"),
+        "output_dir": str(WORK / "out"),
     }
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / "dpo.yaml"
+    WORK.mkdir(parents=True, exist_ok=True)
+    path = WORK / "dpo.yaml"
     path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     return path
 
 
 def whole(config: Path, env: dict[str, str]) -> float:
     """Seconds of the whole loop, as the run itself reports them."""
-    shutil.rmtree(FOLDER / "out", ignore_errors=True)
-    run([sys.executable, "-m", "trueup", "train", config], FOLDER / "log.txt", env)
-    return read_json(FOLDER / "out" / "train_results.json")["train_runtime"]
+    shutil.rmtree(WORK / "out", ignore_errors=True)
+    run([sys.executable, "-m", "trueup", "train", config], WORK / "log.txt", env)
+    return read_json(WORK / "out" / "train_results.json")["train_runtime"]
 
 
 def bare(path: Path) -> float:

@@ -23,9 +23,9 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.environments import versions_of
-from benchmarks.measure import HOME, RESULTS, ask, environment, result_path, table, write_result
+from benchmarks.measure import RESULTS, WORK, ask, environment, result_path, table, write_result
 from benchmarks.models import model_directory
-from benchmarks.tools import LORA, RUNS, Job, perform, variant
+from benchmarks.tools import LORA, Job, perform, variant
 from benchmarks.workloads import DATA, prepare
 
 LIMITS = {"log-probs": 1e-4, "loss": 1e-6, "grad norm (relative)": 1e-4}
@@ -64,8 +64,8 @@ def summary(record: dict[str, Any]) -> str:
 def fp32(key: str, batch: int, steps: int, threads: int | None) -> dict[str, Any]:
     """The largest deviations of a workload over `steps` steps."""
     model = model_directory("tiny")
-    data = prepare(key, model, HOME / "data" / f"parity-{key}-{batch}", steps * batch, DATA)
-    adapter = Path(ask("benchmarks.parity_adapter", str(model), str(RUNS / "parity-adapter"), str(LORA["r"])))
+    data = prepare(key, model, WORK / f"data-{key}-{batch}", steps * batch, DATA)
+    adapter = Path(ask("benchmarks.parity_adapter", str(model), str(WORK / "adapter"), str(LORA["r"])))
     job = Job(
         model, data.directory, batch, data.workload.max_length,
         bf16=False, max_steps=steps, learning_rate=2e-4, adapter=adapter,
@@ -106,7 +106,7 @@ def fp32_table(cases: Sequence[dict[str, Any]]) -> str:
 def curves(seeds: int, steps: int, threads: int | None) -> dict[str, Any]:
     """The smoothed loss of each tool and seed."""
     model = model_directory("tiny")
-    data = prepare("sql", model, HOME / "data" / "parity-curves", steps * 4)
+    data = prepare("sql", model, WORK / "data-curves", steps * 4)
     found: dict[str, list[list[float]]] = {"trueup": [], "trl-nockpt": []}
     for seed in range(seeds):
         for name, smoothed in found.items():

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.measure import HOME, RESULTS, environment, result_path, run, spread, table, write_result
+from benchmarks.measure import RESULTS, WORK, environment, result_path, run, spread, table, write_result
 from benchmarks.models import SHAPES, model_directory
 from benchmarks.workloads import DATA, prepare
 
 LIMIT = 1.2
-FOLDER = HOME / "runs" / "startup"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -67,30 +66,30 @@ def summary(record: dict[str, Any]) -> str:
 def write_targets(shape: str, data: Path) -> dict[str, Path]:
     """What each way is started on."""
     model = model_directory(shape)
-    prepared = prepare("c", model, HOME / "data" / "startup", None, data)
+    prepared = prepare("c", model, WORK / "data", None, data)
     config = {
         "model_name_or_path": str(model),
         "stage": "dpo",
         "precompute_ref_log_probs": False,
         "dataset": str(prepared.directory / "trl.jsonl"),
         "cutoff_len": 512,
-        "tokenized_path": str(FOLDER / "tokenized"),
-        "output_dir": str(FOLDER / "out"),
+        "tokenized_path": str(WORK / "tokenized"),
+        "output_dir": str(WORK / "out"),
         "overwrite_output_dir": True,
     }
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / "dpo.yaml"
+    WORK.mkdir(parents=True, exist_ok=True)
+    path = WORK / "dpo.yaml"
     path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     return {"trueup": path, "transformers": model, "transformers, tokenizer": model}
 
 
 def one(name: str, target: Path) -> float:
     """Seconds from before the process exists to the moment it writes down."""
-    shutil.rmtree(FOLDER / "out", ignore_errors=True)
-    moment = FOLDER / "moment"
+    shutil.rmtree(WORK / "out", ignore_errors=True)
+    moment = WORK / "moment"
     begun = time.time()
     command = [sys.executable, "-m", "benchmarks.startup", "--one", name, target]
-    run(command, FOLDER / "log.txt", environment({"TRUEUP_BENCH_MOMENT": str(moment)}))
+    run(command, WORK / "log.txt", environment({"TRUEUP_BENCH_MOMENT": str(moment)}))
     return float(moment.read_text(encoding="ascii")) - begun
 
 

@@ -20,12 +20,11 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.environments import python_of, versions_of
-from benchmarks.measure import HOME, RESULTS, environment, read_json, result_path, run, spread, table, write_result
+from benchmarks.measure import RESULTS, WORK, environment, read_json, result_path, run, spread, table, write_result
 from benchmarks.models import model_directory
 from benchmarks.workloads import DATA, Pair, dialogues, write
 
 PEER = Path(__file__).parent / "peers" / "trl_tokenize.py"
-FOLDER = HOME / "data" / "tokenize"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -37,12 +36,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)  # the measured process writes its result here
     options = parser.parse_args(words)
     if options.ours:
-        options.ours.write_text(json.dumps(ours()), encoding="utf-8")
+        options.ours.write_text(json.dumps(ours(options.ours.parent)), encoding="utf-8")
         return
     found = machine.describe(environment())
     print(machine.in_words(found))
     model = model_directory("0.5b")
-    write(unique(options.data, options.pairs), FOLDER)
+    write(unique(options.data, options.pairs), WORK)
     seconds = compare(model, options.rounds)
     record = {"machine": found, "versions": {"trl": versions_of("trl")}, "pairs": options.pairs, "seconds": seconds}
     path = result_path("tokenize", options.results)
@@ -66,23 +65,23 @@ def unique(data: Path, pairs: int) -> list[Pair]:
 def compare(model: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of each way, in turn."""
     seconds: dict[str, list[float]] = {}
-    result = FOLDER / "result.json"
+    result = WORK / "result.json"
     commands = {
         "trueup": [sys.executable, "-m", "benchmarks.tokenize", "--ours", result],
-        "trl": [python_of("trl"), PEER, model, FOLDER / "trl.jsonl", result, "1"],
-        "trl, 2 processes": [python_of("trl"), PEER, model, FOLDER / "trl.jsonl", result, "2"],
+        "trl": [python_of("trl"), PEER, model, WORK / "trl.jsonl", result, "1"],
+        "trl, 2 processes": [python_of("trl"), PEER, model, WORK / "trl.jsonl", result, "2"],
     }
     for _ in range(rounds):
-        shutil.rmtree(FOLDER / "tokenized", ignore_errors=True)
+        shutil.rmtree(WORK / "tokenized", ignore_errors=True)
         for name, command in commands.items():
-            run(command, FOLDER / "log.txt", environment())
+            run(command, WORK / "log.txt", environment())
             for what, value in read_json(result).items():
                 seconds.setdefault(f"{name}{what}", []).append(value)
                 print(f"  {name}{what}: {value:.2f} s", flush=True)
     return seconds
 
 
-def ours() -> dict[str, float]:
+def ours(folder: Path) -> dict[str, float]:
     """Seconds of preparing the pairs, and of doing so again with the tokenised copy on disk."""
     from trueup.config.load import load_config
     from trueup.data.encode import prepare
@@ -92,9 +91,9 @@ def ours() -> dict[str, float]:
         {
             "model_name_or_path": str(model_directory("0.5b")),
             "stage": "dpo",
-            "dataset": str(FOLDER / "trl.jsonl"),
+            "dataset": str(folder / "trl.jsonl"),
             "cutoff_len": 1024,
-            "tokenized_path": str(FOLDER / "tokenized"),
+            "tokenized_path": str(folder / "tokenized"),
         }
     )
     seconds = {}

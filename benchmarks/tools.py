@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environments import RECIPES, python_of
-from benchmarks.measure import ALLOCATOR, HOME, Usage, environment, read_json, read_json_lines, run
+from benchmarks.measure import ALLOCATOR, WORK, Usage, environment, read_json, read_json_lines, run
 
 PEERS = Path(__file__).parent / "peers"
-RUNS = HOME / "runs"
 SUFFIXES = ("nockpt", "malloc", "cached")
 
 #: Everything that decides the numbers, in transformers' names.
@@ -92,12 +91,12 @@ def variant(name: str) -> Variant:
 
 
 def perform(who: Variant, job: Job, threads: int | None = None, directory: Path | None = None) -> Outcome:
-    """Do the job in a process of its own, from an empty directory.
+    """Do the job in a process of its own, from an empty directory, which is kept if it fails.
 
     Raises:
         Failed: the tool did not get through.
     """
-    directory = directory or RUNS / who.name
+    directory = directory or WORK / who.name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     if cached := "cached" in who.traits:
@@ -107,6 +106,7 @@ def perform(who: Variant, job: Job, threads: int | None = None, directory: Path 
     extra |= ALLOCATOR if "malloc" in who.traits else {}
     usage = run(command, directory / "log.txt", environment(extra, threads=threads), cwd=directory)
     seconds, steps = read(directory)
+    shutil.rmtree(directory)
     if cached:
         half = len(steps) // 2
         seconds, steps = steps[-1]["time"] - steps[half - 1]["time"], steps[half:]
@@ -220,6 +220,7 @@ def ms_swift(who: Variant, job: Job, directory: Path) -> tuple[list, Read]:
         "use_cpu": not shutil.which("nvidia-smi"),
         "save_strategy": "no",
         "report_to": "none",
+        "check_model": False,  # or it asks a hub whether the directory is up to date
         "add_version": False,
         "output_dir": directory / "out",
     }
