@@ -57,6 +57,14 @@ def pairs(count: int, seed: int = 0) -> list[dict]:
     ]
 
 
+def labelled(rows: list[dict]) -> list[dict]:
+    """One answer of each pair, with a label: the chosen of every other row."""
+    return [
+        {"instruction": row["instruction"], "output": row["rejected" if i % 2 else "chosen"], "label": i % 2 == 0}
+        for i, row in enumerate(rows)
+    ]
+
+
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2-shaped model of a few thousand parameters with a byte-level tokenizer and a ChatML template."""
@@ -93,10 +101,18 @@ def data_dir(tmp_path: Path) -> Path:
     (directory / "chats.json").write_text(json.dumps(chats, ensure_ascii=False), encoding="utf-8")
     texts = [{"text": row["instruction"] + " " + row["chosen"]} for row in pairs(21)]
     (directory / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+    for name, rows in {"labels": pairs(24), "held_labels": pairs(8, seed=1)}.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled(rows))
+        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
     registry = {
         "pairs": {"file_name": "pairs.jsonl", "type": "dpo"},
         "held": {"file_name": "held.jsonl", "type": "dpo"},
         "chats": {"file_name": "chats.json"},
+        "knowledge": {"file_name": "chats.json", "type": "sft"},
+        **{
+            name: {"file_name": f"{name}.jsonl", "type": "kto", "columns": {"kto_tag": "label"}}
+            for name in ("labels", "held_labels")
+        },
         "texts": {"file_name": "texts.json", "type": "pretrain", "columns": {"text": "text"}},
     }
     (directory / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")

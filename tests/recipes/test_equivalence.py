@@ -42,9 +42,12 @@ def perturb(program: OfflineProgram) -> None:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-def step(program: OfflineProgram, micro_batches=None) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
+def step(
+    program: OfflineProgram, micro_batches=None, steps_done: int = 0
+) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
     """Loss, metrics and summed gradients of the first optimizer step."""
     batches = micro_batches or program.micro_batches(0, 0)
+    program.look_ahead(batches, Single("cpu"), steps_done)
     totals = step_totals(program, batches, Single("cpu"))
     for parameter in program.trainable.values():
         parameter.grad = None
