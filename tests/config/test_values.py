@@ -56,7 +56,9 @@ def from_yaml(tmp_path, text, *words):
         ("resume_from_checkpoint: true", "resume_from_checkpoint", "auto"),
         ("resume_from_checkpoint: false", "resume_from_checkpoint", None),
         ("lr_scheduler_kwargs: {min_lr: 1e-6}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
-        ("gradient_checkpointing: auto", "gradient_checkpointing", None),
+        ("gradient_checkpointing: auto", "gradient_checkpointing", "auto"),
+        ("gradient_checkpointing: no", "gradient_checkpointing", "off"),
+        ("gradient_checkpointing: true", "gradient_checkpointing", "full"),
         ("val_size: 0.1", "val_size", 0.1),
     ],
 )  # fmt: skip

@@ -71,7 +71,7 @@ LATER: dict[str, str] = {
     "init_special_tokens": "add_special_tokens alone",
     "rope_scaling": "a model with the context you need, or a smaller cutoff_len",
     "use_unsloth": "drop it: the default kernels",
-    "use_unsloth_gc": "gradient_checkpointing: true",
+    "use_unsloth_gc": "gradient_checkpointing: full",
     "enable_liger_kernel": "drop it: log-probs are fused already",
     "shift_attn": "a smaller cutoff_len",
     "moe_aux_loss_coef": "drop it: the router keeps its weights under LoRA",
@@ -283,7 +283,7 @@ _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("warmup_steps warmup_ratio", {"lr_scheduler_type": tuple(name for name in SCHEDULES if name != "constant")}),
     ("length_penalty", {"num_beams": tuple(range(2, 100))}),
     ("buffer_size", {"streaming": (True,)}),
-    ("gradient_checkpointing_kwargs", {"gradient_checkpointing": (True,)}),
+    ("gradient_checkpointing_kwargs", {"gradient_checkpointing": ("auto", "full", "selective")}),
     (
         "optim_target_modules",
         {"optim": tuple(name for name in OPTIMISERS if "galore" in name or "apollo" in name)},

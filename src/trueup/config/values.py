@@ -88,6 +88,16 @@ def _auto_is_none(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "auto" else value
 
 
+def _on_is_full(value: Any) -> Any:
+    """A switch elsewhere, a choice here."""
+    word = str(value).strip().lower()
+    if word in ("true", "yes", "on", "full"):
+        return "full"
+    if value is None or word in ("", "none", "null", "auto"):
+        return "auto"
+    return "off" if word in OFF_WORDS else word
+
+
 def _digits(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.strip().isdigit() else value
 
@@ -128,5 +138,6 @@ Mapping = Annotated[dict[str, Any], BeforeValidator(_mapping)]
 Lower = BeforeValidator(_lower)
 Resume = Annotated[str | None, BeforeValidator(_resume)]
 OffIsNo = BeforeValidator(_off_is_no)
+OnIsFull = BeforeValidator(_on_is_full)
 Split = BeforeValidator(_split)
 Bits = Annotated[Literal[1, 2, 3, 4, 5, 6, 8], BeforeValidator(_digits)]

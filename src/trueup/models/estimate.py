@@ -17,11 +17,17 @@ from trueup.models.load import (
     pick_dtype,
     read_model_config,
     unfreeze,
-    wants_checkpointing,
 )
-from trueup.models.logprobs import LARGE_TILE, TILES
-
-FP32 = 4  # bytes
+from trueup.models.memory import (
+    FP32,
+    USABLE,
+    Recomputation,
+    decide,
+    free_memory,
+    head_bytes,
+    layer_costs,
+    optimizer_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,9 @@ class Estimate:
     weights: int
     optimizer: int  # fp32 masters, gradients and two moments of what trains
     activations: int
-    head: int  # one tile of logits, in compute dtype and in fp32
+    head: int  # one tile of logits, in compute dtype and in fp32, and a trained head's gradient
     checkpoint: int  # one checkpoint on disk
+    recomputation: Recomputation  # what `gradient_checkpointing` comes to
 
     @property
     def memory(self) -> int:
@@ -60,9 +67,7 @@ def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int) -> 
     device = pick_device(cfg.model.device)
     dtype = pick_dtype(device, cfg.train.bf16, cfg.train.fp16)
     width = dtype.itemsize
-    rows, columns = TILES.get(device.type, LARGE_TILE)
     base.requires_grad_(False)
-    text = base.config.get_text_config()
     parameters = sum(p.numel() for p in base.parameters())
     if cfg.tuning.finetuning_type == "lora":
         model = attach_lora(base, lora_config(cfg.tuning), [], "estimate").model
@@ -72,24 +77,20 @@ def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int) -> 
         unfreeze(base, cfg.tuning)
         trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
         saved = parameters
+    optimizer = optimizer_bytes(trainable, dtype)
+    head = head_bytes(base, dtype, device)
+    room = int(USABLE * free_memory(device)) - parameters * width - optimizer - head
+    costs = layer_costs(base, cfg.tuning, dtype, device)
+    recomputation = decide(cfg.train.gradient_checkpointing, costs, micro_batch_tokens, max(room, 0))
     return Estimate(
         parameters=parameters,
         trainable=trainable,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         weights=parameters * width,
-        optimizer=trainable * 4 * FP32,
-        activations=_activations(text, micro_batch_tokens, width, wants_checkpointing(cfg.train, device)),
-        head=rows * min(columns, text.vocab_size) * (width + FP32),
+        optimizer=optimizer,
+        activations=recomputation.needed,
+        head=head,
         checkpoint=saved * FP32 + 3 * trainable * FP32,
+        recomputation=recomputation,
     )
-
-
-def _activations(text, tokens: int, width: int, checkpointing: bool) -> int:
-    """What autograd keeps per decoder layer: inputs of norms and projections, q, k, v, o, and the MLP's three."""
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    per_layer = (8 * hidden + 4 * inner) * width
-    if checkpointing:
-        return tokens * (layers * hidden * width + per_layer)
-    return tokens * layers * per_layer

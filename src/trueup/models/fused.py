@@ -98,14 +98,14 @@ def _low_rank_gradients(grad: Tensor, x: Tensor, b: Tensor, low: Tensor, scale: 
 def _is_gated_mlp(module: nn.Module) -> bool:
     """Llama's MLP and its many copies: down(silu(gate(x)) · up(x)), and nothing else."""
     return (
-        type(module).__name__ in _GATED_MLPS
+        type(module).__name__ in GATED_MLPS
         and module.config.hidden_act == "silu"
         and not (module._forward_hooks or module._forward_pre_hooks)
     )
 
 
 #: Classes whose forward is that formula, as read in transformers 5.
-_GATED_MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP", "SmolLM3MLP", "Olmo2MLP", "GraniteMLP", "Ernie4_5MLP")
+GATED_MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP", "SmolLM3MLP", "Olmo2MLP", "GraniteMLP", "Ernie4_5MLP")
 
 
 class _GatedMLP:

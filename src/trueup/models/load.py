@@ -26,6 +26,7 @@ from trueup.models.adapters import Adapters, attach_frozen, attach_lora, merge_a
 from trueup.models.allocator import keep_memory
 from trueup.models.fused import fuse
 from trueup.models.hub import HubAccess, resolve_model, unreachable
+from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
 from trueup.models.policy import Policy
 
 log = logging.getLogger("trueup")
@@ -203,6 +204,7 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     layout_note: str | None
+    recomputation: Recomputation | None = None  # of activations, where something trains
 
     @property
     def num_trainable(self) -> int:
@@ -254,14 +256,8 @@ def load_policy(
     note = policy.verify_layout()
     if note:
         log.warning("prompts are not shared between answers on this architecture: %s", note)
-    if wants_checkpointing(train, device):
-        policy.base.activation_checkpointing_enable({"use_reentrant": False})
-    return Loaded(policy, adapters, name, starts, device, dtype, note)
-
-
-def wants_checkpointing(train: TrainSection, device: torch.device) -> bool:
-    """Activation checkpointing: as asked; unset means on for accelerators (memory binds), off for CPUs (time binds)."""
-    return device.type != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing
+    recomputation = fit_to_memory(policy.base, tuning, train.gradient_checkpointing)
+    return Loaded(policy, adapters, name, starts, device, dtype, note, recomputation)
 
 
 def lora_config(tuning: TuningSection) -> LoraConfig:
@@ -297,7 +293,7 @@ def unfreeze(base: PreTrainedModel, tuning: TuningSection) -> None:
     if tuning.finetuning_type == "full":
         base.requires_grad_(True)
         return
-    layers = _decoder_layers(base)
+    layers = decoder_layers(base)
     count = tuning.freeze_trainable_layers
     if abs(count) > len(layers) or count == 0:
         raise ModelError(
@@ -326,17 +322,6 @@ def unfreeze(base: PreTrainedModel, tuning: TuningSection) -> None:
             f"no module named {', '.join(sorted(unmatched))} in the model",
             where="freeze_trainable_modules",
         )
-
-
-def _decoder_layers(base: PreTrainedModel) -> torch.nn.ModuleList:
-    depth = base.config.get_text_config().num_hidden_layers
-    for module in base.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return module
-    raise ModelError(
-        f"cannot find the {depth} decoder layers of {type(base).__name__}", where="finetuning_type: freeze",
-        fix="use finetuning_type: lora or full",
-    )  # fmt: skip
 
 
 def check_vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

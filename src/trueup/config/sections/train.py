@@ -20,6 +20,7 @@ from trueup.config.values import (
     NonNegative,
     NonNegativeFloat,
     OffIsNo,
+    OnIsFull,
     Positive,
     PositiveFloat,
     Resume,
@@ -44,6 +45,7 @@ Scheduler = Literal[
 ]
 Tracker = Literal["all", "tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 Interval = Annotated[Literal["no", "steps", "epoch"], OffIsNo]
+Checkpointing = Annotated[Literal["auto", "off", "full", "selective"], OnIsFull]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
@@ -138,9 +140,9 @@ class TrainSection(Section):
     """Let a GPU shorten fp32 products to tf32."""
     fp8: bool = False
     """Compute in fp8."""
-    gradient_checkpointing: AutoFlag = None
-    """Recompute activations instead of keeping them: less memory, more time. Unset: as memory asks
-    for."""
+    gradient_checkpointing: Checkpointing = "auto"
+    """Recompute activations instead of keeping them: less memory, more time. auto: in as few layers
+    as memory asks for; off; full: in all; selective: in half of them, more where memory asks for it."""
     gradient_checkpointing_kwargs: Mapping = {}
     """Further settings of gradient checkpointing."""
     torch_compile: bool = False

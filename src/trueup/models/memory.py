@@ -1,0 +1,239 @@
+"""What a training step keeps in memory for its backward, what is free, and which layers therefore recompute.
+
+The figures follow what the layers hand to autograd: the fused ones of `models/fused.py` and `models/attention.py` where
+they apply, transformers' own elsewhere. tests/models/test_memory.py compares them with what autograd really keeps;
+docs/log.md with the memory of whole processes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trueup.config.schema import TuningSection
+from trueup.errors import ModelError
+from trueup.models.fused import GATED_MLPS
+from trueup.models.logprobs import LARGE_TILE, TILES
+
+FP32 = 4  # bytes
+
+#: Of the memory that is free, what a plan may use: kernels' own buffers, fragments and other programs have the rest.
+USABLE = 0.85
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Bytes of activations a token of a micro-batch."""
+
+    layers: int  # decoder layers that keep anything: those from the first trained one on
+    kept: int  # by one such layer
+    entry: int  # by one that recomputes: its input
+    outside: int  # by the final norm and the head
+    passing: int  # gradients and values on their way through one layer
+
+    def needed(self, tokens: int, recomputing: int = 0) -> int:
+        """Peak for so many tokens when the first `recomputing` layers recompute.
+
+        The backward comes to those last, when the others have let go of theirs, one at a time.
+        """
+        whole = max(self.layers - recomputing, min(1, self.layers))
+        return tokens * (whole * self.kept + recomputing * self.entry + self.outside + self.passing)
+
+    def fewest(self, tokens: int, room: int) -> int:
+        """How few layers have to recompute to fit; all of them if even that does not."""
+        return next((n for n in range(self.layers) if self.needed(tokens, n) <= room), self.layers)
+
+
+def layer_costs(base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype, device: torch.device) -> LayerCosts:
+    """Costs of a model as it is set up for training; its shapes are enough (meta device)."""
+    layers = decoder_layers(base)
+    text = base.config.get_text_config()
+    width, hidden = dtype.itemsize, text.hidden_size
+    layer = layers[-1]
+    lora = tuning.finetuning_type == "lora"
+    per_token = sum(_norm_bytes(name, norm, text, width, lora) for name, norm in layer.named_modules())
+    per_token += _attention_bytes(text, width, device, dtype) + _mlp_bytes(layer, text, width, tuning)
+    per_token += _input_bytes(text, width, tuning)
+    inner = inner_size(text)
+    return LayerCosts(
+        layers=len(layers) - _first_trained(base, layers),
+        kept=per_token,
+        entry=hidden * width,
+        outside=4 * hidden * width,
+        passing=3 * inner * width + hidden * (4 * width + 3 * FP32),
+    )
+
+
+def inner_size(text) -> int:
+    """Columns of the MLP a token goes through; of all its experts together."""
+    experts = getattr(text, "num_experts_per_tok", None)
+    of_expert = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
+    return (of_expert or 4 * text.hidden_size) * (experts or 1)
+
+
+def _norm_bytes(name: str, norm: nn.Module, text, width: int, frozen: bool) -> int:
+    if not type(norm).__name__.endswith("Norm"):
+        return 0
+    query, key = _head_columns(text)
+    columns = {"q_norm": query, "k_norm": key}.get(name.rpartition(".")[2], text.hidden_size)
+    fused = frozen and hasattr(norm, "variance_epsilon")
+    if fused:
+        return columns * width
+    return columns * FP32 + (0 if frozen else columns * width)  # the input in fp32; normed, for the weight's gradient
+
+
+def _head_columns(text) -> tuple[int, int]:
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
+
+
+def _attention_bytes(text, width: int, device: torch.device, dtype: torch.dtype) -> int:
+    query, key = _head_columns(text)
+    own = (2 * query + 2 * key) * width  # queries, output, keys, values
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return own
+    # Keys and values gathered for every path; on a GPU in one tensor, elsewhere by segment, as is the output.
+    return own + 3 * key * width + (0 if device.type == "cuda" else query * width)
+
+
+def _mlp_bytes(layer: nn.Module, text, width: int, tuning: TuningSection) -> int:
+    names = {type(module).__name__.removeprefix("Fused") for module in layer.modules()}
+    activation = getattr(text, "hidden_act", None)
+    if activation != "silu" or not names.intersection(GATED_MLPS):
+        return 4 * inner_size(text) * width  # gate, its activation, up, their product
+    return (2 if tuning.finetuning_type == "lora" else 3) * inner_size(text) * width  # LoRA makes the product again
+
+
+def _input_bytes(text, width: int, tuning: TuningSection) -> int:
+    """Inputs of attention and MLP, and LoRA's low-rank values; with dropout each projection's own input and mask."""
+    low = 7 * tuning.lora_rank if tuning.finetuning_type == "lora" else 0
+    if not (low and tuning.lora_dropout):
+        return (2 * text.hidden_size + low) * width
+    query, _ = _head_columns(text)
+    return (2 * (5 * text.hidden_size + query + inner_size(text)) + low) * width
+
+
+def _first_trained(base: PreTrainedModel, layers: nn.ModuleList) -> int:
+    """Below the first trained layer nothing is kept, unless the embeddings train."""
+    if any(p.requires_grad for p in base.get_input_embeddings().parameters()):
+        return 0
+    trained = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
+    return trained[0] if trained else len(layers)
+
+
+def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
+    """The layers a hidden state goes through in turn.
+
+    Raises:
+        ModelError: they cannot be found.
+    """
+    depth = base.config.get_text_config().num_hidden_layers
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ModelError(
+        f"cannot find the {depth} decoder layers of {type(base).__name__}", where="finetuning_type: freeze",
+        fix="use finetuning_type: lora or full",
+    )  # fmt: skip
+
+
+# --- what is decided ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """How many of the decoder layers recompute their activations, and what that rests on (bytes; 0 where unknown)."""
+
+    recomputing: int
+    layers: int
+    activations: int = 0  # kept if no layer recomputes
+    needed: int = 0  # as decided
+    room: int = 0
+
+
+def decide(mode: str, costs: LayerCosts, tokens: int, room: int) -> Recomputation:
+    """Which layers recompute under `gradient_checkpointing: mode`.
+
+    auto keeps what fits; selective takes half of the layers, and like auto more where memory asks for it.
+
+    Args:
+        tokens: of the largest micro-batch.
+        room: bytes for its activations.
+    """
+    needed = costs.fewest(tokens, room)
+    chosen = {"off": 0, "full": costs.layers, "selective": max(needed, costs.layers // 2), "auto": needed}[mode]
+    return Recomputation(
+        chosen, costs.layers, costs.needed(tokens), costs.needed(tokens, chosen), room if tokens else 0
+    )
+
+
+def fit_to_memory(base: PreTrainedModel, tuning: TuningSection, mode: str, tokens: int | None = None) -> Recomputation:
+    """Decide which layers of a model on its device recompute, and let them.
+
+    Where the size of the largest micro-batch is unknown (None), `auto` recomputes all layers on accelerators (memory
+    binds) and none on CPUs (time binds).
+    """
+    device, dtype = base.device, base.dtype
+    costs = layer_costs(base, tuning, dtype, device)
+    if tokens is None:
+        unknown = "off" if device.type == "cpu" else "full"
+        plan = decide(unknown if mode == "auto" else mode, costs, 0, 0)
+    else:
+        trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
+        room = int(USABLE * free_memory(device)) - optimizer_bytes(trainable, dtype) - head_bytes(base, dtype, device)
+        plan = decide(mode, costs, tokens, max(room, 0))
+    recompute(base, plan.recomputing)
+    return plan
+
+
+def recompute(base: PreTrainedModel, count: int) -> None:
+    """Let the first `count` of the layers that train recompute, and no others."""
+    if base.is_activation_checkpointing:
+        base.activation_checkpointing_disable()
+    if not count:
+        return
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    base.disable_input_require_grads()  # only the reentrant form needs them; they would reach below what trains
+    layers = decoder_layers(base)
+    for layer in layers[_first_trained(base, layers) + count :]:
+        layer.gradient_checkpointing = False
+
+
+def optimizer_bytes(trainable: int, dtype: torch.dtype) -> int:
+    """Gradients and two moments in fp32, and the fp32 masters of what computes in another format."""
+    return trainable * FP32 * (3 if dtype == torch.float32 else 4)
+
+
+def head_bytes(base: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> int:
+    """One tile of logits, in compute dtype and in fp32, and a trained head's gradient."""
+    rows, columns = TILES.get(device.type, LARGE_TILE)
+    weight = base.get_output_embeddings().weight
+    both = dtype.itemsize + FP32
+    return both * (rows * min(columns, len(weight)) + (weight.numel() if weight.requires_grad else 0))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes this process may still take on a device: of a GPU's, or of what the machine or its container has."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(psutil.virtual_memory().available, _free_in_container()) // processes
+
+
+def _free_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit leaves (cgroup v2); without a limit, no bound."""
+    try:
+        limit = int((root / "memory.max").read_text(encoding="ascii"))
+        used = int((root / "memory.current").read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(limit - used + int(stat.get("inactive_file", 0)), 0)  # cached files make way
+    except (OSError, ValueError):  # no limit ("max"), or not Linux
+        return 1 << 62
