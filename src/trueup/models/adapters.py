@@ -132,7 +132,7 @@ def attach_lora(
     config = copy.deepcopy(loaded[-1][0] if continued else wanted)
     config.inference_mode = False
     config.lora_dropout = wanted.lora_dropout
-    model = get_peft_model(base, config, adapter_name=TRAINED, autocast_adapter_dtype=False)
+    model = _wrap(base, config, TRAINED)
     adapters = Adapters(model, base_name, continued=continued)
     if continued:
         _fill(model, TRAINED, loaded[-1], starts[-1])
@@ -155,7 +155,7 @@ def attach_frozen(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTra
         return base
     parts = [_load_part(base, path) for path in starts]
     names = [f"start_{index}" for index in range(len(parts))]
-    model = get_peft_model(base, copy.deepcopy(parts[0][0]), adapter_name=names[0], autocast_adapter_dtype=False)
+    model = _wrap(base, copy.deepcopy(parts[0][0]), names[0])
     for name, part, path in zip(names, parts, starts, strict=True):
         if name != names[0]:
             model.add_adapter(name, copy.deepcopy(part[0]))
@@ -169,12 +169,20 @@ def merge_adapters(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTr
     """Fold adapters into the base weights, in order: the starting point of full and freeze training, and of export."""
     for path in starts:
         part = _load_part(base, path)
-        model = get_peft_model(base, part[0], adapter_name=TRAINED, autocast_adapter_dtype=False)
+        model = _wrap(base, part[0], TRAINED)
         _fill(model, TRAINED, part, path)
         base = model.merge_and_unload()
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base
+
+
+def _wrap(base: PreTrainedModel, config: LoraConfig, name: str) -> PeftModel:
+    """`base` with a first adapter. peft's class for classifiers would want a head of its own in every adapter, also in
+    those that a language model was trained with; its plain class keeps to what each config says.
+    """
+    make = get_peft_model if base.can_generate() else PeftModel
+    return make(base, config, adapter_name=name, autocast_adapter_dtype=False)
 
 
 def _match_dtype(model: PeftModel, dtype: torch.dtype) -> None:
@@ -244,7 +252,11 @@ def _same_shape(base: PreTrainedModel, start: LoraConfig, wanted: LoraConfig) ->
 
 def _targets(base: PreTrainedModel, config: LoraConfig) -> set[str]:
     """Paths of the modules a LoRA config adapts."""
-    linear = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and _leaf(name) not in (config.modules_to_save or ())
+    }
     if config.target_modules == "all-linear":
         head = base.get_output_embeddings()
         return {name for name in linear if base.get_submodule(name) is not head}

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trueup.errors import ModelError
 from trueup.models.attention import FOREST_ATTENTION, ForestLayout, kernels_for
@@ -28,7 +28,20 @@ class Policy:
         model: what holds the parameters; a PeftModel when adapters are attached.
         base: the transformers model inside.
         shared: whether forests run in the shared layout.
+        auto_class, task_type: what it is to transformers and to peft.
+        always_trained: modules that train whole, whatever else trains.
     """
+
+    auto_class = AutoModelForCausalLM
+    task_type = "CAUSAL_LM"
+    always_trained: tuple[str, ...] = ()
+
+    @classmethod
+    def prepare(cls, config: PretrainedConfig) -> None:
+        """Change a model's config before its weights are loaded; a language model's is right as it is."""
+
+    def pad_with(self, token: int | None) -> None:
+        """Hear which token pads; nothing is padded here, but the files of some models have to name it."""
 
     def __init__(self, base: PreTrainedModel, model: nn.Module | None = None) -> None:
         self.base = base
@@ -143,7 +156,7 @@ class Policy:
 
     def _unshared_probe(self, forest: Forest) -> Tensor:
         try:
-            return self.token_logps(forest)
+            return self._read(forest)
         except (TypeError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
             raise ModelError(
                 f"{type(self.base).__name__} cannot be run as a decoder with a head: {type(error).__name__}: {error}",
@@ -155,11 +168,11 @@ class Policy:
         try:
             self.base.set_attn_implementation(FOREST_ATTENTION)
             self.shared = True
-            gap = _gap(self.token_logps(forest), expected)
+            gap = _gap(self._read(forest), expected)
             assert self._layout is not None
             if reason := _unseen_window(self.base.config.get_text_config(), self._layout.windows):
                 return reason
-            leak = _gap(self.token_logps(_leaking(forest)), expected)
+            leak = _gap(self._read(_leaking(forest)), expected)
         except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         # Kernels round differently, in bf16 by more the surer a model is; what a sibling's tokens would change is
@@ -190,9 +203,17 @@ class Policy:
         plain = []
         for answer in (forest.input_ids[prompt:fork], forest.input_ids[fork:]):
             row = torch.cat([forest.input_ids[:prompt], answer])[None]
-            logits = self.base(input_ids=row, use_cache=False).logits[0, prompt - 1 : -1].float()
-            plain.append(torch.log_softmax(logits, -1).gather(1, answer[:, None]).squeeze(1))
+            plain.append(self._read_plainly(row, prompt))
         return forest, torch.cat(plain)
+
+    def _read(self, forest: Forest) -> Tensor:
+        """[N] what the check at load compares."""
+        return self.token_logps(forest)
+
+    def _read_plainly(self, row: Tensor, first: int) -> Tensor:
+        """The same of one sequence [1, T] from token `first` on, by the model's own forward."""
+        logits = self.base(input_ids=row, use_cache=False).logits[0, first - 1 : -1].float()
+        return torch.log_softmax(logits, -1).gather(1, row[0, first:, None]).squeeze(1)
 
 
 def _unseen_window(config, windows: set[int]) -> str | None:

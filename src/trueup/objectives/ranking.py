@@ -1,8 +1,8 @@
 """Objectives of reward models: which answers of a prompt are better, or how good each one is.
 
 Notation: r_i the reward of answer i, s_i what the data says of it; i ≻ j where s_i > s_j; m_ij the margin by which i
-must win. A row is a prompt with its answers. Comparisons are averaged within a row, so that a row of many answers weighs as
-much as a pair (InstructGPT, arXiv 2203.02155, eq. 1); equal scores are no comparison.
+must win. A row is a prompt with its answers. Comparisons are averaged within a row, so that a row of many answers
+weighs as much as a pair (InstructGPT, arXiv 2203.02155, eq. 1); equal scores are no comparison.
 
 Rewards are only compared, so nothing says where zero is. `center` adds `center · mean (r_i + r_j)²` over the pairs of a
 row (arXiv 2312.09244, eq. 4), which is TRL's `center_rewards_coefficient`.
