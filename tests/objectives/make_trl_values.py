@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ import trl
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 
 ROWS = [
     [-10, -20.5, -33], [-12.5, -18, -41], [5, 8, 13], [6, 4, 16], [-11.2, -20.1, -34], [-13.9, -18.7, -36.5],
@@ -28,10 +30,10 @@ CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN, REF_CHOSEN, REF_REJECTED = (
     torch.tensor(row, dtype=torch.float64) for row in ROWS
 )
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
-DPO = (
-    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop "
-    "sigmoid_norm"
-).split()
+DPO = [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm",
+]  # fmt: skip
 
 
 class Gatherer:
@@ -72,8 +74,6 @@ def dpo(loss: str, divergence: str = "reverse_kl", weighting: bool = False) -> f
         def __call__(self, **_):
             return outputs
 
-    from collections import defaultdict
-
     this = SimpleNamespace(
         model=Model(), accelerator=Gatherer(), aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
         f_divergence_type=divergence, f_alpha_divergence_coef=0.5, beta=0.1, loss_types=[loss], loss_weights=[1.0],
@@ -86,6 +86,32 @@ def dpo(loss: str, divergence: str = "reverse_kl", weighting: bool = False) -> f
         "ref_chosen_logps": REF_CHOSEN, "ref_rejected_logps": REF_REJECTED,
     }  # fmt: skip
     return float(DPOTrainer._compute_loss(this, this.model, inputs, False))
+
+
+def kto(loss: str, weights: tuple[float, float] = (1.0, 1.0)) -> float:
+    """KTOTrainer's loss of the six answers; the mismatched pairs' log-ratios have mean 0.05."""
+    sums = torch.cat([CHOSEN, REJECTED])
+
+    class Model:
+        training = False
+
+        def __call__(self, **_):
+            zeros = torch.zeros(6, 1, dtype=torch.float64)
+            return SimpleNamespace(log_probs=sums[:, None], entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+
+    this = SimpleNamespace(
+        model=Model(), accelerator=Gatherer(), aux_loss_enabled=False, precompute_ref_logps=True, beta=0.1,
+        calculate_KL=loss == "kto", loss_type=loss, desirable_weight=weights[0], undesirable_weight=weights[1],
+        _compute_kl_logps=lambda model, batch: torch.full((6,), -7.95, dtype=torch.float64),
+        _metrics={"eval": defaultdict(list), "train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    mask = torch.ones(6, 2, dtype=torch.long)
+    inputs = {
+        "input_ids": torch.zeros(6, 2, dtype=torch.long), "attention_mask": mask, "completion_mask": mask,
+        "label": torch.tensor([True] * 3 + [False] * 3), "ref_logps": torch.cat([REF_CHOSEN, REF_REJECTED]),
+        "ref_KL_logps": torch.full((6,), -8.0, dtype=torch.float64),
+    }  # fmt: skip
+    return float(KTOTrainer._compute_loss(this, this.model, inputs, False))
 
 
 def cpo(loss: str, beta: float, average: bool, alpha: float = 0.0, smoothing: float = 0.0) -> float:
@@ -110,6 +136,7 @@ def main() -> None:
         f"{name}+{d}": dpo(name, d) for name in ("sigmoid", "hinge", "ipo") for d in ("forward_kl", "js_divergence")
     }
     values |= {f"{name}+weighting": dpo(name, weighting=True) for name in ("sigmoid", "hinge")}
+    values |= {name: kto(name) for name in ("kto", "apo_zero_unpaired")} | {"kto+weights": kto("kto", (2.0, 0.5))}
     values |= {
         "cpo": cpo("sigmoid", 0.1, average=False),
         "cpo+smoothing": cpo("sigmoid", 0.1, average=False, smoothing=0.1),
