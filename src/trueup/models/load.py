@@ -6,12 +6,12 @@ import logging
 import re
 import sys
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,6 +30,8 @@ from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
 from trueup.models.policy import Policy
 
 log = logging.getLogger("trueup")
+
+PolicyKind = TypeVar("PolicyKind", bound=Policy)
 
 
 def hub_access(model: ModelSection) -> HubAccess:
@@ -137,8 +139,9 @@ def load_base(
     device: torch.device,
     dtype: torch.dtype,
     name: str | None = None,
+    kind: type[Policy] = Policy,
 ) -> PreTrainedModel:
-    """A causal LM in eval mode, safetensors only, code from the hub only when trusted.
+    """A model of a policy's kind in eval mode, safetensors only, code from the hub only when trusted.
 
     Raises:
         ModelError: it cannot be loaded; the message says what and how to mend it.
@@ -152,7 +155,8 @@ def load_base(
                   trust_remote_code=model.trust_remote_code)  # fmt: skip
     try:
         config = AutoConfig.from_pretrained(location, **common)
-        base = AutoModelForCausalLM.from_pretrained(
+        kind.prepare(config)
+        base = kind.auto_class.from_pretrained(
             location,
             config=config,
             dtype=dtype,
@@ -221,11 +225,13 @@ def load_policy(
     train: TrainSection,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | None = None,
+    kind: type[Policy] = Policy,
 ) -> Loaded:
     """Load the base, attach or merge starting adapters, decide what trains, and prove the layout.
 
     Args:
         device: where; the config's choice by default (a process of several has its own).
+        kind: what the model is made into.
 
     Raises:
         ModelError: the model, an adapter or the tokenizer does not fit (C10, C11, C17).
@@ -236,22 +242,24 @@ def load_policy(
     name, location, starts = resolve_model(model.model_name_or_path, model.adapter_name_or_path, access)
     # Adapters are folded into fp32 weights: in bf16 a small change would vanish in the rounding of the large weight.
     merging = bool(starts) and tuning.finetuning_type != "lora"
-    base = load_base(location, model, device, torch.float32 if merging else dtype, name)
+    torch.manual_seed(train.seed)  # a new head's first weights
+    base = load_base(location, model, device, torch.float32 if merging else dtype, name, kind)
     check_vocabulary(base, tokenizer, name)
     base.requires_grad_(False)
 
     adapters = None
     torch.manual_seed(train.seed)  # the new adapter's first weights
     if tuning.finetuning_type == "lora":
-        adapters = attach_lora(base, lora_config(tuning), starts, name, tuning.create_new_adapter)
-        policy = Policy(base, adapters.model)
+        adapters = attach_lora(base, lora_config(tuning, kind), starts, name, tuning.create_new_adapter)
+        policy = kind(base, adapters.model)
     else:
         merged = merge_adapters(base, starts)
         if merging:
             for parameter in merged.parameters():
                 parameter.data = parameter.data.to(dtype)
-        policy = Policy(merged)
-        unfreeze(policy.base, tuning)
+        policy = kind(merged)
+        unfreeze(policy.base, tuning, kind)
+    policy.pad_with(tokenizer.pad_token_id)
     fuse(policy.model)
     note = policy.verify_layout()
     if note:
@@ -260,15 +268,15 @@ def load_policy(
     return Loaded(policy, adapters, name, starts, device, dtype, note, recomputation)
 
 
-def lora_config(tuning: TuningSection) -> LoraConfig:
+def lora_config(tuning: TuningSection, kind: type[Policy] = Policy) -> LoraConfig:
     """The shape of the adapter a config asks for."""
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=kind.task_type,
         r=tuning.lora_rank,
         lora_alpha=tuning.lora_alpha if tuning.lora_alpha is not None else 2 * tuning.lora_rank,
         lora_dropout=tuning.lora_dropout,
         target_modules=_lora_targets(tuning.lora_target),
-        modules_to_save=list(tuning.additional_target) or None,
+        modules_to_save=[*tuning.additional_target, *kind.always_trained] or None,
         use_rslora=tuning.use_rslora,
     )
 
@@ -281,7 +289,7 @@ def _lora_targets(names: list[str]) -> str | list[str]:
     return names[0] if is_regex else list(names)
 
 
-def unfreeze(base: PreTrainedModel, tuning: TuningSection) -> None:
+def unfreeze(base: PreTrainedModel, tuning: TuningSection, kind: type[Policy] = Policy) -> None:
     """Mark what full or freeze training moves.
 
     `freeze` trains the last n layers (the first n for a negative n), only the named modules of them, plus
@@ -293,6 +301,8 @@ def unfreeze(base: PreTrainedModel, tuning: TuningSection) -> None:
     if tuning.finetuning_type == "full":
         base.requires_grad_(True)
         return
+    for name in kind.always_trained:
+        base.get_submodule(name).requires_grad_(True)
     layers = decoder_layers(base)
     count = tuning.freeze_trainable_layers
     if abs(count) > len(layers) or count == 0:
@@ -337,12 +347,17 @@ def check_vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def load_frozen(
-    model: ModelSection, name: str, adapters: list[str], device: torch.device, dtype: torch.dtype
-) -> Policy:
+    model: ModelSection,
+    name: str,
+    adapters: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: type[PolicyKind] = Policy,
+) -> PolicyKind:
     """A model that is only run: for chat and evaluation, or as a reference of its own (`ref_model`)."""
     root, location, starts = resolve_model(name, adapters, hub_access(model))
-    base = load_base(location, model, device, dtype, root)
-    policy = Policy(base, attach_frozen(base, starts))
+    base = load_base(location, model, device, dtype, root, kind)
+    policy = kind(base, attach_frozen(base, starts))
     policy.model.requires_grad_(False).eval()
     fuse(policy.model)
     policy.verify_layout()
@@ -350,13 +365,18 @@ def load_frozen(
 
 
 def load_for_evaluation(
-    model: ModelSection, train: TrainSection, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    model: ModelSection,
+    train: TrainSection,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    kind: type[Policy] = Policy,
 ) -> Loaded:
     """The config's model and adapters, frozen, with what a recipe wants to know about them."""
     dtype = pick_dtype(device, train.bf16, train.fp16)
     name, location, starts = resolve_model(model.model_name_or_path, model.adapter_name_or_path, hub_access(model))
-    policy = load_frozen(model, location, starts, device, dtype)
+    policy = load_frozen(model, location, starts, device, dtype, kind)
     check_vocabulary(policy.base, tokenizer, name)
+    policy.pad_with(tokenizer.pad_token_id)
     note = None if policy.shared else "the layout is not supported"
     return Loaded(policy, None, name, starts, device, dtype, note)
 
