@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trueup.config.schema import RunConfig
 from trueup.models.adapters import attach_lora
@@ -28,6 +28,7 @@ from trueup.models.memory import (
     layer_costs,
     optimizer_bytes,
 )
+from trueup.models.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,17 @@ class Estimate:
         return {**asdict(self), "memory": self.memory}
 
 
-def shape_only(cfg: RunConfig) -> PreTrainedModel:
+def shape_only(cfg: RunConfig, kind: type[Policy] = Policy) -> PreTrainedModel:
     """The model with its real shapes and no weights (meta device)."""
     names = cfg.model.model_name_or_path, cfg.model.adapter_name_or_path
     name, location, _ = resolve_model(*names, hub_access(cfg.model))
     config = read_model_config(location, cfg.model, name)
+    kind.prepare(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
+        return kind.auto_class.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
 
 
-def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int) -> Estimate:
+def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int, kind: type[Policy] = Policy) -> Estimate:
     """Estimate a run of `base` (its shapes are enough) whose longest micro-batch holds so many tokens, shared."""
     device = pick_device(cfg.model.device)
     dtype = pick_dtype(device, cfg.train.bf16, cfg.train.fp16)
@@ -70,11 +72,11 @@ def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int) -> 
     base.requires_grad_(False)
     parameters = sum(p.numel() for p in base.parameters())
     if cfg.tuning.finetuning_type == "lora":
-        model = attach_lora(base, lora_config(cfg.tuning), [], "estimate").model
+        model = attach_lora(base, lora_config(cfg.tuning, kind), [], "estimate").model
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         saved = trainable
     else:
-        unfreeze(base, cfg.tuning)
+        unfreeze(base, cfg.tuning, kind)
         trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
         saved = parameters
     optimizer = optimizer_bytes(trainable, dtype)

@@ -18,6 +18,7 @@ from trueup.recipes.header import batch_words, sized, steps_words
 from trueup.recipes.offline import check_output
 from trueup.recipes.references import check_reference
 from trueup.recipes.reported import check_metric
+from trueup.recipes.reward import kind_of, teachable
 from trueup.training.plan import check_schedule
 
 
@@ -86,9 +87,11 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
         check_schedule(cfg.train)
     tokenizer = load_tokenizer(cfg.model)
     check_reference(cfg, tokenizer)
-    base = shape_only(cfg)
+    base = shape_only(cfg, kind_of(cfg))
     check_vocabulary(base, tokenizer, str(cfg.model.model_name_or_path))
     prepared = prepare(cfg, tokenizer)
+    if cfg.objective.stage == "rm":
+        prepared = teachable(cfg, prepared)
     check_metric(cfg, prepared.eval)
     if cfg.train.do_train:
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
@@ -97,7 +100,7 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
         arithmetic = Arithmetic(0, cfg.train.per_device_eval_batch_size, 1, world_size, 0, 0, 0)
         groups = [(dataset, group) for dataset in prepared.eval.values() for group in eval_batches(cfg, dataset)]
     largest = max((int(dataset.lengths[group].sum()) for dataset, group in groups), default=0)
-    needs = estimate(cfg, base, largest)
+    needs = estimate(cfg, base, largest, kind_of(cfg))
     return CheckReport(
         cfg, prepared, arithmetic, needs, _free_memory(needs.device), _free_disk(cfg.train.output_dir),
         needs.checkpoint * kept_checkpoints(cfg, arithmetic) if cfg.train.do_train else 0,

@@ -35,6 +35,8 @@ def terms_of(cfg: RunConfig) -> list[Term]:
     `pref_bco_weight` w makes a mean of it, (L + w BCO)/(1 + w), as LLaMA-Factory does.
     """
     names = pref_losses(cfg)
+    if cfg.objective.stage == "rm":
+        return [_term(cfg.reward.reward_loss, cfg.reward.reward_loss, 1.0, cfg)]
     if not names:
         return [_term("sft", "sft", 1.0, cfg)]
     bco = cfg.objective.pref_bco_weight
@@ -63,7 +65,7 @@ def objective_of(cfg: RunConfig) -> Objective:
 
 def objective_parameters(cfg: RunConfig, objective: Objective) -> dict[str, Any]:
     """Keyword arguments of the objective's function, from the keys it declares."""
-    return {name: getattr(cfg.objective, key) for name, key in objective.parameters.items()}
+    return {name: cfg[key] for name, key in objective.parameters.items()}
 
 
 def describe_objective(cfg: RunConfig) -> str:

@@ -1,4 +1,4 @@
-"""Runs on fixed data: pre-training, SFT and preference pairs. Builds the parts, hands them to the loop.
+"""Runs on fixed data: pre-training, SFT, preferences and reward models. Builds the parts, hands them to the loop.
 
 Whatever can fail because of the user's config, data or model fails before the output directory is touched.
 """
@@ -24,12 +24,14 @@ from trueup.data.encode import EncodedDataset, Prepared, prepare
 from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError, Problem
 from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_tokenizer, pick_device
+from trueup.models.reward import RewardModel, check_trained
 from trueup.recipes.batches import eval_batches, plan_batches, train_batches
 from trueup.recipes.feedback import tell_balance
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.program import OfflineProgram
 from trueup.recipes.references import References, build_references, check_reference
 from trueup.recipes.reported import check_metric
+from trueup.recipes.reward import kind_of, teachable
 from trueup.training.backend import Backend, make_backend
 from trueup.training.evaluation import evaluate_run
 from trueup.training.loop import fit
@@ -81,8 +83,10 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         check_metric(cfg, prepared.eval)
         if stage_kind(cfg) == "feedback":
             tell_balance(cfg, prepared.train)
+        if cfg.objective.stage == "rm":
+            prepared = teachable(cfg, prepared)
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
-        loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device)
+        loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device, kind_of(cfg))
     console.print(prepared.report.render(), markup=False, highlight=False)
     console.print(header(cfg, loaded, prepared, arithmetic), markup=False, highlight=False)
     fingerprint = prepared.train.fingerprint
@@ -104,7 +108,11 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         tokenizer = load_tokenizer(cfg.model)
         check_reference(cfg, tokenizer)
         prepared = prepare(cfg, tokenizer)
-        loaded = load_for_evaluation(cfg.model, cfg.train, tokenizer, backend.device)
+        if cfg.objective.stage == "rm":
+            prepared = teachable(cfg, prepared)
+        loaded = load_for_evaluation(cfg.model, cfg.train, tokenizer, backend.device, kind_of(cfg))
+        if isinstance(loaded.policy, RewardModel):
+            check_trained(loaded.policy, loaded.base_name)
     if not prepared.eval:
         raise ConfigError(
             "there is nothing to evaluate on", where="eval_dataset", fix="set eval_dataset, or dataset with val_size"

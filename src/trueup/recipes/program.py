@@ -16,10 +16,12 @@ from trueup.data.encode import EncodedDataset, Prepared
 from trueup.data.forest import BatchPlan
 from trueup.models.load import Loaded
 from trueup.models.policy import Policy
+from trueup.models.reward import RewardModel
 from trueup.recipes.batches import Batch, eval_batches
 from trueup.recipes.feedback import FeedbackLesson
 from trueup.recipes.pairs import PairLesson
 from trueup.recipes.references import References
+from trueup.recipes.reward import RewardLesson
 from trueup.recipes.text import TextLesson
 from trueup.training.backend import Backend
 from trueup.types import Metrics
@@ -52,6 +54,8 @@ def lesson_of(
     steps_per_epoch: int,
 ) -> Lesson:
     """The lesson of the kind of example a stage trains on."""
+    if isinstance(policy, RewardModel):
+        return RewardLesson(cfg, policy, datasets)
     match stage_kind(cfg):
         case "pair":
             return PairLesson(cfg, policy, datasets, references, backend)

@@ -16,7 +16,7 @@ from trueup.objectives import Objective
 from trueup.recipes.objective import merged_metrics, terms_of
 from trueup.recipes.online_words import online_metric_names
 from trueup.training.evaluation import metric_name
-from trueup.types import FeedbackLogps, PairLogps, TokenLogps
+from trueup.types import FeedbackLogps, PairLogps, Rankings, TokenLogps
 
 
 def check_metric(cfg: RunConfig, sets: Iterable[str]) -> None:
@@ -51,10 +51,13 @@ def metric_names(cfg: RunConfig) -> list[str]:
     return names
 
 
-def _one_example(objective: Objective) -> PairLogps | FeedbackLogps | TokenLogps:
+def _one_example(objective: Objective) -> PairLogps | FeedbackLogps | TokenLogps | Rankings:
     one = torch.ones(1)
     if objective.takes is TokenLogps:
         return TokenLogps(one, torch.zeros(1, dtype=torch.int64), 1)
+    if objective.takes is Rankings:
+        order = torch.tensor([[1.0, 0.0]])
+        return Rankings(order, order, torch.ones(1, 2, dtype=torch.bool), one)
     if objective.takes is FeedbackLogps:
         return FeedbackLogps(one, one, one > 0, one)
     return PairLogps(*(one for _ in fields(PairLogps)))

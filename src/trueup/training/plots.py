@@ -21,7 +21,9 @@ _TITLES = {
     "rewards/rejected": "Reward of the rejected answers",
     "reward": "Reward",
     "kl": "KL to the reference",
-    "accuracy": "Token accuracy",
+    "accuracy": "Accuracy",
+    "margin": "Reward margin: better minus worse",
+    "mean_reward": "Mean reward",
 }
 _RAW, _SMOOTH, _HELD_OUT = "#b9c7dd", "#2457a6", "#d9622b"
 
