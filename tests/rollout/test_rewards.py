@@ -1,0 +1,119 @@
+"""Functions in a process of their own: what they get, what they may return, what happens when they hang or fail."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from trueup.errors import ConfigError, DataError, ResourceError
+from trueup.rollout.rewards import Answered, FunctionReward, HttpReward, Workers
+
+FILE = """
+import time
+def length(completions): return [len(c) for c in completions]
+def agrees(prompts, completions, answer, **rest): return [p + a == c for p, c, a in zip(prompts, completions, answer)]
+def slow(completions):
+    if "hang" in completions: time.sleep(60)
+    return [1.0] * len(completions)
+def dies(completions):
+    import os
+    if "die" in completions: os._exit(3)
+    return [2.0] * len(completions)
+def unsure(completions): return [None if c == "?" else 1 for c in completions]
+def loud(completions):
+    print("not an answer")
+    return [0.0] * len(completions)
+def wrong(completions): return 1.0
+def fails(completions): return [1 / 0 for c in completions]
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "rewards.py"
+    path.write_text(FILE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def workers():
+    made = Workers(seconds=1.0)
+    yield made
+    made.close()
+
+
+def answered(*texts: str, **columns) -> list[Answered]:
+    rows = [{key: values[i] for key, values in columns.items()} for i in range(len(texts))]
+    return [
+        Answered(f"d:{i}", "q", text, f"q{text}", row) for i, (text, row) in enumerate(zip(texts, rows, strict=True))
+    ]
+
+
+def test_a_function_gets_what_it_has_parameters_for(file, workers):
+    assert FunctionReward(f"{file}:length", workers).score(answered("a", "bcd", x=[1, 2])) == [1.0, 3.0]
+    assert FunctionReward(f"{file}:agrees", workers).score(answered("qa", "b", answer=["a", "a"])) == [1.0, 0.0]
+
+
+def test_none_is_no_opinion_and_prints_are_no_answers(file, workers):
+    assert FunctionReward(f"{file}:unsure", workers).score(answered("?", "a")) == [None, 1.0]
+    assert FunctionReward(f"{file}:loud", workers).score(answered("a")) == [0.0]
+
+
+def test_an_answer_that_takes_too_long_has_no_reward_and_the_others_have(file, workers, caplog):
+    texts = ["a", "b", "hang", "c"]
+    assert FunctionReward(f"{file}:slow", workers).score(answered(*texts)) == [1.0, 1.0, None, 1.0]
+    assert "more than 1 s for one answer" in caplog.text
+
+
+def test_an_answer_that_ends_the_process_has_no_reward(file, workers):
+    assert FunctionReward(f"{file}:dies", workers).score(answered("a", "die")) == [2.0, None]
+
+
+def test_errors_of_a_function_stop_the_run_and_name_the_line(file, workers):
+    with pytest.raises(DataError, match=r"ZeroDivisionError.*rewards\.py, line \d+"):
+        FunctionReward(f"{file}:fails", workers).score(answered("a"))
+    with pytest.raises(DataError, match="returned float for 1 answers"):
+        FunctionReward(f"{file}:wrong", workers).score(answered("a"))
+    with pytest.raises(DataError, match="agrees wants answer; rows have completions, prompts"):
+        FunctionReward(f"{file}:agrees", workers).score(answered("a"))
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [("{}:nothing", "has no function 'nothing'"), ("nowhere.py:f", "there is no file"), ("exact", "exact_match")],
+)
+def test_a_function_that_is_not_there_is_an_error_before_the_run(file, workers, name, why):
+    with pytest.raises(ConfigError, match=why):
+        FunctionReward(name.format(file), workers)
+
+
+def test_built_in_rewards_go_by_name(workers):
+    assert FunctionReward("numeric", workers).score(answered("so 42", "41", answer=["42", 42])) == [1.0, 0.0]
+
+
+class Scorer(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        reply = json.dumps({"scores": [len(text) for text in request["messages"]]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_a_scorer_behind_a_url_gets_whole_texts(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Scorer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    assert HttpReward(url).score(answered("a", "bcd")) == [2.0, 4.0]
+    server.shutdown()
+    server.server_close()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(ResourceError, match="the scorer does not answer"):
+        HttpReward(url).score(answered("a"))
