@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import ModuleType
 
 import pyarrow as pa
@@ -183,7 +184,6 @@ class Loaded:
     [
         ("huggingface", "datasets", None, "load_dataset", "name"),
         ("modelscope", "modelscope", "MsDataset", "load", "subset_name"),
-        ("modelers", "openmind", "OmDataset", "load_dataset", "name"),
     ],
 )
 def test_each_hub_is_asked_through_its_own_library(monkeypatch, hub, module, owner, function, subset_key):
@@ -202,11 +202,19 @@ def test_each_hub_is_asked_through_its_own_library(monkeypatch, hub, module, own
     assert (asked[subset_key], asked["split"], asked["token"]) == ("en", "test", "secret")
 
 
-@pytest.mark.parametrize("hub", ["modelscope", "modelers"])
-def test_a_missing_hub_library_is_named(monkeypatch, hub):
-    module = {"modelscope": "modelscope", "modelers": "openmind"}[hub]
+def test_a_dataset_on_modelers_is_fetched_and_read_like_local_files(monkeypatch, tmp_path):
+    (tmp_path / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS), encoding="utf-8")
+    fake = ModuleType("openmind_hub")
+    fake.snapshot_download = lambda name, **options: str(tmp_path)
+    monkeypatch.setitem(sys.modules, "openmind_hub", fake)
+    spec = replace(hub_spec("modelers"), subset=None)
+    assert list(read_rows(spec, token="secret")) == ROWS
+
+
+@pytest.mark.parametrize(("hub", "module"), [("modelscope", "modelscope"), ("modelers", "openmind_hub")])
+def test_a_missing_hub_library_is_named(monkeypatch, hub, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModelError, match=f"pip install {module}"):
+    with pytest.raises(ModelError, match=r"pip install 'trueup\[hubs\]'"):
         read_rows(hub_spec(hub))
 
 

@@ -492,10 +492,9 @@ def _read_hub(spec: DatasetSpec, token: str | None, cache_dir) -> list[Row]:
     except (DataError, ModelError):
         raise
     except ImportError as error:
-        library = {"modelscope": "modelscope", "modelers": "openmind"}.get(spec.hub, "datasets")
         raise ModelError(
-            f"dataset {spec.hub_id!r} is on {spec.hub}, which needs the library {library!r}",
-            fix=f"pip install {library}",
+            f"dataset {spec.hub_id!r} is on {spec.hub}, whose client is not installed",
+            fix="pip install 'trueup[hubs]'",
         ) from error
     except Exception as error:  # hubs' clients raise a zoo; each means: this did not come
         raise _hub_problem(spec, error) from error
@@ -529,16 +528,14 @@ def _load_modelscope(spec: DatasetSpec, token: str | None, cache_dir):
 
 
 def _load_modelers(spec: DatasetSpec, token: str | None, cache_dir):
-    from openmind import OmDataset  # pyright: ignore[reportMissingImports]
+    """Modelers' own dataset class needs a numpy from before 2: its files are fetched, and read like local ones."""
+    from datasets import load_dataset
+    from openmind_hub import snapshot_download  # pyright: ignore[reportMissingImports]
 
-    return OmDataset.load_dataset(
-        path=spec.hub_id,
-        name=spec.subset,
-        data_dir=spec.folder,
-        split=spec.split,
-        token=token,
-        cache_dir=str(cache_dir) if cache_dir else None,
+    directory = snapshot_download(
+        spec.hub_id, repo_type="dataset", token=token, cache_dir=str(cache_dir) if cache_dir else None
     )
+    return load_dataset(directory, name=spec.subset, data_dir=spec.folder, split=spec.split)
 
 
 def _hub_problem(spec: DatasetSpec, error: Exception) -> Exception:

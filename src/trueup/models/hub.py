@@ -25,11 +25,8 @@ class HubAccess:
     cache_dir: str | None = None
 
 
-#: hub -> (import name, function, package to install)
-_SNAPSHOT = {
-    "modelscope": ("modelscope", "snapshot_download", "modelscope"),
-    "modelers": ("openmind_hub", "snapshot_download", "openmind_hub"),
-}
+#: hub -> the module whose `snapshot_download` fetches a repository
+_CLIENTS = {"modelscope": "modelscope", "modelers": "openmind_hub"}
 
 
 def locate(name: str, access: HubAccess, key: str = "model_name_or_path") -> str:
@@ -47,13 +44,13 @@ def locate(name: str, access: HubAccess, key: str = "model_name_or_path") -> str
         raise _missing_directory(name, key)
     if access.hub == "huggingface":
         return name
-    module, function, package = _SNAPSHOT[access.hub]
+    module = _CLIENTS[access.hub]
     try:
-        download = getattr(importlib.import_module(module), function)
+        download = importlib.import_module(module).snapshot_download
     except ImportError as error:
         raise ModelError(
-            f"hub: {access.hub} needs the package {package}", expected=f"`import {module}` to work",
-            fix=f"pip install {package}, or give a local directory as model_name_or_path",
+            f"hub: {access.hub} needs its client", expected=f"`import {module}` to work",
+            fix="pip install 'trueup[hubs]', or give a local directory as model_name_or_path",
         ) from error  # fmt: skip
     try:
         return download(

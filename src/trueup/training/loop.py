@@ -484,7 +484,8 @@ def resume_command(run: Path, world_size: int) -> str:
     """What to type to go on with a run, as many processes as it has now."""
     words = ["trueup", "train", str(run / RUN_FILE), "resume_from_checkpoint=auto"]
     if world_size == 1:
-        return shlex.join(words)
+        one_of_several = torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
+        return ("NPROC_PER_NODE=1 " if one_of_several else "") + shlex.join(words)
     on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     nodes = world_size // on_this_node
     several = f"NNODES={nodes} NODE_RANK=… MASTER_ADDR=… " if nodes > 1 else ""
