@@ -84,7 +84,8 @@ class OfflineProgram:
         if prepared.template.name != "empty":
             # Whoever loads the result renders what was trained, and stops where an answer was taught to end.
             prepared.template.attach(tokenizer)
-            tidy_generation(loaded.policy.base, prepared.template.stop_ids)
+            if loaded.policy.base.can_generate():
+                tidy_generation(loaded.policy.base, prepared.template.stop_ids)
         self.datasets: dict[str, EncodedDataset] = {"train": prepared.train, **prepared.eval}
         self.plan = plan
         self.lesson = lesson_of(cfg, loaded.policy, self.datasets, references, backend, plan.steps_per_epoch)

@@ -68,7 +68,7 @@ def as_rankings(examples: Sequence[Encoded], rewards: Tensor) -> Rankings:
     sizes = [len(example.answers) for example in examples]
     present = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
     scores = torch.zeros(present.shape)
-    scores[present] = torch.tensor([score for example in examples for score in standing(example)])
+    scores[present] = torch.tensor([float(score) for example in examples for score in standing(example)])
     margin = torch.tensor([margin_of(example) or 0.0 for example in examples])
     present, scores, margin = (t.to(rewards.device, non_blocking=True) for t in (present, scores, margin))
     laid_out = torch.zeros_like(scores).masked_scatter(present, rewards)
