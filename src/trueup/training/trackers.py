@@ -182,9 +182,8 @@ def make_trackers(report_to: str | Iterable[str] | None, project: str = "trueup"
             )
         elif not _installed(_ADAPTERS[name][0]):
             _log.warning(
-                "report_to: %s is not installed (pip install %s, or all: pip install 'trueup[track]'); training goes on without it",
+                "report_to: %s is not installed (pip install 'trueup[track]'); training goes on without it",
                 name,
-                _ADAPTERS[name][0],
             )
         else:
             trackers.append(Tracker(name, _ADAPTERS[name][1], project))
