@@ -1,0 +1,304 @@
+"""Stages that learn from their own answers: what must not change the result, resumes to the bit, what a run leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.processes import needs_fork, run_ranks
+from trueup.config.schema import RunConfig
+from trueup.data.encode import prepare
+from trueup.errors import ConfigError
+from trueup.models.load import load_policy, load_tokenizer
+from trueup.recipes.batches import plan_batches
+from trueup.recipes.judges import load_judges
+from trueup.recipes.online import make_program
+from trueup.recipes.online_program import OnlineProgram
+from trueup.recipes.prompts import PromptRows
+from trueup.recipes.run import run
+from trueup.training.backend import Single
+from trueup.training.loop import WALL_CLOCK
+from trueup.training.run_directory import read_metrics
+from trueup.training.step import step_totals
+
+Config = Callable[..., RunConfig]
+
+REWARDS = """
+def vowels(completions, instruction):
+    return [sum(c.count(v) for v in "aeiou") - 0.1 * len(i) for c, i in zip(completions, instruction)]
+def short(completions):
+    return [-float(len(c)) for c in completions]
+def longer(completions):
+    return [0 if len(a) > len(b) else 1 if len(b) > len(a) else -1 for a, b in completions]
+"""
+
+
+@pytest.fixture
+def online(config: Config, tmp_path: Path) -> Config:
+    """A config of an online stage on the tiny model, with rewards in a file."""
+    (tmp_path / "rewards.py").write_text(REWARDS, encoding="utf-8")
+
+    def make(stage: str, **keys) -> RunConfig:
+        base = {
+            "stage": stage, "dataset": "chats", "num_generations": 3, "max_new_tokens": 12, "max_steps": 6,
+            "per_device_train_batch_size": 4, "generation_batch_size": 6, "num_train_epochs": 3.0,
+        }  # fmt: skip
+        source = {} if "judge" in keys else {"reward_funcs": f"{tmp_path}/rewards.py:vowels"}
+        return config(**{**base, **source, **keys})
+
+    return make
+
+
+class NoDirectory:
+    path, writer, checkpoint = Path("/nowhere"), False, None
+
+    def append(self, *_) -> None:
+        pass
+
+
+def program_of(cfg: RunConfig, backend=None) -> OnlineProgram:
+    backend = backend or Single("cpu")
+    tokenizer = load_tokenizer(cfg.model)
+    prepared = prepare(cfg, tokenizer)
+    plan, _ = plan_batches(cfg, prepared.train.lengths)
+    loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer)
+    generator = torch.Generator().manual_seed(1)
+    rows = PromptRows(cfg)
+    judges = load_judges(cfg, prepared.template, rows, loaded.device, loaded.dtype)
+    program = make_program(cfg, loaded, tokenizer, prepared, plan, judges, rows, backend, NoDirectory())
+    for parameter in program.trainable.values():  # off the start, so that the reference is another model
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return program
+
+
+def step(program: OnlineProgram, number: int = 0) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
+    """Loss, metrics and summed gradients of a step."""
+    batches = program.micro_batches(*divmod(number, program.steps_per_epoch))
+    totals = step_totals(program, batches, Single("cpu"))
+    for parameter in program.trainable.values():
+        parameter.grad = None
+    total, sums = 0.0, {}
+    for batch in batches:
+        loss, metrics = program.loss(batch, totals)
+        loss.backward()
+        total += float(loss.detach())
+        for name, (value, count) in metrics.items():
+            old = sums.get(name, (0.0, 0.0))
+            sums[name] = (old[0] + float(value), old[1] + float(count))
+    program.collector.judges.close()
+    gradients = {n: p.grad.clone() for n, p in program.trainable.items() if p.grad is not None}
+    return total, {name: value / count for name, (value, count) in sums.items() if count}, gradients
+
+
+def assert_same(a, b, tolerance: float = 2e-5) -> None:
+    assert a[0] == pytest.approx(b[0], rel=1e-5, abs=1e-6)
+    assert a[1] == pytest.approx(b[1], rel=1e-4, abs=1e-5)
+    whole_a, whole_b = (torch.cat([g.flatten() for g in x[2].values()]) for x in (a, b))
+    assert (whole_a - whole_b).norm() <= tolerance * whole_b.norm()
+
+
+STAGES = {
+    "grpo": {},
+    "grpo with kl": {"ppo_kl_coeff": 0.1, "grpo_loss": "grpo"},
+    "rloo": {},
+    "ppo": {"ppo_whiten_rewards": True, "ppo_score_norm": True, "ppo_target": 2.0},
+    "online_dpo": {},
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_micro_batches_do_not_change_a_step(online: Config, name: str):
+    stage, keys = name.split()[0], STAGES[name]
+    whole = step(program_of(online(stage, per_device_train_batch_size=8, **keys)))
+    cut = step(program_of(online(stage, per_device_train_batch_size=2, gradient_accumulation_steps=4, **keys)))
+    assert_same(cut, whole)
+
+
+@pytest.mark.parametrize("loss", ["bnpo", "dr_grpo", "gspo", "cispo"])
+def test_nor_do_they_change_other_losses(online: Config, loss: str):
+    whole = step(program_of(online("grpo", grpo_loss=loss, per_device_train_batch_size=8)))
+    cut = step(program_of(online("grpo", grpo_loss=loss, per_device_train_batch_size=2, gradient_accumulation_steps=4)))
+    assert_same(cut, whole)
+
+
+def test_the_unshared_layout_gives_the_same_step(online: Config):
+    shared, apart = (program_of(online("ppo")) for _ in range(2))
+    assert shared.policy.shared
+    apart.policy.shared = False
+    apart.policy.base.set_attn_implementation(apart.policy.plain_attention)
+    assert_same(step(apart), step(shared))
+
+
+def test_before_the_first_update_ratios_are_1_and_the_kl_is_0(online: Config):
+    program = program_of(online("ppo", ppo_epochs=2))
+    for parameter in program.trainable.values():
+        parameter.data.zero_()
+    _, metrics, _ = step(program)
+    assert metrics["val/ratio"] == 1.0 and metrics["kl"] == 0.0 and metrics["clip_ratio/region_mean"] == 0.0
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
+    _, later, _ = step(program, 1)
+    assert "reward" not in later and later["val/ratio"] == 1.0  # the same answers again
+
+
+def test_temperature_is_that_of_the_answers(online: Config):
+    """The log-probabilities that are trained are those of the distribution the answers were drawn from."""
+    _, metrics, _ = step(program_of(online("rloo", temperature=0.6)))
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_a_buffer_is_drawn_once_and_every_prompt_is_seen_in_every_pass(online: Config):
+    program = program_of(online("ppo", ppo_buffer_size=2, ppo_epochs=3))
+    assert program.steps_per_epoch == 6 * 3  # 21 rows, 4 a step
+    seen, drawn = [], []
+    for number in range(program.steps_per_epoch):
+        batches = program.micro_batches(0, number)
+        drawn.append(id(batches[0].rollout))
+        seen.append([row for batch in batches for row in program.describe(batch)])
+    program.collector.judges.close()
+    assert len(set(drawn)) == 3 and [drawn.count(d) for d in dict.fromkeys(drawn)] == [6, 6, 6]
+    passes = [sorted(seen[i] + seen[i + 1]) for i in (0, 2, 4)]
+    assert passes[0] == passes[1] == passes[2] and len(set(passes[0])) == 8
+    assert seen[2] != seen[0] and sorted(r for rows in seen for r in rows) == sorted(3 * program.datasets["train"].rows)
+
+
+def test_answers_that_do_not_end_can_be_left_out(online: Config):
+    program = program_of(online("grpo", mask_truncated_completions=True))
+    batches = program.micro_batches(0, 0)
+    program.collector.judges.close()
+    rollout = program._rollout
+    assert rollout is not None and not rollout.ended_S.all()
+    answers = [a for batch in batches for a in rollout.answers_of(batch.indices)]
+    assert sorted(answers) == [i for i in range(12) if rollout.ended_S[i]]
+
+
+def test_a_missing_end_costs_what_it_is_told_to(online: Config):
+    plain, charged = (program_of(online("grpo", missing_eos_penalty=p)) for p in (0.0, 2.5))
+    for program in (plain, charged):
+        program.micro_batches(0, 0)
+        program.collector.judges.close()
+    gap = plain._rollout.rewards_S - charged._rollout.rewards_S
+    assert gap.tolist() == pytest.approx((2.5 * ~plain._rollout.ended_S).tolist())
+
+
+# --- resumes, processes --------------------------------------------------------------------------
+
+RUNS = {
+    "ppo in mid-rollout": ("ppo", {"ppo_epochs": 2, "ppo_buffer_size": 2, **STAGES["ppo"]}, 3),
+    "ppo between rollouts": ("ppo", {"ppo_epochs": 2, "ppo_score_norm": True, "ppo_target": 1.0}, 4),
+    "grpo": ("grpo", {}, 2),
+    "rloo, full": ("rloo", {"finetuning_type": "full", "lora_rank": None}, 3),
+    "online_dpo": ("online_dpo", {"lora_dropout": 0.1}, 1),
+}  # fmt: skip
+
+
+def fingerprint(directory: Path) -> list:
+    last = directory / "checkpoint-6"
+    names = ["masters.safetensors", "optimizer.safetensors", "random.safetensors"]
+    hashes = [hashlib.sha256((last / name).read_bytes()).hexdigest() for name in names]
+    rows = [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in read_metrics(directory)]
+    answers = (directory / "completions.jsonl").read_text(encoding="utf-8")
+    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["program"]
+    return [*hashes, rows, answers, state]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resume_is_exact_to_the_bit(online: Config, tmp_path: Path, name: str):
+    torch.set_num_threads(1)
+    stage, keys, at = RUNS[name]
+    keys = {**keys, "save_strategy": "steps", "save_steps": 1}
+    whole = tmp_path / "whole"
+    run(online(stage, output_dir=str(whole), **keys))
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copytree(whole / f"checkpoint-{at}", again / f"checkpoint-{at}")
+    for file in ("metrics.jsonl", "completions.jsonl", "trainer_log.jsonl"):
+        shutil.copy(whole / file, again / file)  # with lines past the checkpoint
+    torch.manual_seed(999)
+    cfg = online(stage, output_dir=str(again), resume_from_checkpoint="auto", **keys)
+    run(cfg)
+    assert fingerprint(again) == fingerprint(whole)
+
+
+@needs_fork
+@pytest.mark.parametrize("name", ["grpo with kl", "ppo"])
+def test_two_processes_are_one(online: Config, tmp_path: Path, name: str):
+    torch.set_num_threads(1)
+    stage, keys = name.split()[0], STAGES[name]
+    keys = {**keys, "max_steps": 3, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-4}
+    keys |= {"val_size": 4, "eval_strategy": "steps", "eval_steps": 3}
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    run(online(stage, output_dir=str(alone), per_device_train_batch_size=2, gradient_accumulation_steps=2, **keys))
+    pair = online(stage, output_dir=str(together), per_device_train_batch_size=2, **keys)
+    assert run_ranks(lambda: run(pair)) == [0, 0]
+
+    def answers(directory: Path) -> list[tuple]:
+        lines = (directory / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+        return [(row["step"], row["row"], row["completion"], row["reward"]) for row in map(json.loads, lines)]
+
+    assert answers(together) == answers(alone)
+    for one, two in zip(read_metrics(alone), read_metrics(together), strict=True):
+        same = {k: v for k, v in one.items() if k not in WALL_CLOCK and isinstance(v, float)}
+        assert {k: two[k] for k in same} == pytest.approx(same, rel=1e-4, abs=1e-5)
+
+
+# --- what a run leaves and says ------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_answers_metrics_and_a_model(online: Config, tmp_path: Path):
+    cfg = online("ppo", val_size=5, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3,
+                 reward_funcs=f"{tmp_path}/rewards.py:vowels,{tmp_path}/rewards.py:short", reward_weights="1,0.5",
+                 metric_for_best_model="rewards/short/mean", load_best_model_at_end=True, plot_loss=True)  # fmt: skip
+    result = run(cfg)
+    out = result.output_dir
+    lines = [json.loads(line) for line in (out / "completions.jsonl").read_text(encoding="utf-8").splitlines()]
+    first = lines[0]
+    assert {row["step"] for row in lines} == {1, 5} and len(lines) == 2 * 12  # 4 passes over each of two rollouts
+    assert first["rewards"].keys() == {"vowels", "short"}
+    assert first["reward"] == pytest.approx(first["rewards"]["vowels"] + 0.5 * first["rewards"]["short"])
+    rows = read_metrics(out)
+    wanted = ("reward", "reward_std", "rewards/short/mean", "kl", "entropy", "completions/mean_length", "objective/kl",
+              "objective/scores", "loss/value_avg", "policy/clipfrac_avg", "clip_ratio/low_mean")  # fmt: skip
+    assert all(name in rows[0] for name in wanted)
+    held_out = [row for row in rows if "eval_reward" in row]
+    assert held_out[0]["eval_loss"] == pytest.approx(-held_out[0]["eval_reward"])
+    for name in ("adapter_model.safetensors", "value_head.safetensors", "training_reward.png"):
+        assert (out / name).is_file()
+    assert math.isfinite(result.metrics["eval_reward"])
+
+
+def test_a_judge_chooses_pairs(online: Config, tmp_path: Path):
+    cfg = online("online_dpo", judge=f"{tmp_path}/rewards.py:longer", num_generations=2)
+    out = run(cfg).output_dir
+    rows = read_metrics(out)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert rows[0]["completions/chosen_length"] > 0 and "judge/ties" in rows[0]
+    lines = [json.loads(line) for line in (out / "completions.jsonl").read_text(encoding="utf-8").splitlines()]
+    for one, two in zip(lines[0::2], lines[1::2], strict=True):
+        if one["reward"] is not None and one["reward"] == 1.0:
+            assert len(one["completion"]) > len(two["completion"])
+
+
+def test_only_evaluating_scores_greedy_answers(online: Config):
+    keys = {"do_train": False, "do_eval": True, "val_size": 5}
+    first, second = (run(online("grpo", overwrite_output_dir=True, **keys)).metrics for _ in range(2))
+    assert first["eval_reward"] == second["eval_reward"]
+    assert "eval_completions/mean_length" in first
+
+
+def test_what_is_not_there_is_said_before_the_run(online: Config, tmp_path: Path):
+    for keys, words in (
+        ({"reward_funcs": "nowhere.py:f"}, "there is no file"),
+        ({"reward_funcs": f"{tmp_path}/rewards.py:nobody"}, "has no function"),
+        ({"metric_for_best_model": "rewards/x/mean", "val_size": 3, "eval_strategy": "steps",
+          "load_best_model_at_end": True, "save_strategy": "steps"}, "no evaluation of this run reports"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            run(online("grpo", **keys))
+    assert not (tmp_path / "out").exists()
