@@ -37,7 +37,6 @@ LATER = {
     "merge": ("merging adapters", _PLAIN_PEFT),
     "eval": ("evaluation", "`do_train: false, do_eval: true` in a config, or lm-eval"),
     "generate": ("batch inference", "`trueup chat … < questions.txt`"),
-    "score": ("reward models", "transformers' AutoModelForSequenceClassification"),
     "data": ("the data tools", "`trueup check CONFIG`, which prints the data report"),
 }
 
@@ -233,6 +232,13 @@ def train(session: Session, words: tuple[str, ...]) -> None:
 
 def next_commands(cfg: RunConfig, output_dir: Path) -> list[str]:
     """What people do after training, ready to paste."""
+    if cfg.objective.stage == "rm":
+        names = ["--dataset", ",".join(cfg.data.eval_dataset or cfg.data.dataset)]
+        template = ["--template", cfg.data.template] if cfg.data.template else []
+        return [
+            shlex.join(["trueup", "score", "--model_name_or_path", str(output_dir), *names, *template]),
+            shlex.join(["trueup", "runs", str(output_dir.parent)]),
+        ]
     has_adapter = cfg.tuning.finetuning_type not in ("full", "freeze")
     model = cfg.model.model_name_or_path if has_adapter else output_dir
     talk = ["trueup", "chat", "--model_name_or_path", str(model)]
@@ -280,6 +286,33 @@ def chat(session: Session, words: tuple[str, ...], compare: bool) -> None:
     from trueup.inference.chat import chat as talk
 
     talk(cfg, compare)
+
+
+@main.command(cls=ConfigCommand, context_settings=PASS_ON)
+@config_words
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("scores.jsonl"),
+              show_default=True, help="Where the JSON lines go; - prints them.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@debug_option
+@json_option
+@click.pass_obj
+def score(session: Session, words: tuple[str, ...], output: Path, force: bool) -> None:
+    """Score answers with a reward model.
+
+    Rows of pairs, rankings, or single answers; for those that are ordered, also how often the model agrees.
+
+    \b
+    trueup score --model_name_or_path RM --dataset pairs.jsonl
+    trueup score --model_name_or_path BASE --adapter_name_or_path RM --dataset pairs.jsonl --output -
+    """
+    cfg = read_config(words, verb="infer")
+    from trueup.recipes.scoring import score as score_answers
+
+    with session.result() as result:
+        printed = str(output) == "-"
+        done, lines = score_answers(cfg, None if printed else output, force)
+        result.data = done.to_dict() | ({"lines": lines} if printed else {})
+        result.text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) if printed else done.render()
 
 
 @main.command(context_settings=CONTEXT)

@@ -298,12 +298,12 @@ def _name_splits(evaluation: dict[str, list[Example]], each: bool) -> dict[str, 
     return {"eval": together} if together else {}
 
 
-def load_examples_for(cfg: RunConfig) -> LoadedData:
-    """`load_examples` with what a run's configuration says."""
+def load_examples_for(cfg: RunConfig, kind: Kind | None = None) -> LoadedData:
+    """`load_examples` with what a run's configuration says; `kind` is its stage's unless it is given."""
     data, model, train = cfg.data, cfg.model, cfg.train
     return load_examples(
         data.dataset,
-        kind=cast(Kind, stage_kind(cfg)),
+        kind=kind or cast(Kind, stage_kind(cfg)),
         beside="chat" if cfg.objective.knowledge_weight else None,
         eval_dataset=data.eval_dataset,
         dataset_dir=data.dataset_dir,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -156,18 +158,31 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(location, **common)
         kind.prepare(config)
-        base = kind.auto_class.from_pretrained(
-            location,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation=_plain_attention(model),
-            device_map={"": device},  # straight to the device: no process holds a copy in host memory first
-            **common,
-        )
+        with _expecting_a_new_head(bool(kind.always_trained)):
+            base = kind.auto_class.from_pretrained(
+                location,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=_plain_attention(model),
+                device_map={"": device},  # straight to the device: no process holds a copy in host memory first
+                **common,
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(name or location, access, error) from error
     return base.eval()
+
+
+@contextmanager
+def _expecting_a_new_head(expected: bool) -> Iterator[None]:
+    """Without transformers' report that a head was not in the files, where it need not be."""
+    before = transformers_logging.get_verbosity()
+    if expected:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _plain_attention(model: ModelSection) -> str | None:

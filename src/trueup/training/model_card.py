@@ -38,7 +38,7 @@ def model_card(directory: Path, config: Mapping[str, Any], results: Mapping[str,
     front = {
         "base_model": base,
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if stage == "rm" else "text-generation",
         "tags": [tag for tag in ("trueup", stage, config.get("finetuning_type")) if tag],
     }
     method = _METHODS.get(stage, stage or "training")
