@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from trueup.config.load import load_config
-from trueup.recipes.batches import plan_batches
-from trueup.recipes.header import batch_words, counted, sized, steps_words
+from trueup.data.encoded import Answer, Encoded, EncodedDataset
+from trueup.models.memory import Recomputation
+from trueup.recipes.batches import count_tokens, plan_batches
+from trueup.recipes.header import batch_words, counted, memory_words, sized, steps_words, tokens_words
 
 BASE = {"model_name_or_path": "m", "dataset": "d", "per_device_train_batch_size": 2, "cutoff_len": 100}
 
@@ -45,3 +47,28 @@ def test_plurals(number: int, text: str):
 )
 def test_sizes_have_the_unit_that_shows_them(size: float, text: str):
     assert sized(size) == text
+
+
+def pair(prompt: int, *answers: int) -> Encoded:
+    ids = np.zeros(100, np.int32)
+    return Encoded("r", ids[:prompt], tuple(Answer(ids[:n], np.ones(n, bool)) for n in answers))
+
+
+def test_tokens_saved_are_counted_exactly():
+    dataset = EncodedDataset.of([pair(50, 10, 20), pair(30, 5, 5), pair(0, 60)])
+    cfg = load_config({**BASE, "disable_shuffling": True, "num_train_epochs": 2})
+    plan, arithmetic = plan_batches(cfg, dataset.lengths)
+    tokens = count_tokens(dataset, plan, arithmetic.epochs)
+    assert (tokens.epoch, tokens.largest) == (80 + 40 + 60, 120)
+    assert (tokens.epoch_padded, tokens.largest_padded) == (4 * 70 + 60, 280)
+    assert tokens_words(tokens, arithmetic) == "180 an epoch instead of 340 padded (1.9 times fewer)"
+    assert tokens_words(tokens, arithmetic, shared=False) == "340 an epoch, padded"
+
+
+def test_what_recomputes_is_told_with_its_reason():
+    gb = 1024**3
+    assert memory_words(Recomputation(0, 24)) == "activations kept"
+    assert memory_words(Recomputation(0, 24, 3 * gb, 3 * gb, 9 * gb)) == "activations 3 GB of 9 GB free: kept"
+    some = memory_words(Recomputation(14, 24, 12 * gb, 9 * gb, 9 * gb))
+    assert some == "activations 12 GB of 9 GB free: checkpointing 14 of 24 layers"
+    assert "may not fit" in memory_words(Recomputation(24, 24, 90 * gb, 19 * gb, 9 * gb))

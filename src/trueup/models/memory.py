@@ -52,17 +52,17 @@ class LayerCosts:
 
 def layer_costs(base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype, device: torch.device) -> LayerCosts:
     """Costs of a model as it is set up for training; its shapes are enough (meta device)."""
-    layers = decoder_layers(base)
+    layers = find_layers(base) or nn.ModuleList()  # in an unusual architecture the shapes alone have to do
     text = base.config.get_text_config()
     width, hidden = dtype.itemsize, text.hidden_size
-    layer = layers[-1]
+    layer = layers[-1] if len(layers) else nn.Module()
     lora = tuning.finetuning_type == "lora"
     per_token = sum(_norm_bytes(name, norm, text, width, lora) for name, norm in layer.named_modules())
     per_token += _attention_bytes(text, width, device, dtype) + _mlp_bytes(layer, text, width, tuning)
     per_token += _input_bytes(text, width, tuning)
     inner = inner_size(text)
     return LayerCosts(
-        layers=len(layers) - _first_trained(base, layers),
+        layers=(len(layers) or text.num_hidden_layers) - _first_trained(base, layers),
         kept=per_token,
         entry=hidden * width,
         outside=4 * hidden * width,
@@ -89,7 +89,7 @@ def _norm_bytes(name: str, norm: nn.Module, text, width: int, frozen: bool) -> i
 
 
 def _head_columns(text) -> tuple[int, int]:
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
 
@@ -124,6 +124,8 @@ def _first_trained(base: PreTrainedModel, layers: nn.ModuleList) -> int:
     """Below the first trained layer nothing is kept, unless the embeddings train."""
     if any(p.requires_grad for p in base.get_input_embeddings().parameters()):
         return 0
+    if not len(layers):
+        return 0
     trained = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
     return trained[0] if trained else len(layers)
 
@@ -134,14 +136,20 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
     Raises:
         ModelError: they cannot be found.
     """
+    layers = find_layers(base)
+    if layers is None:
+        raise ModelError(
+            f"cannot find the decoder layers of {type(base).__name__}", where="finetuning_type: freeze",
+            fix="use finetuning_type: lora or full",
+        )  # fmt: skip
+    return layers
+
+
+def find_layers(base: PreTrainedModel) -> nn.ModuleList | None:
+    """The same, or None."""
     depth = base.config.get_text_config().num_hidden_layers
-    for module in base.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ModelError(
-        f"cannot find the {depth} decoder layers of {type(base).__name__}", where="finetuning_type: freeze",
-        fix="use finetuning_type: lora or full",
-    )  # fmt: skip
+    lists = (module for module in base.modules() if isinstance(module, nn.ModuleList))
+    return next((layers for layers in lists if len(layers) == depth), None)
 
 
 # --- what is decided ----------------------------------------------------------------------------
@@ -201,7 +209,9 @@ def recompute(base: PreTrainedModel, count: int) -> None:
         return
     base.activation_checkpointing_enable({"use_reentrant": False})
     base.disable_input_require_grads()  # only the reentrant form needs them; they would reach below what trains
-    layers = decoder_layers(base)
+    layers = find_layers(base)
+    if layers is None:  # then all
+        return
     for layer in layers[_first_trained(base, layers) + count :]:
         layer.gradient_checkpointing = False
 
@@ -212,9 +222,14 @@ def optimizer_bytes(trainable: int, dtype: torch.dtype) -> int:
 
 
 def head_bytes(base: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> int:
-    """One tile of logits, in compute dtype and in fp32, and a trained head's gradient."""
+    """One tile of logits, in compute dtype and in fp32, and a trained head's gradient; a reward has no logits."""
+    if base.get_output_embeddings() is None:
+        return 0
     rows, columns = TILES.get(device.type, LARGE_TILE)
-    weight = base.get_output_embeddings().weight
+    output = base.get_output_embeddings()
+    if output is None:  # a head of one number
+        return 0
+    weight = output.weight
     both = dtype.itemsize + FP32
     return both * (rows * min(columns, len(weight)) + (weight.numel() if weight.requires_grad else 0))
 

@@ -41,6 +41,36 @@ class Arithmetic:
         return self.rows_per_micro_batch * self.accumulation * self.world_size
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What goes through the backbone: prompts once an example, against each micro-batch as padded rows of one answer.
+
+    Beginnings that different examples have in common are shared too, which is not counted here.
+    """
+
+    epoch: int  # the first one
+    epoch_padded: int
+    largest: int  # micro-batch
+    largest_padded: int
+
+
+#: Epochs that are searched for the largest micro-batch: they differ in nothing but the order of the rows.
+EPOCHS_SEARCHED = 10
+
+
+def count_tokens(dataset: EncodedDataset, plan: BatchPlan, epochs: int) -> Tokens:
+    """The tokens of a run's training micro-batches."""
+    rows = np.maximum((dataset.answer_lengths > 0).sum(1), 1)
+    longest = dataset.prompt_lengths + dataset.answer_lengths.max(1, initial=0)
+    shared: list[list[int]] = []
+    padded: list[list[int]] = []
+    for epoch in range(max(1, min(epochs, EPOCHS_SEARCHED))):
+        batches = [batch for units in plan.steps(epoch) for batch in plan.micro_batches(units)]
+        shared.append([int(dataset.lengths[batch].sum()) for batch in batches])
+        padded.append([int(rows[batch].sum() * longest[batch].max()) for batch in batches])
+    return Tokens(sum(shared[0]), sum(padded[0]), max(map(max, shared)), max(map(max, padded)))
+
+
 def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tuple[BatchPlan, Arithmetic]:
     """The run's batch plan and its arithmetic.
 

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import torch
 
 from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
 from trueup.models.estimate import Estimate, estimate, shape_only
 from trueup.models.load import check_vocabulary, load_tokenizer
-from trueup.recipes.batches import Arithmetic, eval_batches, plan_batches
-from trueup.recipes.header import batch_words, sized, steps_words
+from trueup.models.memory import free_memory
+from trueup.recipes.batches import Arithmetic, Tokens, count_tokens, eval_batches, plan_batches
+from trueup.recipes.header import batch_words, memory_words, sized, steps_words, tokens_words
 from trueup.recipes.offline import check_output
 from trueup.recipes.references import check_reference
 from trueup.recipes.reported import check_metric
@@ -29,6 +30,7 @@ class CheckReport:
     cfg: RunConfig
     prepared: Prepared
     arithmetic: Arithmetic
+    tokens: Tokens | None  # None where nothing trains
     estimate: Estimate
     memory_free: int
     disk_free: int
@@ -40,6 +42,7 @@ class CheckReport:
             "template": self.prepared.template.name,
             "data": self.prepared.report.to_dict(),
             "steps": asdict(self.arithmetic) | {"rows_per_step": self.arithmetic.rows_per_step},
+            "tokens": asdict(self.tokens) if self.tokens else None,
             "estimate": self.estimate.to_dict(),
             "memory_free": self.memory_free,
             "disk_free": self.disk_free,
@@ -64,10 +67,12 @@ class CheckReport:
             f"({self.cfg.tuning.finetuning_type})",
             f"template  {self.prepared.template.name}",
             *([f"batch     {batch_words(a)}", f"steps     {steps_words(a)}"] if a.total_steps else []),
+            *([f"tokens    {tokens_words(self.tokens, a)}"] if self.tokens else []),
             f"memory    ~{sized(e.memory)}{each} on {e.device} in {e.dtype}: weights {sized(e.weights)}, "
             f"optimizer {sized(e.optimizer)},",
             f"          activations {sized(e.activations)}, head {sized(e.head)}; "
             f"free {sized(self.memory_free)} → {fits}",
+            *([f"          {memory_words(e.recomputation)}"] if self.tokens else []),
             *(
                 [f"disk      ~{sized(self.disk_needed)} of checkpoints; free {sized(self.disk_free)} → {room}"]
                 if self.disk_needed
@@ -95,14 +100,17 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
     check_metric(cfg, prepared.eval)
     if cfg.train.do_train:
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
-        groups = [(prepared.train, group) for units in plan.steps(0) for group in plan.micro_batches(units)]
+        tokens = count_tokens(prepared.train, plan, arithmetic.epochs)
+        largest = tokens.largest
     else:  # an evaluation has no steps and saves nothing
         arithmetic = Arithmetic(0, cfg.train.per_device_eval_batch_size, 1, world_size, 0, 0, 0)
+        tokens = None
         groups = [(dataset, group) for dataset in prepared.eval.values() for group in eval_batches(cfg, dataset)]
-    largest = max((int(dataset.lengths[group].sum()) for dataset, group in groups), default=0)
+        largest = max((int(dataset.lengths[group].sum()) for dataset, group in groups), default=0)
     needs = estimate(cfg, base, largest, kind_of(cfg))
     return CheckReport(
-        cfg, prepared, arithmetic, needs, _free_memory(needs.device), _free_disk(cfg.train.output_dir),
+        cfg, prepared, arithmetic, tokens, needs, free_memory(torch.device(needs.device)),
+        _free_disk(cfg.train.output_dir),
         needs.checkpoint * kept_checkpoints(cfg, arithmetic) if cfg.train.do_train else 0,
     )  # fmt: skip
 
@@ -116,14 +124,6 @@ def kept_checkpoints(cfg: RunConfig, arithmetic: Arithmetic) -> int:
     interval = interval * arithmetic.total_steps if interval < 1 else interval
     written = int(arithmetic.total_steps // max(interval, 1)) + 1
     return min(written, train.save_total_limit + 1) if train.save_total_limit else written
-
-
-def _free_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def _free_disk(output_dir: str) -> int:

@@ -21,6 +21,7 @@ from trueup.recipes.objective import add_up, merged_metrics, terms_of
 from trueup.recipes.pairs import kl_to_reference
 from trueup.recipes.references import References
 from trueup.training.backend import Backend
+from trueup.training.profile import phase
 from trueup.types import FeedbackLogps, Metrics
 
 log = logging.getLogger("trueup")
@@ -57,7 +58,8 @@ class FeedbackLesson:
 
     def loss(self, batch: Batch, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]:
         examples = self._examples(batch)
-        forest = build_forest(examples).to(self.policy.device)
+        with phase("data"):
+            forest = build_forest(examples).to(self.policy.device)
         logps = self.policy.token_logps(forest)
         reference = self.references.token_logps(batch, forest).to(logps.device)
         count = len(examples)

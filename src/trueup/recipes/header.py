@@ -10,12 +10,15 @@ from trueup.config.methods import ONLINE
 from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared
 from trueup.models.load import Loaded
-from trueup.recipes.batches import Arithmetic
+from trueup.models.memory import Recomputation
+from trueup.recipes.batches import Arithmetic, Tokens
 from trueup.recipes.objective import describe_objective
 from trueup.recipes.online_words import describe_online
 
 
-def header(cfg: RunConfig, loaded: Loaded, prepared: Prepared, arithmetic: Arithmetic) -> str:
+def header(
+    cfg: RunConfig, loaded: Loaded, prepared: Prepared, arithmetic: Arithmetic, tokens: Tokens | None = None
+) -> str:
     """What is about to run, in a few lines."""
     a = arithmetic
     start = {True: "continuing its adapter", False: "a new adapter on top of"}
@@ -29,7 +32,9 @@ def header(cfg: RunConfig, loaded: Loaded, prepared: Prepared, arithmetic: Arith
         "objective": _objective(cfg),
         "batch": batch_words(a),
         "steps": steps_words(a),
+        **({"tokens": tokens_words(tokens, a, shared=loaded.policy.shared)} if tokens else {}),
         "device": _device(loaded, a.world_size),
+        **({"memory": memory_words(loaded.recomputation)} if loaded.recomputation else {}),
         "template": prepared.template.name,
         "output": str(cfg.train.output_dir),
     }
@@ -52,6 +57,25 @@ def steps_words(a: Arithmetic) -> str:
         f"{counted(a.examples, 'row')}{packed} → {counted(a.steps_per_epoch, 'step')} an epoch, "
         f"{a.total_steps:,} in all ({epochs} epoch{'' if epochs == '1' else 's'})"
     )
+
+
+def tokens_words(tokens: Tokens, a: Arithmetic, shared: bool = True) -> str:
+    """What goes through the model in an epoch, and what sharing prompts and not padding save."""
+    if not shared:
+        return f"{tokens.epoch_padded:,} an epoch, padded"
+    times = tokens.epoch_padded / max(tokens.epoch, 1)
+    if a.packs is not None or times < 1.05:  # others pack too
+        return f"{tokens.epoch:,} an epoch"
+    return f"{tokens.epoch:,} an epoch instead of {tokens.epoch_padded:,} padded ({times:.1f} times fewer)"
+
+
+def memory_words(r: Recomputation) -> str:
+    """Which layers recompute their activations, and why."""
+    chosen = f"checkpointing {r.recomputing} of {r.layers} layers" if r.recomputing else "kept"
+    if not r.activations:
+        return f"activations {chosen}"
+    scarce = "; this may not fit, so lower per_device_train_batch_size or cutoff_len" if r.needed > r.room else ""
+    return f"activations {sized(r.activations)} of {sized(r.room)} free: {chosen}{scarce}"
 
 
 def counted(number: int, noun: str) -> str:

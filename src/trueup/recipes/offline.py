@@ -24,8 +24,9 @@ from trueup.data.encode import EncodedDataset, Prepared, prepare
 from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError, Problem
 from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_tokenizer, pick_device
+from trueup.models.memory import fit_to_memory
 from trueup.models.reward import RewardModel, check_trained
-from trueup.recipes.batches import eval_batches, plan_batches, train_batches
+from trueup.recipes.batches import count_tokens, eval_batches, plan_batches, train_batches
 from trueup.recipes.feedback import tell_balance
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.program import OfflineProgram
@@ -87,8 +88,11 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
             prepared = teachable(cfg, prepared)
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device, kind_of(cfg))
+        tokens = count_tokens(prepared.train, plan, arithmetic.epochs)
+        largest = tokens.largest if loaded.policy.shared else tokens.largest_padded
+        loaded.recomputation = fit_to_memory(loaded.policy.base, cfg.tuning, cfg.train.gradient_checkpointing, largest)
     console.print(prepared.report.render(), markup=False, highlight=False)
-    console.print(header(cfg, loaded, prepared, arithmetic), markup=False, highlight=False)
+    console.print(header(cfg, loaded, prepared, arithmetic, tokens), markup=False, highlight=False)
     fingerprint = prepared.train.fingerprint
     identity = {"data_fingerprint": fingerprint, "effective_batch": plan.rows_per_step}
     with open_directory(cfg, backend, prepared, identity) as directory:

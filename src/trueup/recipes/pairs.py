@@ -22,6 +22,7 @@ from trueup.recipes.coupling import RunningMean, gather_values
 from trueup.recipes.objective import add_up, merged_metrics, terms_of
 from trueup.recipes.references import References
 from trueup.training.backend import Backend
+from trueup.training.profile import phase
 from trueup.types import Forest, Loss, Metrics, PairLogps, StepValues, TokenLogps
 
 
@@ -54,7 +55,8 @@ class PairLesson:
     def loss(self, batch: Batch, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]:
         pairs, others = self._sorted(batch)
         examples = self._examples(batch, pairs)
-        forest = build_forest([*examples, *self._examples(batch, others)]).to(self.policy.device)
+        with phase("data"):
+            forest = build_forest([*examples, *self._examples(batch, others)]).to(self.policy.device)
         hidden = self.policy.hidden(forest) if self._looks_at_distributions else None
         logps = (
             self.policy.token_logps(forest) if hidden is None else token_logps(hidden, self.policy.head, forest.target)

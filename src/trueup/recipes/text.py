@@ -13,6 +13,7 @@ from trueup.models.policy import Policy
 from trueup.objectives import OBJECTIVES
 from trueup.recipes.batches import Batch
 from trueup.training.backend import Backend
+from trueup.training.profile import phase
 from trueup.types import Metrics, TokenLogps
 
 
@@ -28,7 +29,8 @@ class TextLesson:
 
     def loss(self, batch: Batch, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]:
         dataset = self.datasets[batch.split]
-        forest = build_forest([dataset[i] for i in batch.indices]).to(self.policy.device)
+        with phase("data"):
+            forest = build_forest([dataset[i] for i in batch.indices]).to(self.policy.device)
         given = TokenLogps(self.policy.token_logps(forest), forest.owner, forest.num_sequences)
         result = OBJECTIVES["sft"].function(given)
         return result.sum / totals["predictions"], result.metrics
