@@ -407,8 +407,6 @@ def test_g4_a_base_model_without_a_template_gets_the_default_said_once(work: Pat
 
 LATER = {
     "G2 reward model": (G2_RM, "stage: rm"),
-    "G2 ppo": (G2_PPO, "stage: ppo"),
-    "G2 ppo with options": (f"{G2_PPO} --kl_coeff 0.1 --ppo_score_norm", "stage: ppo"),
     "G3 hinge": ("train dpo_config.yaml pref_loss=hinge", "pref_loss: hinge"),
     "G3 orpo": ("train dpo_config.yaml pref_loss=orpo pref_ftx=0.1", "pref_loss: orpo"),
     "G3 kto": (
@@ -419,11 +417,6 @@ LATER = {
         "train --stage rm --model_name_or_path ./sft_output --dataset my_rm_data --finetuning_type lora "
         "--lora_target value --output_dir ./rm_output",
         "stage: rm",
-    ),
-    "G4 rlhf": (
-        "train --stage rlhf --model_name_or_path ./sft_output --rm_path ./rm_output --dataset my_sft_data "
-        "--ppo_clip_ratio 0.2 --ppo_kl_coeff 0.05 --max_grad_norm 1.0 --output_dir ./ppo_output",
-        "stage: ppo",
     ),
     "G4 mixed": (
         "train --stage dpo --model_name_or_path ./sft_output --dataset my_dpo_data,my_knowledge_data "

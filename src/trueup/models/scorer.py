@@ -1,90 +1,70 @@
-"""A reward model as a function from token ids to numbers: a sequence classifier of one label, maybe with adapters."""
+"""Reward models of any kind as functions on texts: classifiers that are no decoders with a head called `score`.
+
+`models/reward.py` reads decoders, by the forest. Encoders and others go through here, with their own tokenizer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from trueup.config.schema import ModelSection
 from trueup.errors import ModelError
-from trueup.models.hub import resolve_model, unreachable
-from trueup.models.load import hub_access
+from trueup.models.hub import locate, unreachable
+from trueup.models.load import hub_access, load_tokenizer, read_model_config
+from trueup.models.reward import HEAD, has_head
 
 
-class Scorer:
-    """Scores whole conversations, each by the hidden state of its last token."""
+class TextScorer:
+    """A sequence classifier of one label on pairs of a question and an answer."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
 
     @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]], batch_tokens: int = 16384) -> list[float]:
-        """A number for each sequence of token ids, in order."""
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
-        scores = [0.0] * len(sequences)
-        while order:
-            size = max(1, batch_tokens // max(1, len(sequences[order[0]])))
-            group, order = order[:size], order[size:]
-            for i, value in zip(group, self._batch([sequences[i] for i in group]).tolist(), strict=True):
-                scores[i] = value
+    def __call__(self, questions: Sequence[str], answers: Sequence[str], batch_size: int = 32) -> list[float]:
+        """A number for each answer; what does not fit into the model is cut off at its end."""
+        scores: list[float] = []
+        for start in range(0, len(answers), batch_size):
+            pairs = list(questions[start : start + batch_size]), list(answers[start : start + batch_size])
+            batch = self.tokenizer(*pairs, padding=True, truncation=True, return_tensors="pt")
+            logits = self.model(**batch.to(next(self.model.parameters()).device)).logits
+            scores += logits[:, 0].float().tolist()
         return scores
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        config = self.model.config
-        device = next(self.model.parameters()).device
-        # transformers reads a row's score at its last token that is not padding, and takes an end-of-text that is also
-        # the padding token for padding. So the padding is a token that no row ends with.
-        pad = min(set(range(len(rows) + 1)) - {int(row[-1]) for row in rows})
-        before, config.pad_token_id = config.pad_token_id, pad
-        try:
-            width = max(map(len, rows))
-            ids = torch.full((len(rows), width), pad)
-            mask = torch.zeros_like(ids)
-            for i, row in enumerate(rows):
-                ids[i, : len(row)] = torch.as_tensor(row)
-                mask[i, : len(row)] = 1
-            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        finally:
-            config.pad_token_id = before
-        return logits[:, 0].float().cpu()
+
+def is_text_classifier(model: ModelSection, name: str) -> bool:
+    """Whether `name` is a whole classifier that `models/reward.py` cannot read: it has no head called `score`."""
+    access = hub_access(model)
+    config = read_model_config(locate(name, access, "reward_model"), model, name, "reward_model")
+    if not has_head(config):
+        return False
+    with torch.device("meta"):
+        return not hasattr(AutoModelForSequenceClassification.from_config(config), HEAD)
 
 
-def load_scorer(
-    model: ModelSection, name: str, adapters: Sequence[str], device: torch.device, dtype: torch.dtype
-) -> Scorer:
-    """The reward model `name`: a classifier's directory or hub id, or an adapter's directory (its base is found).
+def load_text_scorer(model: ModelSection, name: str, device: torch.device, dtype: torch.dtype) -> TextScorer:
+    """A classifier with its tokenizer, frozen.
 
     Raises:
         ModelError: it cannot be loaded, or says more than one number.
     """
     access = hub_access(model)
-    keys = "reward_model", "reward_model_adapters"
-    root, location, starts = resolve_model(name, list(adapters), access, keys)
-    common = dict(revision=access.revision, token=access.token, cache_dir=access.cache_dir,
-                  trust_remote_code=model.trust_remote_code)  # fmt: skip
+    section = model.model_copy(update={"model_name_or_path": name, "adapter_name_or_path": []})
     try:
-        config = AutoConfig.from_pretrained(location, **common)
-        is_classifier = any("SequenceClassification" in kind for kind in config.architectures or ())
-        if is_classifier and config.num_labels != 1:
-            raise ModelError(
-                f"{root} has {config.num_labels} labels", where="reward_model", expected="one number for an answer",
-                fix="choose a reward model (num_labels 1)",
-            )  # fmt: skip
-        if not is_classifier and not starts:
-            raise ModelError(
-                f"{root} is no reward model: {', '.join(config.architectures or ['its kind is unknown'])}",
-                where="reward_model", expected="an output of stage: rm, or a …ForSequenceClassification of one label",
-            )  # fmt: skip
-        config.num_labels = 1
         found = AutoModelForSequenceClassification.from_pretrained(
-            location, config=config, dtype=dtype, use_safetensors=True, device_map={"": device}, **common
-        )
-        for start in starts:
-            found = PeftModel.from_pretrained(found, start, is_trainable=False).merge_and_unload()
+            locate(name, access, "reward_model"), dtype=dtype, use_safetensors=True, device_map={"": device},
+            revision=access.revision, token=access.token, cache_dir=access.cache_dir,
+            trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise unreachable(root, access, error, "reward_model") from error
-    return Scorer(found)
+        raise unreachable(name, access, error, "reward_model") from error
+    if found.config.num_labels != 1:
+        raise ModelError(
+            f"{name} has {found.config.num_labels} labels", where="reward_model", expected="one number for an answer",
+            fix="choose a reward model (num_labels 1)",
+        )  # fmt: skip
+    return TextScorer(found, load_tokenizer(section))

@@ -14,8 +14,10 @@ from trueup.data.chat_template import ChatTemplate
 from trueup.data.examples import Message
 from trueup.data.templates import load_template, own_source
 from trueup.errors import ConfigError
+from trueup.models.adapters import is_adapter_dir
 from trueup.models.load import load_tokenizer
-from trueup.models.scorer import Scorer, load_scorer
+from trueup.models.reward import RewardModel, load_reward_model
+from trueup.models.scorer import is_text_classifier, load_text_scorer
 from trueup.recipes.prompts import PromptRows
 from trueup.rollout.rewards import Answered, FunctionReward, HttpReward, ModelReward, Reward, Workers, as_columns
 
@@ -87,8 +89,11 @@ def _reward_model(
         )  # fmt: skip
     if is_url:
         return HttpReward(name)
-    scorer = load_scorer(cfg.model, name, cfg.online.reward_model_adapters, device, dtype)
-    return ModelReward(_Rendered(scorer, _template_of(cfg, name, template), rows))
+    if not cfg.online.reward_model_adapters and not is_adapter_dir(name) and is_text_classifier(cfg.model, name):
+        scorer = load_text_scorer(cfg.model, name, device, dtype)
+        return ModelReward(lambda answers: scorer([a.prompt for a in answers], [a.completion for a in answers]))
+    found = load_reward_model(cfg.model, name, cfg.online.reward_model_adapters, device, dtype)
+    return ModelReward(_Rendered(found, _template_of(cfg, name, template), rows))
 
 
 def _template_of(cfg: RunConfig, name: str, template: ChatTemplate) -> ChatTemplate:
@@ -102,19 +107,19 @@ def _template_of(cfg: RunConfig, name: str, template: ChatTemplate) -> ChatTempl
 
 
 class _Rendered:
-    """A scorer on conversations: the row's messages and the answer, as the reward model's template writes them."""
+    """A reward model on conversations: the row's messages and the answer, as its own template writes them."""
 
-    def __init__(self, scorer: Scorer, template: ChatTemplate, rows: PromptRows) -> None:
-        self.scorer, self.template, self.rows = scorer, template, rows
+    def __init__(self, model: RewardModel, template: ChatTemplate, rows: PromptRows) -> None:
+        self.model, self.template, self.rows = model, template, rows
 
     def __call__(self, answers: Sequence[Answered]) -> list[float]:
-        return self.scorer.score([self._ids(answer) for answer in answers])
-
-    def _ids(self, answer: Answered) -> list[int]:
-        prompt = self.rows.prompt(answer.row)
-        reply = (Message("assistant", answer.completion),)
-        ids, _ = self.template.encode_answer(prompt.messages, reply, prompt.tools)
-        return [*self.template.encode_prompt(prompt.messages, prompt.tools), *ids.tolist()]
+        prompts, replies = [], []
+        for answer in answers:
+            asked = self.rows.prompt(answer.row)
+            reply = (Message("assistant", answer.completion),)
+            prompts.append(self.template.encode_prompt(asked.messages, asked.tools))
+            replies.append(self.template.encode_answer(asked.messages, reply, asked.tools)[0])
+        return self.model(prompts, replies).tolist()
 
 
 def reward_names(cfg: RunConfig) -> list[str]:
