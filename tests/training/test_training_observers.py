@@ -281,6 +281,38 @@ def test_learning_by_heart_is_told():
     assert len(said) == 1 and "held-out accuracy fell" in said[0]
 
 
+def test_a_gap_that_opens_between_training_and_held_out_pairs_is_told():
+    rows = [{"step": s, "rewards/accuracies": min(1.0, 0.5 + 0.02 * s)} for s in range(1, 31)]
+    said = warnings_of(rows, {s: {"eval_rewards/accuracies": 0.6} for s in (5, 15, 30)})
+    assert len(said) == 1 and "the gap opens" in said[0]
+    learns = {s: {"eval_rewards/accuracies": min(0.95, 0.5 + 0.018 * s)} for s in (5, 15, 30)}
+    assert warnings_of(rows, learns) == []
+
+
+def test_both_answers_falling_is_told_before_the_margin_tells():
+    rows = [{"step": s, "rewards/chosen": -0.05 * s, "rewards/rejected": -0.06 * s, "rewards/margins": 0.01 * s}
+            for s in range(1, 21)]  # fmt: skip
+    said = warnings_of(rows)
+    assert len(said) == 1 and "both become less likely" in said[0]
+    healthy = [{**row, "rewards/chosen": 0.05 * row["step"]} for row in rows]
+    assert warnings_of(healthy) == []
+
+
+def test_length_learnt_in_place_of_quality_is_told():
+    rows = [{"step": s, "rewards/accuracies": 0.6, "rewards/longer_wins": 0.85} for s in range(1, 15)]
+    said = warnings_of(rows)
+    assert len(said) == 1 and "length in place of quality" in said[0]
+    # where chosen answers are longer, learning them is not learning length
+    assert warnings_of([{**row, "rewards/accuracies": 0.85} for row in rows]) == []
+
+
+def test_answers_that_grow_and_groups_that_teach_nothing_are_told():
+    rows = [{"step": s, "completions/mean_length": 20.0 + 3 * s} for s in range(1, 15)]
+    assert ["answers have grown" in text for text in warnings_of(rows)] == [True]
+    rows = [{"step": s, "frac_reward_zero_std": 0.95} for s in range(1, 6)]
+    assert ["all answers have the same reward" in text for text in warnings_of(rows)] == [True]
+
+
 def test_health_warnings_reach_the_log_and_the_status(tmp_path, caplog):
     from trueup.training.run_directory import RunDirectory, read_status
 

@@ -396,16 +396,25 @@ def weighed_sum(logps: PairLogps, losses: Tensor, rewards: tuple[Tensor, Tensor]
 
 
 def pair_metrics(logps: PairLogps, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Metrics:
-    """The metrics every pairwise objective reports, under TRL's names; a tie counts as half an accurate pair."""
+    """The metrics every pairwise objective reports, under TRL's names; a tie counts as half an accurate pair.
+
+    `rewards/longer_wins` is ours: the share of pairs whose longer answer has the higher reward. Above the accuracy, the
+    model has learnt length in place of what the pairs say.
+    """
     chosen, rejected = chosen_rewards.detach(), rejected_rewards.detach()
     margins = chosen - rejected
-    accurate = (margins > 0).float() + 0.5 * (margins == 0).float()
+    longer = margins * (logps.chosen_len - logps.rejected_len)
     values = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": margins,
-        "rewards/accuracies": accurate,
+        "rewards/accuracies": _wins(margins),
+        "rewards/longer_wins": _wins(longer),
         "logps/chosen": logps.chosen.detach(),
         "logps/rejected": logps.rejected.detach(),
     }
     return {name: (value.sum(), float(len(margins))) for name, value in values.items()}
+
+
+def _wins(margins: Tensor) -> Tensor:
+    return (margins > 0).float() + 0.5 * (margins == 0).float()

@@ -25,6 +25,12 @@ class Thresholds:
     stuck_width: float = 0.05
     kl: float = 10.0
     overfit: float = 0.1  # held-out accuracy below its best, while the training accuracy rose
+    gap: float = 0.25  # between training and held-out accuracy, beyond what it was at the first evaluation
+    fallen: float = -0.3  # the chosen reward, when both rewards have fallen for three windows
+    length_rows: int = 10  # logged rows over which longer answers win …
+    length: float = 0.1  # … more often than chosen ones, by this much
+    longer: float = 1.5  # the model's own answers, against those of the first rows
+    same_rewards: float = 0.8  # share of groups whose answers all have one reward
 
 
 class Health:
@@ -34,8 +40,11 @@ class Health:
         self.say = say
         self.limits = thresholds or Thresholds()
         # Only the newest rows are looked at; a run may log a hundred thousand.
-        self.rows: deque[Row] = deque(maxlen=max(self.limits.stuck_rows, 2 * self.limits.window))
+        limits = self.limits
+        self.rows: deque[Row] = deque(maxlen=max(limits.stuck_rows, limits.length_rows, 3 * limits.window))
         self.best_eval: tuple[float, float] | None = None  # held-out and training accuracy then
+        self.first_gap: float | None = None  # training minus held-out accuracy at the first evaluation
+        self.first_lengths: list[float] = []  # of the model's own answers
         self.said: set[str] = set()
 
     def observe(self, event: Event) -> None:
@@ -45,6 +54,10 @@ class Health:
                 self._collapse(event.step)
                 self._stuck(event.step)
                 self._far(event.step)
+                self._falling(event.step)
+                self._length(event.step)
+                self._own_length(event.step, event.row)
+                self._same_rewards(event.step)
             case Evaluated():
                 self._overfit(event.step, event.row)
             case _:
@@ -96,20 +109,94 @@ class Health:
                 "model drifts away from where it started. Raise pref_beta or lower learning_rate",
             )
 
+    def _falling(self, step: int) -> None:
+        """Both answers become less likely, window after window, before the margin tells of a collapse."""
+        if "collapse" in self.said:
+            return
+        window = self.limits.window
+        if sum(row.get("rewards/rejected") is not None for row in self.rows) < 3 * window:
+            return
+        sides = {}
+        for side in ("chosen", "rejected"):
+            newest, before, oldest = (self._mean(f"rewards/{side}", skip=skip * window) for skip in range(3))
+            if newest is None or before is None or oldest is None or not newest < before < oldest:
+                return
+            sides[side] = newest
+        if sides["chosen"] <= self.limits.fallen:
+            self._once(
+                "falling",
+                step,
+                f"chosen and rejected answers both become less likely (rewards {sides['chosen']:.2f} and "
+                f"{sides['rejected']:.2f}, and falling): the step is too large. Lower learning_rate, lengthen the "
+                "warm-up, or add pref_ftx",
+            )
+
+    def _length(self, step: int) -> None:
+        """Longer answers win more often than chosen ones."""
+        rows = [row for row in self.rows if row.get("rewards/longer_wins") is not None]
+        if len(rows) < self.limits.length_rows:
+            return
+        rows = rows[-self.limits.length_rows :]
+        longer, accuracy = (
+            sum(row[f"rewards/{name}"] for row in rows) / len(rows) for name in ("longer_wins", "accuracies")
+        )
+        if longer > accuracy + self.limits.length:
+            self._once(
+                "length",
+                step,
+                f"the longer answer has the higher reward in {longer:.0%} of the pairs, the chosen one in "
+                f"{accuracy:.0%}: the model learns length in place of quality. Balance the pairs, or use sigmoid_norm, "
+                "simpo, rdpo or ld_alpha",
+            )
+
+    def _own_length(self, step: int, row: Row) -> None:
+        """The model's own answers grow."""
+        if row.get("completions/mean_length") is None:
+            return
+        window = self.limits.window
+        if len(self.first_lengths) < window:
+            self.first_lengths.append(row["completions/mean_length"])
+            return
+        first, now = sum(self.first_lengths) / window, self._mean("completions/mean_length")
+        if now is not None and now > self.limits.longer * first:
+            self._once(
+                "own length",
+                step,
+                f"answers have grown from {first:.0f} to {now:.0f} tokens: the reward may pay for length. Look at the "
+                "completions, or set missing_eos_penalty",
+            )
+
+    def _same_rewards(self, step: int) -> None:
+        """Groups whose answers all have one reward teach nothing."""
+        share = self._mean("frac_reward_zero_std")
+        if share is not None and len(self.rows) >= self.limits.window and share >= self.limits.same_rewards:
+            self._once(
+                "same rewards",
+                step,
+                f"in {share:.0%} of the groups all answers have the same reward, which teaches nothing: the prompts "
+                "are too easy or too hard, or the reward is too coarse",
+            )
+
     def _overfit(self, step: int, row: Row) -> None:
         held_out = row.get("eval_rewards/accuracies")
         trained = self._mean("rewards/accuracies")
         if held_out is None or trained is None:
             return
+        if self.first_gap is None:
+            self.first_gap = trained - held_out
         if self.best_eval is None or held_out >= self.best_eval[0]:
             self.best_eval = (held_out, trained)
-        elif held_out < self.best_eval[0] - self.limits.overfit and trained > self.best_eval[1]:
+        what = None
+        if held_out < self.best_eval[0] - self.limits.overfit and trained > self.best_eval[1]:
+            best = self.best_eval[0]
+            what = f"the held-out accuracy fell from {best:.2f} to {held_out:.2f} while the training accuracy rises"
+        elif trained - held_out > max(self.first_gap, 0.0) + self.limits.gap:
+            what = f"the training accuracy is {trained:.2f} and the held-out one {held_out:.2f}, and the gap opens"
+        if what:
             self._once(
                 "overfit",
                 step,
-                f"the held-out accuracy fell from {self.best_eval[0]:.2f} to {held_out:.2f} while "
-                "the training accuracy rises: the model learns the pairs by heart. Train fewer "
-                "epochs, or set load_best_model_at_end",
+                f"{what}: the model learns the pairs by heart. Train fewer epochs, or set load_best_model_at_end",
             )
 
     def _once(self, sign: str, step: int, text: str) -> None:
