@@ -53,7 +53,7 @@ def plackett_luce(rankings: Rankings, *, score_margin: float = 0.0, center: floa
 def pointwise(rankings: Rankings) -> Loss:
     """Σ_i (r_i − s_i)²: the reward is the score."""
     errors = (rankings.rewards - rankings.scores).masked_fill(~rankings.present, 0.0)
-    return Loss((errors**2).sum(), comparison_metrics(rankings))
+    return Loss((errors**2).sum(), reward_metrics(rankings))
 
 
 @objective("binary", takes=Rankings, denominator="answers")
@@ -63,22 +63,31 @@ def binary(rankings: Rankings) -> Loss:
     told = (rankings.rewards > 0) == (rankings.scores > 0.5)
     right = (told & rankings.present).float().sum(), rankings.present.float().sum()
     total = losses.masked_fill(~rankings.present, 0.0).sum()
-    return Loss(total, {**comparison_metrics(rankings), "accuracy": right})
+    return Loss(total, {"accuracy": right, **reward_metrics(rankings)})
 
 
 def comparison_metrics(rankings: Rankings) -> Metrics:
-    """`accuracy` and `margin` over all pairs of a row that are not tied (equal rewards are half right), and the lowest,
-    mean and highest reward of a row; TRL's names. TRL's `min_reward` and `max_reward` are those of a batch.
+    """`accuracy` and `margin` (TRL's names) over all pairs of a row that are not tied, and `reward_metrics`.
+
+    A pair of equal rewards is half right.
     """
-    rewards, wins, present = rankings.rewards.detach(), rankings.wins, rankings.present
-    gaps = _differences(rewards)
-    pairs, rows = wins.float().sum(), present.any(1).float().sum()
+    gaps, wins = _differences(rankings.rewards.detach()), rankings.wins
+    pairs = wins.float().sum()
     right = (gaps > 0).float() + 0.5 * (gaps == 0).float()
-    lowest = rewards.masked_fill(~present, float("inf")).amin(1)
-    highest = rewards.masked_fill(~present, float("-inf")).amax(1)
     return {
         "accuracy": ((right * wins).sum(), pairs),
         "margin": ((gaps * wins).sum(), pairs),
+        **reward_metrics(rankings),
+    }
+
+
+def reward_metrics(rankings: Rankings) -> Metrics:
+    """The lowest, mean and highest reward of a row. TRL's `min_reward` and `max_reward` are those of a batch."""
+    rewards, present = rankings.rewards.detach(), rankings.present
+    rows = present.any(1).float().sum()
+    lowest = rewards.masked_fill(~present, float("inf")).amin(1)
+    highest = rewards.masked_fill(~present, float("-inf")).amax(1)
+    return {
         "min_reward": (lowest.sum(), rows),
         "mean_reward": (rewards.masked_fill(~present, 0.0).sum(), present.float().sum()),
         "max_reward": (highest.sum(), rows),
