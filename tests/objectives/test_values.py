@@ -135,6 +135,16 @@ def test_rdpo_at_the_start_sees_only_lengths() -> None:
     assert float(mean(evaluate("rdpo", at_start(pairs()), alpha=0.01))) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("tau", [0.05, 0.5])
+def test_discopops_slope_at_the_start_has_the_wrong_sign_at_the_published_tau(tau: float) -> None:
+    margin = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    zero, one = torch.zeros(1).double(), torch.ones(1).double()
+    pairwise.discopop(PairLogps(margin, zero, one, one, zero, zero), beta=1.0, tau=tau).sum.backward()
+    assert margin.grad is not None
+    assert float(margin.grad) == pytest.approx((1 - math.log(2)) / (4 * tau) - 0.75)
+    assert (float(margin.grad) > 0) == (tau == 0.05)
+
+
 # --- identities --------------------------------------------------------------------------------------------------
 
 
