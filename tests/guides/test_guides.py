@@ -406,17 +406,11 @@ def test_g4_a_base_model_without_a_template_gets_the_default_said_once(work: Pat
 # --- what is for later ---------------------------------------------------------------------------
 
 LATER = {
-    "G2 reward model": (G2_RM, "stage: rm"),
     "G3 hinge": ("train dpo_config.yaml pref_loss=hinge", "pref_loss: hinge"),
     "G3 orpo": ("train dpo_config.yaml pref_loss=orpo pref_ftx=0.1", "pref_loss: orpo"),
     "G3 kto": (
         "train --stage kto --model_name_or_path ./Qwen3-4B-Base --dataset kto_en_demo --template qwen3",
         "stage: kto",
-    ),
-    "G4 reward model": (
-        "train --stage rm --model_name_or_path ./sft_output --dataset my_rm_data --finetuning_type lora "
-        "--lora_target value --output_dir ./rm_output",
-        "stage: rm",
     ),
     "G4 mixed": (
         "train --stage dpo --model_name_or_path ./sft_output --dataset my_dpo_data,my_knowledge_data "
