@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +65,20 @@ def test_grpo_variants_are_the_papers_formulas(loss, beta):
     high = 5.0 if loss == "cispo" else HIGH
     result = grpo(answers(reference=beta > 0), loss=loss, low=LOW, high=high, kl_coeff=beta)
     assert divided(loss, float(result.sum)) == pytest.approx(by_hand(loss, beta), abs=1e-12)
+
+
+TRL = json.loads(Path(__file__).with_name("trl_online_values.json").read_text(encoding="utf-8"))["values"]
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_trl_computes_the_same(name):
+    loss, beta = name.split()
+    if loss == "rloo":
+        total = rloo(answers(), low=LOW, high=HIGH).sum
+    else:
+        high = 5.0 if loss == "cispo" else HIGH
+        total = grpo(answers(reference=beta != "0.0"), loss=loss, low=LOW, high=high, kl_coeff=float(beta)).sum
+    assert divided(loss, float(total)) == pytest.approx(TRL[name], abs=1e-8)
 
 
 def test_all_variants_differ_except_the_two_that_are_one_here():
