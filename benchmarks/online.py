@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -117,8 +118,6 @@ def trl(method: str, steps: int, env: dict[str, str]) -> dict[str, Any]:
 
 def fresh(name: str) -> Path:
     """An empty directory for one run."""
-    import shutil
-
     directory = WORK / "online" / name
     shutil.rmtree(directory, ignore_errors=True)
     (directory / "out").parent.mkdir(parents=True, exist_ok=True)

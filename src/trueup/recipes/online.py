@@ -6,6 +6,7 @@ Whatever can fail because of the user's config, data, model or rewards fails bef
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -153,8 +154,6 @@ def _reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
 
 def in_steps(cfg: RunConfig, arithmetic: Arithmetic) -> Arithmetic:
     """The run's arithmetic with every pass over its answers counted."""
-    from dataclasses import replace
-
     passes = cfg.online.ppo_epochs or 1
     total = arithmetic.total_steps if cfg.train.max_steps > 0 else arithmetic.total_steps * passes
     return replace(arithmetic, steps_per_epoch=arithmetic.steps_per_epoch * passes, total_steps=total)
