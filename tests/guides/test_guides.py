@@ -394,6 +394,38 @@ def test_g4_pretrain_sft_dpo_then_only_the_last_adapter_on_the_original_base(wor
         assert "cuda:0 is not present here; running on" in chat.stderr
 
 
+@pytest.mark.parametrize("loss", ["hinge", "orpo"])
+def test_g3_other_losses_on_the_same_pairs(work: Path, loss: str):
+    """hinge trains hinge and orpo trains ORPO, also with the guide's SFT term."""
+    g3_data()
+    g3_sft_checkpoint()
+    succeed(f"{g3_config(loss, 0.1)} --max_steps 1 --report_to none")
+    row = read_lines("saves/qwen3-4b-base/lora/dpo/metrics.jsonl")[0]
+    assert row["sft_loss"] > 0
+    if loss == "hinge":
+        assert row["loss"] == pytest.approx(1 + 0.1 * row["sft_loss"], rel=1e-3)
+    else:
+        assert row["odds_ratio_loss"] > 0 and "kl" not in row
+
+
+def test_g3_kto_on_labelled_answers(work: Path):
+    line = "train --stage kto --model_name_or_path ./Qwen3-4B-Base --dataset kto_en_demo --template qwen3"
+    succeed(f"{line} --max_steps 1 --output_dir kto --report_to none --logging_steps 1")
+    assert read_lines("kto/metrics.jsonl")[0]["loss"] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_g4_pairs_mixed_with_knowledge(work: Path):
+    g4_data()
+    line = (
+        "train --stage dpo --model_name_or_path ./Qwen2.5-7B --dataset my_dpo_data,my_knowledge_data "
+        "--dpo_beta 0.1 --kto_alpha 0.5 --output_dir ./kto_output"
+    )
+    result = succeed(f"{line} --max_steps 1 --per_device_train_batch_size 32 --logging_steps 1 --report_to none")
+    assert "`kto_alpha` is read as `knowledge_weight`" in result.stderr
+    row = read_lines("kto_output/metrics.jsonl")[0]
+    assert row["loss"] == pytest.approx(math.log(2) + 0.5 * row["knowledge_loss"], rel=1e-4)
+
+
 def test_g4_a_base_model_without_a_template_gets_the_default_said_once(work: Path):
     g4_data()
     line = G4_SFT.replace("./pretrain_output", "./Qwen2.5-7B")
@@ -406,17 +438,6 @@ def test_g4_a_base_model_without_a_template_gets_the_default_said_once(work: Pat
 # --- what is for later ---------------------------------------------------------------------------
 
 LATER = {
-    "G3 hinge": ("train dpo_config.yaml pref_loss=hinge", "pref_loss: hinge"),
-    "G3 orpo": ("train dpo_config.yaml pref_loss=orpo pref_ftx=0.1", "pref_loss: orpo"),
-    "G3 kto": (
-        "train --stage kto --model_name_or_path ./Qwen3-4B-Base --dataset kto_en_demo --template qwen3",
-        "stage: kto",
-    ),
-    "G4 mixed": (
-        "train --stage dpo --model_name_or_path ./sft_output --dataset my_dpo_data,my_knowledge_data "
-        "--dpo_beta 0.1 --kto_alpha 0.5 --output_dir ./kto_output",
-        "knowledge_weight",
-    ),
     "G4 load_in_4bit": (
         f"{G4_SFT.replace('./pretrain_output', './Qwen2.5-7B')} --load_in_4bit True",
         "quantization_bit",

@@ -101,7 +101,7 @@ class FeedbackLesson:
         if len(dataset) < 2:
             return torch.zeros(0)
         others = partners(len(dataset), self.seed, epoch)
-        forest = build_forest([crossed(dataset[i], dataset[others[i]], self.cutoff) for i in batch.indices])
+        forest = build_forest([crossed(dataset[i], dataset[int(others[i])], self.cutoff) for i in batch.indices])
         forest = forest.to(self.policy.device)
         gap = self.policy.token_logps(forest) - self.references.live_token_logps(forest)
         return sum_by_sequence(gap, forest.owner, len(batch.indices))

@@ -182,15 +182,15 @@ class Health:
         trained = self._mean("rewards/accuracies")
         if held_out is None or trained is None:
             return
-        if self.first_gap is None:
-            self.first_gap = trained - held_out
+        gap = trained - held_out
+        first_gap = self.first_gap = gap if self.first_gap is None else self.first_gap
         if self.best_eval is None or held_out >= self.best_eval[0]:
             self.best_eval = (held_out, trained)
         what = None
         if held_out < self.best_eval[0] - self.limits.overfit and trained > self.best_eval[1]:
             best = self.best_eval[0]
             what = f"the held-out accuracy fell from {best:.2f} to {held_out:.2f} while the training accuracy rises"
-        elif trained - held_out > max(self.first_gap, 0.0) + self.limits.gap:
+        elif gap > max(first_gap, 0.0) + self.limits.gap:
             what = f"the training accuracy is {trained:.2f} and the held-out one {held_out:.2f}, and the gap opens"
         if what:
             self._once(

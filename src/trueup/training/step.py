@@ -88,10 +88,10 @@ class Program(Protocol[B]):
 
 
 @runtime_checkable
-class LooksAhead(Protocol[B]):
+class LooksAhead(Protocol):
     """A program whose examples depend on each other, or whose objective changes from step to step."""
 
-    def look_ahead(self, batches: Sequence[B], backend: Backend, steps_done: int | None) -> None:
+    def look_ahead(self, batches: Sequence[Any], backend: Backend, steps_done: int | None) -> None:
         """Called on every rank before the first loss of a step, with this rank's micro-batches of it; or of a whole
         evaluation, where `steps_done` is None.
         """
