@@ -26,6 +26,9 @@ FP32 = 4  # bytes
 #: Of the memory that is free, what a plan may use: kernels' own buffers, fragments and other programs have the rest.
 USABLE = 0.85
 
+#: What an allocator takes for what it is asked for (docs/log.md, 2026-11-21).
+SLACK = 1.1
+
 
 @dataclass(frozen=True)
 class LayerCosts:
@@ -43,7 +46,8 @@ class LayerCosts:
         The backward comes to those last, when the others have let go of theirs, one at a time.
         """
         whole = max(self.layers - recomputing, min(1, self.layers))
-        return tokens * (whole * self.kept + recomputing * self.entry + self.outside + self.passing)
+        alive = whole * self.kept + recomputing * self.entry + self.outside + self.passing
+        return int(SLACK * tokens * alive)
 
     def fewest(self, tokens: int, room: int) -> int:
         """How few layers have to recompute to fit; all of them if even that does not."""
@@ -60,13 +64,15 @@ def layer_costs(base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype
     per_token = sum(_norm_bytes(name, norm, text, width, lora) for name, norm in layer.named_modules())
     per_token += _attention_bytes(text, width, device, dtype) + _mlp_bytes(layer, text, width, tuning)
     per_token += _input_bytes(text, width, tuning)
-    inner = inner_size(text)
+    query, key = _head_columns(text)
+    in_attention = 0 if _in_blocks(device, dtype) else 8 * (query + key) * width
     return LayerCosts(
         layers=(len(layers) or text.num_hidden_layers) - _first_trained(base, layers),
         kept=per_token,
         entry=hidden * width,
         outside=4 * hidden * width,
-        passing=3 * inner * width + hidden * (4 * width + 3 * FP32),
+        # Measured on whole processes (docs/log.md): some six copies of a layer's widest values and of its gradients.
+        passing=6 * inner_size(text) * width + hidden * (8 * width + 6 * FP32) + in_attention,
     )
 
 
@@ -94,10 +100,15 @@ def _head_columns(text) -> tuple[int, int]:
     return heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
 
 
+def _in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention makes its weights and gathered keys again in the backward."""
+    return device.type == "cpu" and dtype == torch.bfloat16
+
+
 def _attention_bytes(text, width: int, device: torch.device, dtype: torch.dtype) -> int:
     query, key = _head_columns(text)
     own = (2 * query + 2 * key) * width  # queries, output, keys, values
-    if device.type == "cpu" and dtype == torch.bfloat16:
+    if _in_blocks(device, dtype):
         return own
     # Keys and values gathered for every path; on a GPU in one tensor, elsewhere by segment, as is the output.
     return own + 3 * key * width + (0 if device.type == "cuda" else query * width)

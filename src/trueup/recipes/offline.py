@@ -180,7 +180,7 @@ def _references(
     """The reference's log-probabilities, if the objective takes them. Raises Stopped after a signal."""
     if not needs_reference(cfg):
         return None
-    with StopRequest() as stop, Watchdog(directory) as watchdog, phase("reference"):
+    with StopRequest() as stop, Watchdog(directory) as watchdog, phase("reference table"):
 
         def asked_to_stop() -> bool:
             watchdog.beat()

@@ -19,9 +19,12 @@ from trueup.training.run_directory import RunDirectory
 PROFILE_FILE = "profile.json"
 
 #: What is marked, in the order in which it is shown; "other" is all between the marks.
-PHASES = ("loading", "data", "reference", "forward", "backward", "optimizer", "evaluation", "save", "other")
+PHASES = (
+    "loading", "reference table", "data", "reference", "forward", "backward", "optimizer", "evaluation", "save",
+    "other",
+)  # fmt: skip
 
-_OUTSIDE_OF_STEPS = ("loading", "evaluation", "save")
+_IN_STEPS = ("data", "reference", "forward", "backward", "optimizer")
 _UNMARKED = nullcontext()
 _active: Profile | None = None
 
@@ -77,7 +80,7 @@ class Profile:
         phases = {}
         for name, seconds in self.seconds.items():
             phases[name] = {"seconds": round(seconds, 4), "share": round(seconds / total, 4)}
-            if steps and name not in _OUTSIDE_OF_STEPS:
+            if steps and name in _IN_STEPS:
                 phases[name]["seconds_per_step"] = round(seconds / steps, 6)
         return {"steps": steps, "seconds": round(total, 4), "phases": phases}
 
