@@ -19,7 +19,7 @@ from trueup.training.run_directory import RunDirectory
 PROFILE_FILE = "profile.json"
 
 #: What is marked, in the order in which it is shown; "other" is all between the marks.
-PHASES = (
+PHASES: tuple[str, ...] = (
     "loading", "reference table", "data", "reference", "forward", "backward", "optimizer", "evaluation", "save",
     "other",
 )  # fmt: skip
@@ -52,7 +52,7 @@ class Profile:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._device = device if device.type != "cpu" else None
         self._phase = "other"
         self._since = time.perf_counter()
