@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def trained(path: Path, profile: bool, **changes) -> RunDirectory:
     keys = settings(profile=profile, max_steps=4, plot_loss=False, save_strategy="steps", save_steps=2, **changes)
-    with RunDirectory.open(path, vars(keys)) as run, profiling(profile, CPU):
+    with RunDirectory.open(path, vars(keys)) as run:
         fit(ToyProgram(), keys, run, Single(), standard_observers(keys, run))
         return run
 

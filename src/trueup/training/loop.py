@@ -41,7 +41,7 @@ from trueup.training.events import (
 from trueup.training.metrics import MetricSums, means
 from trueup.training.optim import MasterOptimizer
 from trueup.training.plan import make_plan
-from trueup.training.profile import phase
+from trueup.training.profile import phase, profiling
 from trueup.training.run_directory import METRICS_FILE, RUN_FILE, RunDirectory, read_metrics
 from trueup.training.signals import Stopped, StopRequest
 from trueup.training.state import Progress, RankState
@@ -86,7 +86,7 @@ def fit(
     that are not finite, ResourceError when the disk refuses, CorruptStateError when the checkpoint
     does not fit.
     """
-    with StopRequest() as stop, Watchdog(run) as watchdog:
+    with StopRequest() as stop, Watchdog(run) as watchdog, profiling(settings.profile, backend.device):
         trainer = Trainer(program, settings, run, backend, observers, stop, watchdog, data_fingerprint)
         try:
             return trainer.train()

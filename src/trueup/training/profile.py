@@ -36,13 +36,15 @@ def phase(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def profiling(on: bool, device: torch.device) -> Iterator[None]:
-    """Listens to the marks of this process, if it is on."""
+    """Listens to the marks of this process, if it is on and nobody listens yet."""
     global _active
-    _active = Profile(device) if on else None
+    before = _active
+    if on and before is None:
+        _active = Profile(device)
     try:
         yield
     finally:
-        _active = None
+        _active = before
 
 
 class Profile:
