@@ -37,6 +37,7 @@ WORKS = {
     "G3 hinge": G3 + "pref_loss=hinge",
     "G3 orpo": G3 + "pref_loss=orpo pref_ftx=0.1",
     "G3 kto": "model_name_or_path=m dataset=kto_en_demo stage=kto kto_chosen_weight=1.0",
+    "G2 rm": G2 + "--stage rm --dataset sql_dpo_custom",
     "G3 evaluation": "model_name_or_path=./Qwen3-4B-Base stage=dpo do_train=false do_eval=true "
     "adapter_name_or_path=./saves/qwen3-4b-base/lora/dpo/checkpoint-1875 "
     "eval_dataset=ultrafeedback template=qwen3 output_dir=./saves/eval",
@@ -51,16 +52,12 @@ WORKS = {
     "--rm_path ./rm_output --ppo_clip_ratio 0.2 --ppo_kl_coeff 0.05 --max_grad_norm 1.0",
     "G4 mixed": G4 + "--stage dpo --model_name_or_path ./sft_output "
         "--dataset my_dpo_data,my_knowledge_data --dpo_beta 0.1 --kto_alpha 0.5",
+    "G4 rm": G4 + "--stage rm --model_name_or_path ./sft_output --dataset my_rm --lora_target value",
     "G4 dpo": G4 + "--stage dpo --model_name_or_path ./sft_output --dataset my_dpo_data "
     "--dpo_beta 0.1",
 }  # fmt: skip
 
 LATER = {
-    "G2 rm": (G2 + "--stage rm --dataset sql_dpo_custom", ["stage: rm"]),
-    "G4 rm": (
-        G4 + "--stage rm --model_name_or_path ./sft_output --dataset my_rm --lora_target value",
-        ["stage: rm"],
-    ),
     "G4 qlora": (
         G4 + "--stage sft --model_name_or_path m --dataset my_sft --load_in_4bit True",
         ["quantization_bit"],
