@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.recipes.conftest import pairs
 from tests.recipes.test_equivalence import assert_same_step, perturb, step
 from tests.recipes.test_runs import assert_same_bits, metrics
+from trueup.cli import main, next_commands
 from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
 from trueup.data.encode import prepare
@@ -240,6 +242,20 @@ def test_a_reward_model_is_continued(rm: Config, tmp_path: Path) -> None:
     assert first < math.log(2) or last["loss"] > first / 2  # it goes on from where the run left off
     whole = program_of(rm(model_name_or_path=str(tmp_path / "out"), **FULL))  # merged, head and all
     assert step(whole)[0] == pytest.approx(first, rel=1e-5)
+
+
+def test_the_verb_prints_lines_and_a_summary(rm: Config, data_dir: Path, tmp_path: Path) -> None:
+    run(rm(max_steps=1))
+    words = ["score", "--model_name_or_path", str(tmp_path / "out"), "--dataset", str(data_dir / "scores.jsonl"),
+             "--device", "cpu", "--bf16", "false"]  # fmt: skip
+    printed = CliRunner().invoke(main, [*words, "--output", "-"])
+    rows = [json.loads(line) for line in printed.stdout.splitlines()]
+    assert printed.exit_code == 0 and len(rows) == 9 and rows[3]["scores"] == [pytest.approx(0.3)]
+    told = CliRunner().invoke(main, [*words, "--output", str(tmp_path / "scores.jsonl"), "--json"])
+    result = json.loads(told.stdout)["result"]
+    assert result["rows"] == result["answers"] == 9 and result["accuracy"] is None
+    following = next_commands(rm(), tmp_path / "out")
+    assert following[0].startswith(f"trueup score --model_name_or_path {tmp_path / 'out'} --dataset pairs")
 
 
 # --- what is refused, what is left out ------------------------------------------------------------------------
