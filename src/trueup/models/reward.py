@@ -25,6 +25,8 @@ from trueup.types import Forest, Segment
 HEAD = "score"  # transformers' name for the head of every decoder that classifies sequences
 CLASSIFIER = "ForSequenceClassification"
 
+Ids = Sequence[int] | np.ndarray
+
 
 class RewardModel(Policy):
     """A decoder with a head of one number. The head is kept in fp32."""
@@ -69,9 +71,7 @@ class RewardModel(Policy):
         return self.score(self.hidden(forest).float()).squeeze(1)
 
     @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_tokens: int = 8192
-    ) -> Tensor:
+    def __call__(self, prompts: Sequence[Ids], answers: Sequence[Ids], batch_tokens: int = 8192) -> Tensor:
         """Scores [S] (fp32, on the CPU) of answers to prompts, both as token ids, without dropout.
 
         Neighbours with the same prompt share it. `batch_tokens` bounds a forward pass.
@@ -120,7 +120,7 @@ def _end(forest: Forest, path: Sequence[int], ids: Sequence[int], pad_id: int | 
     return next((place for place in places if ids[place] != pad_id), segments[0].stop - 1)
 
 
-def forests(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_tokens: int) -> list[Forest]:
+def forests(prompts: Sequence[Ids], answers: Sequence[Ids], batch_tokens: int) -> list[Forest]:
     """Rows as forests of at most `batch_tokens` tokens, or of one row; neighbours with equal prompts share them."""
     batches: list[_Rows] = []
     for prompt, answer in zip(prompts, answers, strict=True):
