@@ -40,7 +40,9 @@ def test_g2_reward_model_then_ppo(work: Path):
 def test_g4_reward_model_then_rlhf(work: Path):
     g4_data()
     base = "--finetuning_type lora --max_steps 2"
-    succeed(f"train --stage sft --model_name_or_path ./Qwen2.5-7B --dataset my_sft_data --output_dir ./sft_output {base}")
+    succeed(
+        f"train --stage sft --model_name_or_path ./Qwen2.5-7B --dataset my_sft_data --output_dir ./sft_output {base}"
+    )
     succeed(
         "train --stage rm --model_name_or_path ./sft_output --dataset my_rm_data --finetuning_type lora "
         "--lora_target value --output_dir ./rm_output"
