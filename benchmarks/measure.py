@@ -25,9 +25,9 @@ WORK = HOME / "runs" / str(os.getpid())
 
 #: glibc told to keep freed memory instead of handing it back and faulting it in again at every step.
 ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
-    "MALLOC_TOP_PAD_": str(1 << 28),
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 62),
+    "MALLOC_TOP_PAD_": str(64 << 20),
 }
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
 

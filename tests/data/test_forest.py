@@ -79,3 +79,8 @@ def test_a_few_common_tokens_are_not_worth_a_segment() -> None:
 def test_an_answer_of_the_same_tokens_is_one_segment_read_twice() -> None:
     forest = build_forest([example(ids(1, 2), ids(5, 6), ids(5, 6))])
     assert forest.paths == ((0, 1), (0, 1)) and len(forest.target) == 4
+
+
+def test_a_batch_without_a_token_is_an_empty_forest() -> None:
+    forest = build_forest([example(ids(), ids())])
+    assert len(forest.input_ids) == len(forest.target) == 0 and forest.num_sequences == 1

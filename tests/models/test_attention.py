@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from trueup.models import attention
 from trueup.models.attention import ForestLayout, _BlockAttention, forest_attention
+from trueup.models.policy import Policy
 from trueup.types import Segment
 
 FOREST = (
@@ -78,3 +80,15 @@ def test_a_window_that_binds_is_masked_in_bf16_too() -> None:
     rounded = [state.bfloat16() for state in states]
     windowed, _ = forest_attention(torch.nn.Identity(), *rounded, None, forest=layout, sliding_window=4)
     torch.testing.assert_close(windowed.float(), exact, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_architecture_with_attention_sinks_runs_unshared(dtype: torch.dtype) -> None:
+    config = GptOssConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=64, num_local_experts=2, num_experts_per_tok=1, sliding_window=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    policy = Policy(GptOssForCausalLM(config).to(dtype).eval())
+    assert "s_aux" in (policy.verify_layout() or "")
+    assert not policy.shared

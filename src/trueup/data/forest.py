@@ -61,7 +61,9 @@ def build_forest(examples: Sequence[Encoded]) -> Forest:
     answers = ((example, answer) for example in examples for answer in example.answers)
     for leaf, (example, answer) in zip(leaves, answers, strict=True):
         path = leaf.path()
-        at = np.concatenate([np.arange(node.start, node.start + len(node.tokens)) for node in path])
+        at = np.concatenate(
+            [np.zeros(0, dtype=np.int64)] + [np.arange(node.start, node.start + len(node.tokens)) for node in path]
+        )
         mask = predicted(example, answer)
         before = np.arange(len(answer.ids)) + len(example.prompt) - 1
         read_at.append(at[before[mask]])
@@ -70,7 +72,7 @@ def build_forest(examples: Sequence[Encoded]) -> Forest:
         paths.append(tuple(node.index for node in path))
 
     def tensor(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
 
     return Forest(
         tensor([node.tokens for node in nodes]),

@@ -30,6 +30,10 @@ FOREST_ATTENTION = "trueup_forest"
 BLOCK = 128
 
 
+#: What some architectures hand to their kernel beside q, k and v (attention sinks, position biases, chosen keys).
+_CHANGES_SCORES = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
+
+
 class ForestLayout:
     """Who sees whom in a batch, and the masks that say so; made once per batch, used by every layer.
 
@@ -54,13 +58,19 @@ class ForestLayout:
         segment's queries and keys begin (cumulative, int32), and the longest of both.
         """
         starts = [0, *accumulate(self.lengths)]
-        spans = [torch.arange(starts[i], starts[i + 1], device=self.device) for path in self.paths for i in path]
+        spans = [torch.arange(starts[i], starts[i + 1]) for path in self.paths for i in path]
         visible = [sum(self.lengths[i] for i in path) for path in self.paths]
 
         def cumulative(lengths: list[int]) -> Tensor:
             return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.device)
 
-        return torch.cat(spans), cumulative(self.lengths), cumulative(visible), max(self.lengths), max(visible)
+        return (
+            torch.cat(spans).to(self.device),
+            cumulative(self.lengths),
+            cumulative(visible),
+            max(self.lengths),
+            max(visible),
+        )
 
     def visits(self) -> Iterator[tuple[list[int], slice]]:
         """Each segment's path from the root, and where its own tokens lie in the batch."""
@@ -108,7 +118,7 @@ def forest_attention(
     forest: ForestLayout,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """One attention layer over a forest laid out in a single row.
 
@@ -118,12 +128,15 @@ def forest_attention(
 
     Returns:
         [1, T, heads, d] as transformers expects, and no weights.
+
+    Raises:
+        NotImplementedError: the layer's attention has a part that is not computed here.
     """
+    if unknown := [name for name in _CHANGES_SCORES if others.get(name) is not None]:
+        raise NotImplementedError(f"its attention has {', '.join(unknown)}")
     if sliding_window is not None:
         forest.windows.add(sliding_window)
-    if forest.gathered:
-        if dropout or softcap is not None:
-            raise NotImplementedError("this kernel has neither dropout nor a cap on scores")
+    if forest.gathered and not dropout and softcap is None:
         return _gathered(query, key, value, forest, scaling, sliding_window), None
     plain = not dropout and softcap is None and not forest.bound_by(sliding_window)
     if plain and query.device.type == "cpu" and query.dtype == torch.bfloat16:
@@ -132,7 +145,7 @@ def forest_attention(
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> tuple[bool, ...]:
-    """Values of `ForestLayout.gathered` to try, the fastest first."""
+    """Values of `ForestLayout.gathered` to try, in this order. Expected to be the faster first; unmeasured so far."""
     has_varlen = varlen_attn is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return (True, False) if has_varlen else (False,)
 

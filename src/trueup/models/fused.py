@@ -1,8 +1,8 @@
 """Layers of the step in fewer passes over memory: LoRA projections, gated MLPs, RMSNorm.
 
 `fuse` swaps the class of modules that are exactly what the fused forms compute; everything else stays as it is. The
-parameters, their names and what peft saves do not change. On a CPU the elementwise passes around the products cost as
-much as page faults and caches make them (docs/log.md); on a GPU liger-kernel does this job when it is installed.
+parameters, their names and what peft saves do not change. Less is kept for the backward, and on a CPU the elementwise
+passes around the products cost as much as page faults and caches make them (docs/log.md). On a GPU it is unmeasured.
 """
 
 from __future__ import annotations
@@ -52,9 +52,13 @@ class FusedLoraLinear(LoraLinear):
         a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
         acts = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
         hooked = base._forward_hooks or base._forward_pre_hooks
-        if acts or hooked or b.bias is not None or base.weight.requires_grad or a.weight.dtype != x.dtype:
+        if acts or hooked or b.bias is not None or _trains(base) or a.weight.dtype != x.dtype:
             return None
         return a.weight, b.weight, self.scaling[name]
+
+
+def _trains(linear: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in linear.parameters())
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -119,7 +123,8 @@ class _GatedMLP:
         """x [..., hidden] → [..., hidden]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         down = self.down_proj
-        weights = down.single_adapter(up) if type(down) is FusedLoraLinear else None
+        hooked = down._forward_hooks or down._forward_pre_hooks
+        weights = down.single_adapter(up) if type(down) is FusedLoraLinear and not hooked else None
         if weights is None:
             return down(_SwiGLU.apply(gate, up))
         return _SwiGLULora.apply(gate, up, down.base_layer.weight, down.base_layer.bias, *weights)

@@ -7,6 +7,7 @@ right-padded row a sequence with an ordinary mask, for architectures whose atten
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,8 @@ from trueup.errors import ModelError
 from trueup.models.attention import FOREST_ATTENTION, ForestLayout, kernels_for
 from trueup.models.logprobs import Head, token_logps
 from trueup.types import Forest, Segment
+
+log = logging.getLogger("trueup")
 
 
 class Policy:
@@ -147,6 +150,7 @@ class Policy:
                 reason = self._try_shared(forest, unshared)
                 if reason is None:
                     break
+                log.info("the %s kernel does not fit: %s", "varlen" if gathered else "segments", reason)
         finally:
             self.model.train(training)
         if reason:

@@ -53,6 +53,7 @@ class LiveReference:
             return cls(policy, adapters.as_reference)
         frozen = Policy(copy.deepcopy(policy.base).requires_grad_(False).eval())
         frozen.plain_attention, frozen.shared = policy.plain_attention, policy.shared
+        frozen.gathered = policy.gathered
         return cls(frozen)
 
     @classmethod

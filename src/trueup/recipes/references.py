@@ -135,7 +135,11 @@ def _digest_of(rows: np.ndarray) -> str:
 
 def kernels(device: torch.device) -> str:
     """What decides the last bits of a forward pass, besides its inputs."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        chip = torch.cuda.get_device_name(device)
+    else:
+        amx = " amx" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else ""
+        chip = f"{torch.backends.cpu.get_cpu_capability()}{amx} {torch.get_num_threads()} threads"
     return f"torch {torch.__version__} {device.type} {chip}"
 
 
