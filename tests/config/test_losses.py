@@ -64,7 +64,7 @@ def test_what_the_user_sets_wins_over_a_papers_value():
     "written", ["sigmoid,bco_pair,sft", "[sigmoid, bco_pair, sft]", ["sigmoid", "bco_pair", "sft"]]
 )
 def test_several_losses_however_they_are_written(written):
-    cfg = load_config({**BASE, "stage": "dpo", "loss_type": written, "loss_weights": [0.8, 0.2, 1.0]})
+    cfg = load_config({**BASE, "stage": "dpo", "loss_type": written, "loss_weights": [0.8, 0.2, 1.0], "beta": 0.1})
     assert pref_losses(cfg) == ["sigmoid", "bco_pair", "sft"]
     assert cfg.objective.loss_weights == [0.8, 0.2, 1.0]
 
@@ -92,6 +92,11 @@ def test_a_key_of_single_losses_is_refused_with_the_others(key):
         ({"stage": "dpo", "pref_loss": "exo_pair", "dpo_label_smoothing": 0}, "takes the logarithm"),
         ({"stage": "dpo", "pref_loss": "bco_pair", "pref_bco_weight": 1}, "has it already"),
         ({"stage": "dpo", "pref_loss": "sigmoid,sft", "pref_ftx": 1}, "has it already"),
+        ({"stage": "dpo", "pref_loss": "sigmoid,robust"}, "set pref_beta"),
+        ({"stage": "dpo", "pref_loss": "sigmoid,exo_pair"}, "set dpo_label_smoothing"),
+        ({"stage": "dpo", "pref_loss": "simpo,alphapo", "pref_beta": 2}, "set simpo_gamma"),
+        ({"stage": "dpo", "pref_loss": "sft", "use_weighting": True}, "`use_weighting` has no effect"),
+        ({"stage": "dpo", "pref_loss": "ipo,sigmoid", "ld_alpha": 0.5}, "means per token"),
         ({"stage": "dpo", "sync_ref_model": True, "ref_model": "r"}, "another model"),
         ({"stage": "dpo", "sync_ref_model": True, "precompute_ref_log_probs": True}, "run in every step"),
         ({"stage": "dpo", "pref_loss": "tdpo2", "precompute_ref_log_probs": True}, "run in every step"),
@@ -105,6 +110,13 @@ def test_a_key_of_single_losses_is_refused_with_the_others(key):
 def test_what_cannot_be_meant_is_refused(keys, said):
     with pytest.raises(ConfigError, match=said):
         load_config({**BASE, **keys})
+
+
+def test_losses_that_agree_keep_their_papers_values_in_any_order():
+    for names in ("cpo,sigmoid", "sigmoid,cpo"):
+        assert load_config({**BASE, "stage": "dpo", "pref_loss": names}).objective.pref_ftx == 1.0
+    assert load_config({**BASE, "stage": "dpo", "pref_loss": "cpo,sft"}).objective.pref_ftx == 0.0
+    assert load_config({**BASE, "stage": "dpo", "pref_loss": "nca_pair,bco_pair"}).objective.pref_beta == 0.01
 
 
 def test_a_reference_that_moves_or_is_compared_whole_runs_in_every_step():

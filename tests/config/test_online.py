@@ -66,6 +66,18 @@ def test_what_is_missing_or_in_vain_is_an_error():
     assert "`temperature` does nothing in training" in problems("sft", temperature=0.5, reward_funcs=[])
 
 
+def test_what_a_judge_or_the_sampling_makes_idle_is_an_error():
+    judged = {"reward_funcs": [], "judge": "j.py:f"}
+    assert load("online_dpo", **judged, reward_timeout=5).online.reward_timeout == 5
+    assert load("grpo", reward_timeout=5).online.reward_timeout == 5
+    by_model = {"reward_funcs": [], "reward_model": "r"}
+    assert "`reward_timeout` has no effect" in problems("grpo", **by_model, reward_timeout=5)
+    assert "`missing_eos_penalty` has no effect" in problems("online_dpo", **judged, missing_eos_penalty=1.0)
+    assert "`ppo_target` has no effect" in problems("ppo", ppo_kl_coeff=0, ppo_target=6.0)
+    assert "all answers of a prompt are the same" in problems("grpo", temperature=0)
+    assert "`packing` has no effect" in problems("grpo", packing=True)
+
+
 def test_trl_names_are_read():
     cfg = load("grpo", epsilon=0.1, epsilon_high=0.28, num_iterations=2, scale_rewards=False, max_completion_length=99)
     assert (cfg.online.ppo_clip_ratio, cfg.online.ppo_clip_ratio_high, cfg.online.ppo_epochs) == (0.1, 0.28, 2)

@@ -236,6 +236,7 @@ def trajectory(steps, margin, chosen, peak):
             "rewards/margins": margin * part,
             "rewards/chosen": 4 * peak * part * (1 - part) + chosen * part**2,
             "rewards/accuracies": 0.5 + 0.5 * min(1.0, 3 * part),
+            "kl": 0.5,
         }
 
 
@@ -256,6 +257,14 @@ def test_collapse_is_told_where_it_happened_and_only_there(steps, margin, chosen
     assert len(said) == int(collapsed), said
     if collapsed:
         assert "chosen reward falls below zero" in said[0] and "learning_rate" in said[0]
+
+
+def test_rewards_without_a_reference_are_below_zero_and_no_alarm():
+    rows = [{"step": s, "rewards/margins": 0.1 * s, "rewards/chosen": -4.0 + 0.05 * s, "rewards/rejected": -4 - 0.05 * s}
+            for s in range(30)]  # fmt: skip
+    assert warnings_of(rows) == []
+    falling = [{**row, "rewards/chosen": -4.0 - 0.05 * row["step"]} for row in rows]
+    assert warnings_of(falling) == []
 
 
 def test_noise_of_the_first_steps_is_no_collapse():
@@ -290,8 +299,8 @@ def test_a_gap_that_opens_between_training_and_held_out_pairs_is_told():
 
 
 def test_both_answers_falling_is_told_before_the_margin_tells():
-    rows = [{"step": s, "rewards/chosen": -0.05 * s, "rewards/rejected": -0.06 * s, "rewards/margins": 0.01 * s}
-            for s in range(1, 21)]  # fmt: skip
+    rows = [{"step": s, "rewards/chosen": -0.05 * s, "rewards/rejected": -0.06 * s, "rewards/margins": 0.01 * s,
+             "kl": 0.1} for s in range(1, 21)]  # fmt: skip
     said = warnings_of(rows)
     assert len(said) == 1 and "both become less likely" in said[0]
     healthy = [{**row, "rewards/chosen": 0.05 * row["step"]} for row in rows]

@@ -116,7 +116,7 @@ def check(cfg: RunConfig, place: Place, bad: set[str], *, training: bool) -> tup
 
 
 def _broken(cfg: RunConfig, place: Place, bad: set[str], rules: list[Rule]) -> list[Problem]:
-    view = SimpleNamespace(**{key: cfg[key] for key in SECTION_OF})
+    view = SimpleNamespace(explicit=cfg.explicit, **{key: cfg[key] for key in SECTION_OF})
     found = []
     for rule in rules:
         if not bad.intersection(rule.keys) and rule.broken(view):

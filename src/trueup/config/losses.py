@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from trueup.config.schema import RunConfig
+from trueup.config.schema import RunConfig, default
 from trueup.config.values import words
 
 _SCORES = "pref_beta f_divergence_type f_alpha_divergence_coef"
@@ -151,7 +151,7 @@ def pref_losses(cfg: RunConfig) -> list[str]:
 
 
 def loss_defaults(cfg: RunConfig) -> dict[str, Any]:
-    """What unset keys mean to the stage and its (first) loss."""
+    """What unset keys mean to the stage and its losses; those that differ in it are refused (`parting`)."""
     stage = cfg.objective.stage
     if stage not in STAGE_LOSSES:
         return {}
@@ -160,10 +160,18 @@ def loss_defaults(cfg: RunConfig) -> dict[str, Any]:
     if "pref_loss" not in cfg.explicit:
         names = [STAGE_LOSSES[stage][0]]
         changes["pref_loss"] = names[0]
-    if names and names[0] in PREF_LOSSES:
-        changes |= PREF_LOSSES[names[0]].defaults
+    for name in reversed(names):
+        changes |= PREF_LOSSES[name].defaults if name in PREF_LOSSES else {}
+    if "sft" in names:  # the likelihood that CPO would add is in the list already
+        changes.pop("pref_ftx", None)
     if cfg.objective.sync_ref_model:
         changes |= {"pref_beta": 0.05} if names == ["sigmoid"] else {}
     if cfg.objective.sync_ref_model or set(names) & set(LIVE_REFERENCE):
         changes["precompute_ref_log_probs"] = False
     return {key: value for key, value in changes.items() if key not in cfg.explicit}
+
+
+def parting(key: str, names: list[str]) -> bool:
+    """Whether the losses disagree on what this key means unset."""
+    readers = [loss for name in names if (loss := PREF_LOSSES.get(name)) and key in words(loss.keys)]
+    return len({loss.defaults.get(key, default(key)) for loss in readers}) > 1

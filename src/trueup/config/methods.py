@@ -217,7 +217,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
         "mask_truncated_completions ppo_buffer_size ppo_epochs",
         {"stage": ONLINE},
     ),
-    ("reward_timeout", {"stage": ONLINE, "reward_funcs": SET}),
+    ("reward_timeout", {"stage": ONLINE}),  # and with functions of the user's: a rule
     ("reward_loss", {"stage": ("rm",)}),
     (
         "center_rewards_coefficient score_margin",

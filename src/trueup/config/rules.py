@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trueup.config.losses import LIVE_REFERENCE, PREF_LOSSES, STAGE_LOSSES
+from trueup.config.losses import LIVE_REFERENCE, ON_SUMS, PREF_LOSSES, STAGE_LOSSES, parting
+from trueup.config.schema import default
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ def _losses(c: Any) -> list[str]:
 
 def _foreign(c: Any) -> bool:
     return c.stage in STAGE_LOSSES and not set(_losses(c)) <= set(STAGE_LOSSES[c.stage])
+
+
+def _parting(key: str) -> Rule:
+    return Rule(
+        ("pref_loss", key),
+        lambda c: c.stage in STAGE_LOSSES and key not in c.explicit and parting(key, _losses(c)),
+        f"the losses of `pref_loss` differ in what an unset `{key}` means",
+        f"set {key}: it then holds for all of them",
+    )
 
 
 _ONLINE = ("ppo", "grpo", "rloo", "online_dpo")
@@ -91,6 +101,24 @@ RULES = [
         "`pref_ftx` adds an SFT loss, and `pref_loss` has it already",
         "drop one of them",
     ),
+    *map(_parting, ("pref_beta", "dpo_label_smoothing", "simpo_gamma")),
+    Rule(
+        ("pref_loss", "use_weighting"),
+        lambda c: c.stage == "dpo" and c.use_weighting and _losses(c) == ["sft"],
+        "`use_weighting` has no effect with `pref_loss: sft`: it weighs pairs",
+        "drop it, or add a loss on pairs",
+    ),
+    Rule(
+        ("pref_loss", "ld_alpha"),
+        lambda c: (
+            c.stage == "dpo"
+            and c.ld_alpha is not None
+            and set(_losses(c)) & set(ON_SUMS)
+            and any(PREF_LOSSES[name].per_token for name in _losses(c) if name in PREF_LOSSES)
+        ),
+        "`ld_alpha` weighs sums over tokens, and a loss of `pref_loss` compares means per token",
+        "drop ld_alpha, or keep losses on sums",
+    ),
     Rule(
         ("sync_ref_model", "ref_model"),
         lambda c: c.stage == "dpo" and c.sync_ref_model and c.ref_model,
@@ -130,6 +158,41 @@ RULES = [
         lambda c: c.stage in ("grpo", "rloo", "online_dpo") and (c.num_generations or 2) < 2,
         "one answer cannot be compared with the others of its prompt",
         "set num_generations: 2 or more",
+    ),
+    Rule(
+        ("reward_timeout", "reward_funcs", "judge"),
+        lambda c: (
+            c.stage in _ONLINE
+            and c.reward_timeout != default("reward_timeout")
+            and not c.reward_funcs
+            and not (c.stage == "online_dpo" and c.judge)
+        ),
+        "`reward_timeout` has no effect without `reward_funcs` or `judge`",
+        "drop it",
+    ),
+    Rule(
+        ("judge", "missing_eos_penalty"),
+        lambda c: c.stage == "online_dpo" and c.judge and c.missing_eos_penalty,
+        "`missing_eos_penalty` has no effect with `judge`, which gives no rewards to take it from",
+        "drop it, or give rewards in place of the judge",
+    ),
+    Rule(
+        ("ppo_kl_coeff", "ppo_target"),
+        lambda c: c.stage == "ppo" and c.ppo_target and c.ppo_kl_coeff == 0,
+        "`ppo_target` has no effect with `ppo_kl_coeff: 0`: the price it multiplies stays 0",
+        "drop ppo_target, or set ppo_kl_coeff",
+    ),
+    Rule(
+        ("stage", "temperature"),
+        lambda c: c.stage in ("grpo", "rloo", "online_dpo") and c.temperature == 0,
+        "at `temperature: 0` all answers of a prompt are the same, and there is nothing to compare",
+        "set temperature: 1",
+    ),
+    Rule(
+        ("stage", "packing", "neat_packing"),
+        lambda c: c.stage in _ONLINE and (c.packing or c.neat_packing),
+        "`packing` has no effect where the model writes the answers itself",
+        "drop it",
     ),
     Rule(
         ("judge", "num_generations"),

@@ -2,7 +2,8 @@
 
 A preference loss can reach accuracy 1 and a beautiful margin while the model forgets how to speak:
 then the chosen answers have become less likely than the reference finds them, i.e. their reward is
-below zero.
+below zero. Without a reference (SimPO, ORPO, CPO) a reward is a likelihood, below zero from the start, and says no such
+thing.
 """
 
 from __future__ import annotations
@@ -69,7 +70,12 @@ class Health:
         values = values[: len(values) - skip][-(last or self.limits.window) :]
         return sum(values) / len(values) if values else None
 
+    def _has_reference(self) -> bool:
+        return any(row.get("kl") is not None for row in self.rows)
+
     def _collapse(self, step: int) -> None:
+        if not self._has_reference():
+            return
         chosen, margin = self._mean("rewards/chosen"), self._mean("rewards/margins")
         if chosen is None or margin is None:
             return
@@ -111,7 +117,7 @@ class Health:
 
     def _falling(self, step: int) -> None:
         """Both answers become less likely, window after window, before the margin tells of a collapse."""
-        if "collapse" in self.said:
+        if "collapse" in self.said or not self._has_reference():
             return
         window = self.limits.window
         if sum(row.get("rewards/rejected") is not None for row in self.rows) < 3 * window:
