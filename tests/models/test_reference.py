@@ -15,7 +15,7 @@ from tests.models.test_layout import random_rows
 from tests.models.tiny import tiny_model
 from trueup.data.forest import build_forest
 from trueup.models.policy import Policy
-from trueup.models.reference import LiveReference, ReferenceTable, table_path
+from trueup.models.reference import LiveReference, MovingReference, ReferenceTable, table_path
 
 
 def full_policy() -> Policy:
@@ -32,6 +32,29 @@ def test_full_training_keeps_a_frozen_copy_of_the_start() -> None:
     train_a_little(policy)
     assert torch.equal(reference.token_logps(forest), before)
     assert not torch.equal(policy.token_logps(forest), before)
+
+
+def test_a_moving_reference_in_bf16_follows_in_small_steps() -> None:
+    policy = full_policy()
+    policy.base.to(torch.bfloat16)
+    moving = MovingReference(policy)
+    start = {name: tensor.clone() for name, tensor in moving.past.items()}
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(1.0)
+    for _ in range(100):
+        moving.follow(1e-3)
+    share = 1 - (1 - 1e-3) ** 100
+    for name, parameter in policy.trainable().items():
+        expected = torch.lerp(start[name], parameter.detach().float(), share)
+        torch.testing.assert_close(moving.past[name], expected, atol=1e-5, rtol=1e-4)
+        with moving.running():
+            assert torch.equal(policy.trainable()[name], moving.past[name].bfloat16())
+    again = MovingReference(policy)
+    again.load(moving.past)
+    for name, tensor in moving.past.items():
+        assert torch.equal(again.past[name], tensor)
+        assert torch.equal(again.running_past[name], moving.running_past[name])
 
 
 def test_a_table_is_read_again_and_knows_its_gaps(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ KINDS = {
     "bco_pair": {"pref_loss": "bco_pair"},
     "tdpo2": {"pref_loss": "tdpo2"},
     "weighting": {"use_weighting": True},
-    "several": {"pref_loss": "sigmoid,bco_pair,sft", "loss_weights": "0.8,0.2,1"},
+    "several": {"pref_loss": "sigmoid,bco_pair,sft", "loss_weights": "0.8,0.2,1", "pref_beta": 0.1},
+    "coupled and with distributions": {"pref_loss": "aot,tdpo2"},
     "bco weight": {"pref_bco_weight": 0.5, "pref_ftx": 0.1},
     "length": {"ld_alpha": 0.3},
     "orpo": {"stage": "orpo"},
@@ -223,10 +224,43 @@ def test_a_step_of_knowledge_alone_is_a_step(config: Config) -> None:
 
 def test_partners_are_other_rows_and_change_with_the_epoch() -> None:
     for count in (2, 3, 17):
-        other = partners(count, seed=5, epoch=0)
+        other = partners(np.arange(count), seed=5, epoch=0)
         assert sorted(other) == list(range(count)) and not (other == np.arange(count)).any()
-    assert not np.array_equal(partners(17, 5, 0), partners(17, 5, 1))
-    assert np.array_equal(partners(17, 5, 1), partners(17, 5, 1))
+    rows = np.arange(17)
+    assert not np.array_equal(partners(rows, 5, 0), partners(rows, 5, 1))
+    assert np.array_equal(partners(rows, 5, 1), partners(rows, 5, 1))
+
+
+def test_partners_have_another_prompt_where_there_is_one() -> None:
+    for prompts in ([0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 0], [0, 0, 0, 1]):
+        for epoch in range(5):
+            other = partners(np.array(prompts), 5, epoch)
+            assert not (np.array(prompts)[other] == prompts).any()
+            assert sorted(other) == list(range(len(prompts))) or prompts == [0, 0, 0, 1]
+    assert not (partners(np.zeros(4, dtype=int), 5, 0) == np.arange(4)).any()
+
+
+@pytest.mark.parametrize("keys", [{"pref_loss": "aot"}, KTO], ids=["aot", "kto"])
+def test_a_look_at_the_whole_step_draws_no_dropout(config: Config, keys: dict) -> None:
+    program = program_of(config(**keys, lora_dropout=0.5))
+    move_far(program)
+    program.lesson.policy.model.train()
+
+    def seen() -> list:
+        program.look_ahead([b for i in (0, 1) for b in program.micro_batches(0, i)], Single("cpu"), 0)
+        if keys is KTO:
+            return program.lesson.mismatched.tolist()
+        return [v.tolist() for coupled in program.lesson.step.values() for v in coupled["aot"].values.values()]
+
+    first = seen()
+    assert first and first == seen() and program.lesson.policy.model.training
+
+
+def test_the_shift_of_bco_is_of_the_rewards_in_its_loss(config: Config) -> None:
+    program = program_of(config(pref_loss="bco_pair", ld_alpha=0.0, ld_reference=False))
+    told = step(program)[1]
+    program.look_ahead([], Single("cpu"), 1)
+    assert program.lesson.shift.mean == pytest.approx((told["rewards/chosen"] + told["rewards/rejected"]) / 2, rel=1e-4)
 
 
 def test_a_crossed_row_fits_the_cutoff(config: Config) -> None:

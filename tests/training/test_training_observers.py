@@ -260,10 +260,10 @@ def test_collapse_is_told_where_it_happened_and_only_there(steps, margin, chosen
 
 
 def test_rewards_without_a_reference_are_below_zero_and_no_alarm():
-    rows = [{"step": s, "rewards/margins": 0.1 * s, "rewards/chosen": -4.0 + 0.05 * s, "rewards/rejected": -4 - 0.05 * s}
+    rows = [{"step": s, "rewards/margins": 0.1 * s, "rewards/chosen": -4 + 0.05 * s, "rewards/rejected": -4 - 0.05 * s}
             for s in range(30)]  # fmt: skip
     assert warnings_of(rows) == []
-    falling = [{**row, "rewards/chosen": -4.0 - 0.05 * row["step"]} for row in rows]
+    falling = [{**row, "rewards/chosen": -4 - 0.05 * row["step"]} for row in rows]
     assert warnings_of(falling) == []
 
 

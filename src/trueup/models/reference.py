@@ -111,12 +111,16 @@ def _shape_of(config: LoraConfig) -> list:
 
 
 class MovingReference(LiveReference):
-    """The policy's own past, some steps ago: a copy of what is trained, put in its place while the reference runs."""
+    """The policy's own past, some steps ago: a copy of what is trained, put in its place while the reference runs.
+
+    The past is kept in fp32, where small steps towards the present add up; what runs is rounded from it.
+    """
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy, self._in_place)
         self.trained = policy.trainable()
-        self.past = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+        self.running_past = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+        self.past = {name: tensor.float() for name, tensor in self.running_past.items()}  # no copy where it is fp32
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -128,18 +132,24 @@ class MovingReference(LiveReference):
 
     def _swap(self) -> None:
         for name, parameter in self.trained.items():
-            self.past[name], parameter.data = parameter.data, self.past[name]
+            self.running_past[name], parameter.data = parameter.data, self.running_past[name]
 
     @torch.no_grad()
     def follow(self, share: float) -> None:
         """past ← share · present + (1 − share) · past (TR-DPO, arXiv 2404.09656)."""
         for name, parameter in self.trained.items():
-            self.past[name].lerp_(parameter.data, share)
+            self.past[name].lerp_(parameter.data.float(), share)
+        self._publish()
 
     def load(self, past: Mapping[str, Tensor]) -> None:
         """Go on from a copy saved before."""
         for name, tensor in self.past.items():
             tensor.copy_(past[name])
+        self._publish()
+
+    def _publish(self) -> None:
+        for name, tensor in self.past.items():
+            self.running_past[name].copy_(tensor)
 
 
 class ReferenceTable:

@@ -18,7 +18,7 @@ from trueup.models.policy import Policy
 from trueup.recipes.batches import Batch
 from trueup.recipes.coupling import RunningMean, gather_values
 from trueup.recipes.objective import add_up, merged_metrics, terms_of
-from trueup.recipes.pairs import kl_to_reference
+from trueup.recipes.pairs import kl_to_reference, without_dropout
 from trueup.recipes.references import References
 from trueup.training.backend import Backend
 from trueup.training.profile import phase
@@ -51,6 +51,7 @@ class FeedbackLesson:
         self.needs_mismatched = any(term.objective.needs_mismatched for term in self.terms)
         self.shift = RunningMean(backend) if any(term.objective.needs_shift for term in self.terms) else None
         self.mismatched: Tensor | None = None  # [M] log-ratios over the whole step
+        self.prompts: dict[str, np.ndarray] = {}  # split → a number for each row's prompt
 
     def counts(self, batch: Batch) -> dict[str, float]:
         wanted = sum(is_wanted(example) for example in self._examples(batch))
@@ -92,7 +93,8 @@ class FeedbackLesson:
             self.shift.fold()
         if self.needs_mismatched:
             epoch = 0 if steps_done is None else steps_done // self.steps_per_epoch
-            ratios = [{"ratio": self._log_ratios(batch, epoch)} for batch in batches]
+            with without_dropout(self.policy):
+                ratios = [{"ratio": self._log_ratios(batch, epoch)} for batch in batches]
             values, _ = gather_values(ratios, backend)
             self.mismatched = values.get("ratio", torch.zeros(0)).to(self.policy.device)
 
@@ -100,7 +102,9 @@ class FeedbackLesson:
         dataset = self.datasets[batch.split]
         if len(dataset) < 2:
             return torch.zeros(0)
-        others = partners(len(dataset), self.seed, epoch)
+        if batch.split not in self.prompts:
+            self.prompts[batch.split] = numbered_prompts(dataset)
+        others = partners(self.prompts[batch.split], self.seed, epoch)
         forest = build_forest([crossed(dataset[i], dataset[int(others[i])], self.cutoff) for i in batch.indices])
         forest = forest.to(self.policy.device)
         gap = self.policy.token_logps(forest) - self.references.live_token_logps(forest)
@@ -123,11 +127,28 @@ def is_wanted(example: Encoded) -> bool:
     return bool(example.scores[0])
 
 
-def partners(count: int, seed: int, epoch: int) -> np.ndarray:
-    """For each of `count` ≥ 2 rows another one: one cycle through all rows, drawn anew in every epoch."""
-    order = np.random.default_rng([seed, epoch, 1]).permutation(count)
-    other = np.empty(count, dtype=np.int64)
-    other[order] = np.roll(order, 1)
+def numbered_prompts(dataset: EncodedDataset) -> np.ndarray:
+    """A number for each row, the same for equal prompts."""
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(example.prompt.tobytes(), len(numbers)) for example in dataset])
+
+
+def partners(prompts: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """For each of ≥ 2 rows one with another prompt, drawn anew in every epoch.
+
+    Rows of one prompt stand together in a random order, and each takes the row as far behind it as the largest such
+    group is long: that is in another group, and every row is taken once. Where one prompt has more than half of the
+    rows, some rows are taken more often; where all are equal, any other row has to do.
+    """
+    rng = np.random.default_rng([seed, epoch, 1])
+    order = rng.permutation(len(prompts))
+    _, first, group, sizes = np.unique(prompts[order], return_index=True, return_inverse=True, return_counts=True)
+    order = order[np.argsort(first[group], kind="stable")]
+    other = np.empty(len(prompts), dtype=np.int64)
+    other[order] = np.roll(order, 1 if len(sizes) == 1 else sizes.max())
+    if len(sizes) > 1:
+        for row in np.flatnonzero(prompts[other] == prompts):
+            other[row] = rng.choice(np.flatnonzero(prompts != prompts[row]))
     return other
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -102,22 +103,24 @@ class PairLesson:
             if term.name in coupled:
                 given["step"] = coupled[term.name]
             if term.objective.needs_shift:
-                given["shift"] = self._shift_and_see(plain)
+                given["shift"] = self._shift_and_see(pairs)
             results.append(term.objective.function(plain if term.is_anchor else pairs, **given))
         return results, {**merged_metrics(self.terms, results, float(num_pairs)), **metrics}
 
     def _reference(
         self, batch: Batch, forest: Forest, hidden: Tensor | None, count: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The reference's log-probabilities [count] and, for those that need it, its divergence [count]."""
+        """The reference's log-probabilities [count] and, where `hidden` is given and a loss needs it, its divergence
+        [count].
+        """
         if self.references is None:
             return None, None
-        if not self.needs_kl:
+        if not self.needs_kl or hidden is None:
             whole = len(forest.owner) == count
             own = forest if whole else build_forest(self._examples(batch, batch.indices))
             return self.references.token_logps(batch, own).to(self.policy.device), None
         live = self.references.live
-        assert live is not None and hidden is not None
+        assert live is not None
         with live.running():
             other = live.policy.hidden(forest)[:count]
             logps = token_logps(other, live.policy.head, forest.target[:count])
@@ -168,7 +171,8 @@ class PairLesson:
     def _survey(self, batches: Sequence[Batch], backend: Backend) -> None:
         """One more pass over the step, without gradient. A step of one micro-batch needs none."""
         own = [Batch(batch.split, self._sorted(batch)[0]) for batch in batches]
-        found = [self._values(batch) for batch in own]
+        with without_dropout(self.policy):
+            found = [self._values(batch) for batch in own]
         for term in self.surveyed:
             values, places = gather_values([values[term.name] for values in found], backend)
             on_device = {name: value.to(self.policy.device) for name, value in values.items()}
@@ -213,6 +217,17 @@ class PairLesson:
             self.shift.load(state.pop("shift"))
         if self.objective.sync_ref_model and self.references is not None:
             self.references.load_state_dict(state)
+
+
+@contextmanager
+def without_dropout(policy: Policy) -> Iterator[None]:
+    """For passes that look at a step as a whole: a mask drawn there is not the one that the loss will draw."""
+    training = policy.model.training
+    policy.model.eval()
+    try:
+        yield
+    finally:
+        policy.model.train(training)
 
 
 def _key(batch: Batch) -> tuple[str, bytes]:
