@@ -7,8 +7,10 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,11 +20,15 @@ from trueup.data.encode import prepare
 from trueup.errors import ConfigError
 from trueup.models.load import load_policy, load_tokenizer
 from trueup.recipes.batches import plan_batches
+from trueup.recipes.collector import Collected
 from trueup.recipes.judges import load_judges
+from trueup.recipes.learners import LeaveOneOut
 from trueup.recipes.online import make_program
 from trueup.recipes.online_program import OnlineProgram
 from trueup.recipes.prompts import PromptRows
 from trueup.recipes.run import run
+from trueup.rollout.rollout import Rollout
+from trueup.rollout.sampler import Sampled
 from trueup.training.backend import Single
 from trueup.training.loop import WALL_CLOCK
 from trueup.training.run_directory import read_metrics
@@ -302,3 +308,59 @@ def test_what_is_not_there_is_said_before_the_run(online: Config, tmp_path: Path
         with pytest.raises(ConfigError, match=words):
             run(online("grpo", **keys))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, keys", [("ppo", {"ppo_target": 2.0}), ("rloo", {"ppo_kl_coeff": 0.1}), ("grpo", {"ppo_epochs": 2})]
+)
+def test_a_rollout_with_nothing_to_learn_from_is_said_and_its_metrics_are_kept(online: Config, caplog, stage, keys):
+    program = program_of(online(stage, mask_truncated_completions=True, **keys))
+    sample = program.collector.engine.sample
+
+    def cut_off(*arguments):
+        return [[replace(a, ended=False) for a in group] for group in sample(*arguments)]
+
+    program.collector.engine.sample = cut_off
+    assert step(program) == (0.0, {}, {})
+    assert caplog.text.count("no answer to learn from") == 1
+    again = program.state_dict()
+    program.load_state_dict(again)
+    program.collector.engine.sample = sample
+    program.schedule = replace(program.schedule, passes=1)
+    program._rollout = None
+    _, metrics, _ = step(program, 1)
+    if stage == "ppo":
+        assert metrics["objective/kl_coef"] > 0
+    assert "completions/clipped_ratio" in metrics and metrics["completions/clipped_ratio"] > 0
+
+
+def test_ppo_does_not_learn_from_answers_without_a_reward(online: Config):
+    program = program_of(online("ppo"))
+    score = program.collector.judges.score
+
+    def partly(answers):
+        scores = score(answers)
+        scores[0] = np.inf
+        return np.where(np.isfinite(scores), scores, np.nan)
+
+    program.collector.judges.score = partly
+    step(program)
+    rollout = program._rollout
+    missing = np.flatnonzero(np.isnan(rollout.rewards_S)).tolist()
+    assert missing and not rollout.kept_S[missing].any() and not rollout.take("advantages", missing).any()
+
+
+def test_answers_that_are_cut_off_are_no_baseline_and_no_kl(online: Config):
+    logps = [np.full(2, -1.0, dtype=np.float32)] * 3
+    rollout = Rollout.of(
+        0, 0, np.array([0]),
+        [[Sampled(np.array([5, 6]), logps[i], 0.0, ended) for i, ended in enumerate([True, True, False])]],
+    )  # fmt: skip
+    rollout.rewards_S, rollout.kept_S = np.array([1.0, 0.0, 9.0]), np.array([True, True, False])
+    rollout.tokens |= {"sampled": np.concatenate(logps)}
+    rollout.put("old", [0, 1], np.full(4, -1.0))
+    rollout.put("reference", [0, 1], np.full(4, -1.5))
+    learner = LeaveOneOut(online("rloo", ppo_kl_coeff=0.1), on_policy=True)
+    found = learner.appraise(Collected(rollout, [], np.zeros((3, 0)), {}))
+    assert found["kl"] == (2.0, 2.0)
+    assert rollout.tokens["advantages"].tolist() == [1.0, 1.0, -1.0, -1.0, 0.0, 0.0]

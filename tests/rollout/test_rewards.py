@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import trueup
 from trueup.errors import ConfigError, DataError, ResourceError
+from trueup.rollout import worker
 from trueup.rollout.rewards import Answered, FunctionReward, HttpReward, Workers
 
 FILE = """
@@ -69,6 +72,27 @@ def test_an_answer_that_takes_too_long_has_no_reward_and_the_others_have(file, w
     assert "more than 1 s for one answer" in caplog.text
 
 
+def test_importing_the_file_again_is_not_counted(tmp_path, workers):
+    path = tmp_path / "heavy.py"
+    path.write_text("import time\ntime.sleep(1.5)\n" + FILE, encoding="utf-8")
+    assert FunctionReward(f"{path}:slow", workers).score(answered("hang", "a")) == [None, 1.0]
+
+
+def test_modules_of_the_working_directory_are_not_taken(file, workers, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "json.py").write_text("raise SystemExit('not this one')", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(Path(trueup.__file__).parents[1]))
+    monkeypatch.chdir(elsewhere)
+    assert FunctionReward(f"{file}:length", workers).score(answered("a")) == [1.0]
+
+
+def test_a_reward_that_needs_a_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(worker.Refused, match=r"trueup\[rewards\]"):
+        worker.find("json_schema")
+
+
 def test_an_answer_that_ends_the_process_has_no_reward(file, workers):
     assert FunctionReward(f"{file}:dies", workers).score(answered("a", "die")) == [2.0, None]
 
@@ -117,3 +141,18 @@ def test_a_scorer_behind_a_url_gets_whole_texts(monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(ResourceError, match="the scorer does not answer"):
         HttpReward(url).score(answered("a"))
+
+
+@pytest.mark.parametrize("error", [http.client.IncompleteRead(b""), ConnectionResetError(), TypeError("no number")])
+def test_a_scorer_that_breaks_off_is_asked_again_then_named(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(ResourceError, match="the scorer does not answer"):
+        HttpReward("http://127.0.0.1:9/").score(answered("a"))
+
+
+def test_a_score_of_null_is_no_opinion():
+    assert HttpReward("")._scores({"scores": [None, 2]}, 2) == [None, 2.0]

@@ -15,6 +15,7 @@ from trueup.rollout import verify
     [
         ("the answer is 42.", 42), ("1,234 apples", 1234), ("x = -3.5e2", -350), ("50%", 0.5), ("2 and 3", 3),
         ("#### 7\n(not 8)", 7), (r"\boxed{12} or 13", 12), ("none at all", None), ("", None), (".5", 0.5),
+        ("see table2", 2), ("as in e2", 2), ("1,234.56 euros", 1234.56), ("it is 3.", 3), ("1e5", 1e5),
     ],
 )  # fmt: skip
 def test_the_number_an_answer_ends_with(text, number):
@@ -38,6 +39,14 @@ def test_json_schema():
     schema = '{"type": "object", "required": ["a"]}'
     texts = ['{"a": 1}', '```json\n{"a": 2}\n```', '{"b": 1}', "{a"]
     assert verify.json_schema(texts, [schema] * 4) == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_json_that_is_too_deep_is_wrong_and_schemas_fetch_nothing(monkeypatch):
+    pytest.importorskip("jsonschema", reason="an optional dependency")
+    assert verify.json_schema(["[" * 100_000], ['{"type": "array"}']) == [0.0]
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_: pytest.fail("it went to the network"))
+    with pytest.raises(Exception, match="Unresolvable"):
+        verify.json_schema(["1"], ['{"$ref": "http://127.0.0.1:9/schema"}'])
 
 
 @pytest.fixture
@@ -70,3 +79,13 @@ def test_queries_are_judged_by_their_rows(database, sql, right):
 def test_a_reference_that_does_not_run_is_an_error_of_the_data(database):
     with pytest.raises(ValueError, match="reference query"):
         verify.same_rows("select 1", "selec 1", database)
+
+
+def test_queries_that_return_too_much_are_wrong_and_take_little_memory(database, monkeypatch):
+    numbers = "with recursive r(n) as (select 1 union all select n + 1 from r limit {}) select {} from r"
+    assert len(verify.run_sql(numbers.format(10_000, "n"), database)) == 10_000
+    assert verify.run_sql(numbers.format(10_001, "n"), database) is None
+    assert verify.run_sql("select zeroblob(1000000000)", database) is None
+    monkeypatch.setattr(verify, "_MOST_BYTES", 1_000_000)
+    assert verify.run_sql(numbers.format(20, "zeroblob(100000)"), database) is None
+    assert verify.sql_result([numbers.format(20, "zeroblob(100000)")], ["select 1"], [str(database)]) == [0.0]

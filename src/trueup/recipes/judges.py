@@ -37,9 +37,10 @@ class Judges:
         self.workers = workers
 
     def score(self, answers: Sequence[Answered]) -> np.ndarray:
-        """[S, rewards] float64; NaN where a reward has no opinion."""
+        """[S, rewards] float64; NaN where a reward has no opinion, or one that is not finite."""
         columns = [[np.nan if s is None else s for s in reward.score(answers)] for reward in self.rewards]
-        return np.array(columns, dtype=np.float64).reshape(len(self.rewards), len(answers)).T
+        scores = np.array(columns, dtype=np.float64).reshape(len(self.rewards), len(answers)).T
+        return np.where(np.isfinite(scores), scores, np.nan)
 
     def combine(self, scores: np.ndarray) -> np.ndarray:
         """[S, rewards] → [S] weighted sums; NaN where no reward has an opinion."""

@@ -113,11 +113,12 @@ class LeaveOneOut(_Stateless):
 
     def appraise(self, collected: Collected) -> HostMetrics:
         rollout, found = collected.rollout, {}
-        rewards = rollout.rewards_S
+        rewards = np.where(rollout.kept_S, rollout.rewards_S, np.nan)  # others are no baseline either
         if self.price:
             kl = np.array([part.sum() for part in _log_ratios(rollout)])
             rewards = rewards - self.price * kl
-            found["kl"] = (float(kl.sum()), float(len(kl)))
+            if rollout.kept_S.any():
+                found["kl"] = (float(kl[rollout.kept_S].sum()), float(rollout.kept_S.sum()))
         values = advantages.leave_one_out(rewards.reshape(-1, rollout.num_answers)).reshape(-1)
         if self.normalise:
             (values,) = advantages.whiten([values])
@@ -145,6 +146,7 @@ class Ppo:
 
     def appraise(self, collected: Collected) -> HostMetrics:
         rollout = collected.rollout
+        rollout.kept_S = rollout.kept_S & np.isfinite(rollout.rewards_S)  # no reward is not a reward of 0
         scores = rollout.rewards_S
         if self.norm is not None:
             scores = self.norm.normalise(scores)
@@ -158,18 +160,22 @@ class Ppo:
         if self.whiten_rewards:
             _put_back(shaped, kept, advantages.whiten([rewards[i] for i in kept], shift=False))
         found, returns = advantages.gae(shaped, rollout.split("values"), self.gamma, self.lam)
-        _put_back(found, kept, advantages.whiten([found[i] for i in kept]))
+        whitened = advantages.whiten([found[i] for i in kept])
+        found = [np.zeros_like(part) for part in found]
+        _put_back(found, kept, whitened)
         rollout.join("advantages", found)
         rollout.join("returns", returns)
-        kl = np.array([part.sum() for part in log_ratios])
+        if not len(kept):
+            return {}
+        kl = np.array([log_ratios[i].sum() for i in kept])
         self.controller.see(float(kl.mean()), len(kl))
         return {**self._metrics(collected, kl, price), **_sampling_gap(rollout)}
 
     def _metrics(self, collected: Collected, kl: np.ndarray, price: float) -> HostMetrics:
-        """Under TRL's names; per answer, except where they say otherwise."""
+        """Under TRL's names; per answer that is learnt from, except where they say otherwise."""
         rollout, count = collected.rollout, float(len(kl))
-        scores = float(np.nansum(rollout.rewards_S))
-        surprise = -sum(float(part.sum()) for part in rollout.split("old"))
+        scores = float(rollout.rewards_S[rollout.kept_S].sum())
+        surprise = -float(rollout.take("old", np.flatnonzero(rollout.kept_S).tolist()).sum(dtype=np.float64))
         entropy, tokens = collected.metrics["entropy"]
         return {
             "kl": (float(kl.sum()), count),

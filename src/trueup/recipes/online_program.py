@@ -7,6 +7,7 @@ prompts, `ppo_epochs` times each. One that is not used up is part of a checkpoin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,12 +27,14 @@ from trueup.models.policy import Policy
 from trueup.models.reference import LiveReference
 from trueup.models.value import ValueHead
 from trueup.recipes.batches import eval_batches
-from trueup.recipes.collector import Collected, Collector, length_metrics, reward_metrics
+from trueup.recipes.collector import Collected, Collector, HostMetrics, length_metrics, reward_metrics
 from trueup.recipes.learners import Learner, MicroBatch
 from trueup.rollout.completions import CompletionsLog
 from trueup.rollout.rollout import Rollout
 from trueup.training.backend import Backend
 from trueup.types import Forest, Metrics
+
+log = logging.getLogger("trueup")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class OnlineProgram:
         }
         self._rollout: Rollout | None = None
         self._used_up = True
+        self._untold: HostMetrics = {}  # of rollouts, until a step of this process has a micro-batch to tell them with
+        self._said_empty = False
 
     def train(self, mode: bool = True) -> None:
         self.policy.model.train(mode)
@@ -129,17 +134,30 @@ class OnlineProgram:
 
     def micro_batches(self, epoch: int, step: int) -> list[OnlineBatch]:
         index, position = self.schedule.locate(step)
-        extra: Metrics = {}
         if self._rollout is None or (self._rollout.epoch, self._rollout.index) != (epoch, index):
-            self._rollout, extra = self._draw(epoch, index, step)
+            self._rollout, metrics = self._draw(epoch, index, step)
+            for name, (value, count) in metrics.items():
+                before = self._untold.get(name, (0.0, 0.0))
+                self._untold[name] = (before[0] + value, before[1] + count)
         rollout = self._rollout
         rows = len(rollout.rows_P)
         self._used_up = self.schedule.is_last(position, rows)
         prompts = self.schedule.prompts(epoch, index, position, rows)
         batches = self._cut(rollout, prompts)
-        if extra and batches:
-            batches[0] = replace(batches[0], extra=extra)
+        if not rollout.lengths_P[prompts].any():
+            self._say_empty(epoch * self.steps_per_epoch + step + 1)
+        if self._untold and batches:
+            told = {name: (torch.tensor(v, dtype=torch.float64), n) for name, (v, n) in self._untold.items()}
+            batches[0], self._untold = replace(batches[0], extra=told), {}
         return batches
+
+    def _say_empty(self, step: int) -> None:
+        if not self._said_empty:
+            self._said_empty = True
+            log.warning(
+                "step %d has no answer to learn from (cut off, without a reward, or a tie), nor may later ones; "
+                "%s says why: raise max_new_tokens, or mend the rewards", step, self.completions.path.name,
+            )  # fmt: skip
 
     def _cut(self, rollout: Rollout, prompts: np.ndarray) -> list[OnlineBatch]:
         """This process's micro-batches over these prompts; those with nothing to learn from are left out."""
@@ -150,22 +168,22 @@ class OnlineProgram:
         groups = plan.micro_batches(units, self.backend.rank, self.backend.world_size)
         return [OnlineBatch("train", group, rollout) for group in groups]
 
-    def _draw(self, epoch: int, index: int, step: int) -> tuple[Rollout, Metrics]:
+    def _draw(self, epoch: int, index: int, step: int) -> tuple[Rollout, HostMetrics]:
         """A rollout with everything in it, and (on the first process) its metrics."""
         rows = self.schedule.rows(epoch, index)
         collected = self.collector.collect(self.datasets["train"], rows, epoch, index)
         self._compute(collected.rollout, epoch, index)
         metrics = {**collected.metrics, **self.learner.appraise(collected)}
         self._write_down(collected, epoch * self.steps_per_epoch + step + 1)
-        if self.backend.rank:
-            return collected.rollout, {}
-        return collected.rollout, {name: (torch.tensor(v, dtype=torch.float64), n) for name, (v, n) in metrics.items()}
+        return collected.rollout, {} if self.backend.rank else metrics
 
     @torch.no_grad()
     def _compute(self, rollout: Rollout, epoch: int, index: int) -> None:
         """The per-token values that the learner wants, in the micro-batches of the first pass, dealt out like them."""
         if not self.learner.wants:
             return
+        for name in self.learner.wants:
+            rollout.put(name, [], np.zeros(0))  # answers that are not learnt from keep zeros
         mine = []
         batches = self.schedule.batches(len(rollout.rows_P))
         training = self.policy.model.training
@@ -307,12 +325,15 @@ class OnlineProgram:
             "learner": self.learner.state_dict(),
             "completions": self.completions.lines,
             "rollout": live.state_dict() if live else None,
+            "untold": {name: list(pair) for name, pair in self._untold.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
         self.completions.cut(state["completions"])
         self._rollout = Rollout.from_state(state["rollout"]) if state["rollout"] else None
+        untold = {} if self.backend.rank else state.get("untold", {})
+        self._untold = {name: (value, count) for name, (value, count) in untold.items()}
 
 
 def cooled(head: Head, temperature: float) -> Head:

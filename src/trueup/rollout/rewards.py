@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import queue
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,17 +53,18 @@ class Workers:
         self.seconds = seconds
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str] = queue.Queue()
+        self._loaded: set[str] = set()  # functions that the process has imported
 
     def check(self, function: str, key: str) -> None:
         """Whether there is such a function. Raises ConfigError."""
-        reply = self._ask({"function": function}, max(self.seconds, 120.0))  # its file may import much
-        if reply is None or "error" in reply:
-            why = reply["error"] if reply else "importing it takes too long, or ends the process"
+        if why := self._load(function):
             raise ConfigError(f"{function}: {why}", where=key, expected="FILE.py:NAME or the name of a built-in reward")
 
     def call(self, function: str, batch: Mapping[str, Sequence[Any]]) -> Scores:
         """The function's values. A batch that takes too long is cut in half, until it is known which answer does."""
         size = len(batch["completions"])
+        if why := self._load(function):
+            raise DataError(f"{function}: {why}", where=function, fix="mend the function, then resume")
         reply = self._ask({"function": function, "batch": batch}, self.seconds)
         if reply is None:
             if size == 1:
@@ -78,6 +79,17 @@ class Workers:
                 f"the reward function failed: {reply['error']}", where=function, fix="mend the function, then resume"
             )
         return reply["values"]
+
+    def _load(self, function: str) -> str | None:
+        """Import the function where it is not yet, off the clock of answers; why it cannot be had, if so."""
+        if function in self._loaded:
+            return None
+        reply = self._ask({"function": function}, max(self.seconds, 120.0))  # its file may import much
+        if reply is None:
+            return "importing it takes too long, or ends the process"
+        if "error" not in reply:
+            self._loaded.add(function)
+        return reply.get("error")
 
     def _ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any] | None:
         """The reply, None if there is none in time (the process is then ended)."""
@@ -94,7 +106,7 @@ class Workers:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
-            command = [sys.executable, "-m", "trueup.rollout.worker"]
+            command = [sys.executable, "-P", "-m", "trueup.rollout.worker"]  # -P: no module of the working directory
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
             )
@@ -108,6 +120,7 @@ class Workers:
             self._process.kill()
             self._process.wait()
             self._process = None
+            self._loaded.clear()
 
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
@@ -173,7 +186,7 @@ class HttpReward:
             try:
                 with urllib.request.urlopen(request, timeout=self.SECONDS) as reply:
                     return self._scores(json.load(reply), len(texts))
-            except (urllib.error.URLError, TimeoutError, ValueError) as error:
+            except (OSError, http.client.HTTPException, ValueError, TypeError) as error:
                 failure = error
                 time.sleep(min(2.0**attempt, 5.0) * (attempt + 1 < self.TRIES))
         raise ResourceError(
@@ -185,7 +198,7 @@ class HttpReward:
         scores = reply.get("scores") if isinstance(reply, dict) else None
         if not isinstance(scores, list) or len(scores) != count:
             raise ValueError(f"it answered {json.dumps(reply)[:200]}")
-        return [float(score) for score in scores]
+        return [None if score is None else float(score) for score in scores]
 
     def close(self) -> None:
         pass

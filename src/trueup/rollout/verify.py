@@ -10,15 +10,17 @@ import json
 import math
 import re
 import sqlite3
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?%?")
+_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?%?")
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}|####\s*(\S+)")
 _FENCE = re.compile(r"```(?:\w+)?\s*\n(.*?)```", re.DOTALL)
 _STEPS_PER_CHECK, _CHECKS, _MOST_ROWS = 100_000, 50, 10_000
+_MOST_BYTES, _LONGEST_VALUE = 64_000_000, 1_000_000
 
 Score = float | None
 
@@ -53,13 +55,16 @@ def regex(completions: Sequence[str], pattern: Sequence[str | None], **_: Any) -
 def json_schema(completions: Sequence[str], schema: Sequence[Any], **_: Any) -> list[Score]:
     """Whether the answer is JSON (alone, or in a code fence) that the column `schema` allows."""
     import jsonschema  # of the extra `rewards`
+    import referencing
 
     def fits(text: str, wanted: Any) -> bool:
-        try:
-            jsonschema.validate(json.loads(unfenced(text)), json.loads(wanted) if isinstance(wanted, str) else wanted)
-        except (ValueError, jsonschema.ValidationError):
+        schema = json.loads(wanted) if isinstance(wanted, str) else wanted
+        kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+        kind.check_schema(schema)
+        try:  # the empty registry: a `$ref` to elsewhere fetches nothing
+            return kind(schema, registry=referencing.Registry()).is_valid(json.loads(unfenced(text)))
+        except (ValueError, RecursionError):
             return False
-        return True
 
     return [
         None if wanted is None else float(fits(text, wanted)) for text, wanted in zip(completions, schema, strict=True)
@@ -84,11 +89,14 @@ def last_number(text: str) -> float | None:
     marked = _BOXED.findall(text)
     if marked:
         text = marked[-1][0] or marked[-1][1]
-    found = [match for match in _NUMBER.findall(text) if any(c.isdigit() for c in match)]
+    found = _NUMBER.findall(text)
     if not found:
         return None
     word = found[-1].replace(",", "")
-    return float(word[:-1]) / 100 if word.endswith("%") else float(word)
+    try:
+        return float(word[:-1]) / 100 if word.endswith("%") else float(word)
+    except ValueError:
+        return None
 
 
 def unfenced(text: str) -> str:
@@ -100,31 +108,43 @@ def unfenced(text: str) -> str:
 def same_rows(sql: str, reference: str, database: Path) -> bool:
     """Whether two queries return the same rows, in the same order if the reference orders them.
 
-    Raises ValueError if the reference does not run: then the data is wrong, not the answer.
+    Raises ValueError if the reference does not run within the limits: then the data is wrong, not the answer.
     """
     wanted, found = run_sql(reference, database), run_sql(sql, database)
     if wanted is None:
-        raise ValueError(f"the reference query does not run: {reference}")
+        raise ValueError(f"the reference query does not run, or returns too much: {reference}")
     if found is None:
         return False
     return found == wanted if re.search(r"\border\s+by\b", reference, re.I) else Counter(found) == Counter(wanted)
 
 
 def run_sql(sql: str, database: Path) -> list[tuple[Any, ...]] | None:
-    """The rows of one query on an SQLite file; None if it fails, writes, or takes too long.
+    """The rows of one query on an SQLite file; None if it fails, writes, takes too long, or returns too much.
 
-    A model wrote the query: the file is opened read-only, nothing but reading is allowed, steps and rows are limited.
+    A model wrote the query: the file is opened read-only, nothing but reading is allowed; steps, rows, the size of a
+    value and of all values are limited.
     """
     connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)
     checks = iter(range(_CHECKS))
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
     connection.set_authorizer(_allow_reading)
     connection.set_progress_handler(lambda: next(checks, None) is None, _STEPS_PER_CHECK)
     try:
-        return connection.execute(sql).fetchmany(_MOST_ROWS)
+        return _within_limits(connection.execute(sql))
     except (sqlite3.Error, ValueError):
         return None
     finally:
         connection.close()
+
+
+def _within_limits(cursor: sqlite3.Cursor) -> list[tuple[Any, ...]] | None:
+    rows, size = [], 0
+    for row in cursor:
+        size += sys.getsizeof(row) + sum(map(sys.getsizeof, row))
+        if len(rows) == _MOST_ROWS or size > _MOST_BYTES:
+            return None
+        rows.append(row)
+    return rows
 
 
 def _allow_reading(action: int, argument: str | None, function: str | None, *_: Any) -> int:

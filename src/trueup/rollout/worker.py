@@ -59,6 +59,8 @@ def find(name: str) -> Callable[..., Any]:
     if not path:
         if name not in BUILT_IN:
             raise Refused(f"no built-in reward is called {name!r}; there are {', '.join(BUILT_IN)}")
+        if name == "json_schema" and importlib.util.find_spec("jsonschema") is None:
+            raise Refused("it needs jsonschema: pip install 'trueup[rewards]'")
         return BUILT_IN[name]
     found = getattr(_load(path), function, None)
     if not callable(found):
