@@ -21,7 +21,7 @@ from trueup.errors import ConfigError
 from trueup.models.load import load_policy, load_tokenizer
 from trueup.recipes.batches import plan_batches
 from trueup.recipes.collector import Collected
-from trueup.recipes.judges import load_judges
+from trueup.recipes.judges import Judges, load_judges
 from trueup.recipes.learners import LeaveOneOut
 from trueup.recipes.online import make_program
 from trueup.recipes.online_program import OnlineProgram
@@ -364,3 +364,14 @@ def test_answers_that_are_cut_off_are_no_baseline_and_no_kl(online: Config):
     found = learner.appraise(Collected(rollout, [], np.zeros((3, 0)), {}))
     assert found["kl"] == (2.0, 2.0)
     assert rollout.tokens["advantages"].tolist() == [1.0, 1.0, -1.0, -1.0, 0.0, 0.0]
+
+
+def test_scores_that_are_not_finite_are_no_opinion():
+    class Odd:
+        name = "odd"
+
+        def score(self, answers):
+            return [math.inf, -math.inf, math.nan, None, 2.0]
+
+    scores = Judges([Odd()], [1.0], None, None).score([None] * 5)
+    assert np.isnan(scores[:4]).all() and scores[4, 0] == 2.0
