@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from trueup.training import durable
 from trueup.training.events import Ended, Event
 from trueup.training.run_directory import RunDirectory, read_metrics
@@ -82,6 +79,9 @@ def _draw(
     title: str,
     directory: Path,
 ) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.3 s that no first step should wait for
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.2, 4.2), dpi=140, layout="constrained")
     axes = figure.add_subplot()
     steps, values = series(rows, name)
