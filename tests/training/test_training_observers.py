@@ -265,6 +265,8 @@ def test_rewards_without_a_reference_are_below_zero_and_no_alarm():
     assert warnings_of(rows) == []
     falling = [{**row, "rewards/chosen": -4 - 0.05 * row["step"]} for row in rows]
     assert warnings_of(falling) == []
+    own_answers = [{**row, "completions/mean_length": 20.0} for row in falling]
+    assert any("chosen reward falls below zero" in text for text in warnings_of(own_answers))
 
 
 def test_noise_of_the_first_steps_is_no_collapse():

@@ -71,7 +71,9 @@ class Health:
         return sum(values) / len(values) if values else None
 
     def _has_reference(self) -> bool:
-        return any(row.get("kl") is not None for row in self.rows)
+        """A KL is logged, or the rewards are of the model's own answers (online DPO), which always have one."""
+        signs = ("kl", "completions/mean_length")
+        return any(row.get(sign) is not None for row in self.rows for sign in signs)
 
     def _collapse(self, step: int) -> None:
         if not self._has_reference():
