@@ -92,3 +92,16 @@ def test_an_architecture_with_attention_sinks_runs_unshared(dtype: torch.dtype) 
     policy = Policy(GptOssForCausalLM(config).to(dtype).eval())
     assert "s_aux" in (policy.verify_layout() or "")
     assert not policy.shared
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_capped_scores_equal_the_formula(window: int | None) -> None:
+    """softmax(c · tanh(q k / c)) v with grouped heads and the queries at the end of the keys."""
+    torch.manual_seed(0)
+    query = torch.randn(1, 6, 7, 8)
+    key, value = (torch.randn(1, 2, 12, 8) for _ in range(2))
+    mask = attention.causal_mask(7, 12, window, query.device)
+    keys, values = (states.repeat_interleave(3, dim=1) for states in (key, value))
+    scores = 2.0 * torch.tanh(query @ keys.transpose(-1, -2) / 8**0.5 / 2.0)
+    expected = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1) @ values
+    torch.testing.assert_close(attention._eager(query, key, value, mask, 0.0, None, 2.0), expected)

@@ -234,12 +234,10 @@ def optimizer_bytes(trainable: int, dtype: torch.dtype) -> int:
 
 def head_bytes(base: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> int:
     """One tile of logits, in compute dtype and in fp32, and a trained head's gradient; a reward has no logits."""
-    if base.get_output_embeddings() is None:
-        return 0
-    rows, columns = TILES.get(device.type, LARGE_TILE)
     output = base.get_output_embeddings()
     if output is None:  # a head of one number
         return 0
+    rows, columns = TILES.get(device.type, LARGE_TILE)
     weight = output.weight
     both = dtype.itemsize + FP32
     return both * (rows * min(columns, len(weight)) + (weight.numel() if weight.requires_grad else 0))
