@@ -59,6 +59,13 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
         UserError: of the kind that tells who can mend it; see `trueup.errors`.
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
+    with running(cfg, console) as (backend, console):
+        return train(cfg, backend, console) if cfg.train.do_train else evaluate(cfg, backend, console)
+
+
+@contextmanager
+def running(cfg: RunConfig, console: Console | None = None) -> Iterator[tuple[Backend, Console]]:
+    """What every recipe stands on: a directory that may be used, processes that know each other, an orderly end."""
     console = console or Console()
     console.quiet |= os.environ.get("RANK", "0") != "0"
     check_output(cfg)
@@ -68,7 +75,7 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
     backend = make_backend(pick_device(cfg.model.device), cfg.train.ddp_timeout)
     try:
         with sigterm_cleans_up(), profiling(cfg.train.profile, backend.device):
-            return train(cfg, backend, console) if cfg.train.do_train else evaluate(cfg, backend, console)
+            yield backend, console
     finally:
         backend.close()
 

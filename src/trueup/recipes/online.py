@@ -5,7 +5,6 @@ Whatever can fail because of the user's config, data, model or rewards fails bef
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -17,14 +16,14 @@ from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
 from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError
-from trueup.models.load import Loaded, load_for_evaluation, load_frozen, load_policy, load_tokenizer, pick_device
+from trueup.models.load import Loaded, load_for_evaluation, load_frozen, load_policy, load_tokenizer
 from trueup.models.reference import LiveReference
 from trueup.recipes.batches import Arithmetic, plan_batches
 from trueup.recipes.collector import Collector
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.judges import Judges, check_files, load_judges
 from trueup.recipes.learners import make_learner
-from trueup.recipes.offline import RunResult, check_output, open_directory, stop_at_warnings
+from trueup.recipes.offline import RunResult, open_directory, running, stop_at_warnings
 from trueup.recipes.online_program import OnlineProgram
 from trueup.recipes.program import tidy_generation
 from trueup.recipes.prompts import PromptRows
@@ -32,13 +31,12 @@ from trueup.recipes.references import check_reference
 from trueup.recipes.reported import check_metric
 from trueup.rollout.completions import CompletionsLog
 from trueup.rollout.engines import Engine
-from trueup.training.backend import Backend, make_backend
+from trueup.training.backend import Backend
 from trueup.training.evaluation import evaluate_run
 from trueup.training.loop import fit
 from trueup.training.observers import standard_observers
 from trueup.training.plan import check_schedule
 from trueup.training.run_directory import RunDirectory
-from trueup.training.signals import sigterm_cleans_up
 
 
 def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
@@ -48,18 +46,8 @@ def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
         UserError: of the kind that tells who can mend it; see `trueup.errors`.
         Stopped: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
-    console = console or Console()
-    console.quiet |= os.environ.get("RANK", "0") != "0"
-    check_output(cfg)
-    if cfg.train.full_determinism:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    backend = make_backend(pick_device(cfg.model.device), cfg.train.ddp_timeout)
-    try:
-        with sigterm_cleans_up():
-            return train(cfg, backend, console) if cfg.train.do_train else evaluate(cfg, backend, console)
-    finally:
-        backend.close()
+    with running(cfg, console) as (backend, console):
+        return train(cfg, backend, console) if cfg.train.do_train else evaluate(cfg, backend, console)
 
 
 def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
