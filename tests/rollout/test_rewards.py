@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 import trueup
@@ -31,6 +37,13 @@ def loud(completions):
     print("not an answer")
     return [0.0] * len(completions)
 def wrong(completions): return 1.0
+def starts_others(completions):
+    import os, subprocess, sys
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with open(os.environ["PIDS"], "w", encoding="utf-8") as file:
+        file.write(f"{os.getpid()} {child.pid}")
+    if "hang" in completions: time.sleep(60)
+    return [1.0] * len(completions)
 def fails(completions): return [1 / 0 for c in completions]
 """
 
@@ -70,6 +83,55 @@ def test_an_answer_that_takes_too_long_has_no_reward_and_the_others_have(file, w
     texts = ["a", "b", "hang", "c"]
     assert FunctionReward(f"{file}:slow", workers).score(answered(*texts)) == [1.0, 1.0, None, 1.0]
     assert "more than 1 s for one answer" in caplog.text
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped by init does not."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def soon_dead(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups are POSIX")
+@pytest.mark.parametrize("text", ["hang", "a"])
+def test_what_a_function_has_started_ends_with_it(file, workers, tmp_path, monkeypatch, text):
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    scores = FunctionReward(f"{file}:starts_others", workers).score(answered(text))
+    assert scores == ([None] if text == "hang" else [1.0])
+    workers.close()
+    worker_pid, child = map(int, (tmp_path / "pids").read_text(encoding="utf-8").split())
+    assert soon_dead([worker_pid, child])
+    assert not psutil.pid_exists(worker_pid)  # ours, and reaped
+
+
+RUNS_WORKERS = """
+import sys
+from trueup.rollout.rewards import Workers
+workers = Workers(seconds=60)
+print("ready", flush=True)
+workers.call(sys.argv[1], {"completions": ["hang"]})
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups are POSIX")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_function_that_hangs_ends_with_the_run(file, tmp_path, how):
+    pids = tmp_path / "pids"
+    environment = {**os.environ, "PIDS": str(pids), "PYTHONPATH": str(Path(trueup.__file__).parents[1])}
+    command = [sys.executable, "-c", RUNS_WORKERS, f"{file}:starts_others"]
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (pids.is_file() and len(pids.read_text(encoding="utf-8").split()) == 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = [int(pid) for pid in pids.read_text(encoding="utf-8").split()]
+    run.send_signal(how)
+    run.communicate(timeout=30)
+    assert soon_dead(found)
 
 
 def test_importing_the_file_again_is_not_counted(tmp_path, workers):

@@ -70,11 +70,15 @@ def load_judges(
     """
     online = cfg.online
     workers = Workers(online.reward_timeout)
-    rewards: list[Reward] = [FunctionReward(name, workers) for name in online.reward_funcs]
-    if online.judge:
-        workers.check(online.judge, "judge")
-    if online.reward_model:
-        rewards.append(_reward_model(cfg, template, rows, device, dtype))
+    try:
+        rewards: list[Reward] = [FunctionReward(name, workers) for name in online.reward_funcs]
+        if online.judge:
+            workers.check(online.judge, "judge")
+        if online.reward_model:
+            rewards.append(_reward_model(cfg, template, rows, device, dtype))
+    except BaseException:
+        workers.close()
+        raise
     return Judges(rewards, online.reward_weights or [1.0] * len(rewards), online.judge, workers)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -52,6 +56,7 @@ class Workers:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._process: subprocess.Popen[str] | None = None
+        self._end: weakref.finalize | None = None
         self._lines: queue.Queue[str] = queue.Queue()
         self._loaded: set[str] = set()  # functions that the process has imported
 
@@ -107,20 +112,35 @@ class Workers:
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
             command = [sys.executable, "-P", "-m", "trueup.rollout.worker"]  # -P: no module of the working directory
+            # A session of its own: Ctrl-C in the terminal asks trueup to stop, and trueup ends the functions.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+                start_new_session=True,
+            )  # fmt: skip
+            self._end = weakref.finalize(self, _end, self._process)  # however this process comes to its end
             self._lines = queue.Queue()
             threading.Thread(target=_read, args=(self._process, self._lines), daemon=True).start()
         return self._process
 
     def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        """End the process, and whatever its functions have started."""
+        if self._end is not None:
+            self._end()
+            self._process = self._end = None
             self._loaded.clear()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill a process with its whole group, and leave no zombie."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only a zombie is left
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):  # a request that nobody will read
+        process.stdin.close()
 
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:

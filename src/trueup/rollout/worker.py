@@ -11,7 +11,10 @@ import importlib.util
 import inspect
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -34,9 +37,18 @@ class Refused(Exception):
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what functions print is no answer
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     for line in sys.stdin:
         answers.write(json.dumps(answer(json.loads(line))) + "\n")
         answers.flush()
+
+
+def _end_with(parent: int) -> None:
+    """End this process and what it started once `parent` is gone: a function that hangs reads no end of input."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
