@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from trueup import __version__, cli, launch
-from trueup.cli import LATER, main, split_source
+from trueup.cli import LATER, main
+from trueup.cli_options import split_source
 from trueup.console import Session, show_problems
 from trueup.errors import ConfigError, DataError, Problem, UserError
 

@@ -41,7 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "console": set(),
     "launch": {"config"},
-    "cli": {"config", "recipes", "inference", "console", "launch"},
+    "cli": {"config", "recipes", "inference", "console", "launch", "cli_data", "cli_options"},
+    "cli_data": {"config", "data", "recipes", "inference", "console", "cli_options"},
+    "cli_options": {"config", "console"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class, shell_complete
+from click.shell_completion import get_completion_class, shell_complete
 
 from trueup import __version__
+from trueup.cli_data import data
+from trueup.cli_options import (
+    CONFIG_SUFFIXES,
+    CONTEXT,
+    PASS_ON,
+    ConfigCommand,
+    Verbs,
+    config_words,
+    debug_option,
+    json_option,
+    only_text,
+    read_config,
+)
 from trueup.console import Session, console
 from trueup.errors import ConfigError
 
@@ -22,8 +34,6 @@ if TYPE_CHECKING:
     from trueup.config.schema import RunConfig
 
 COMPLETE_VARIABLE = "_TRUEUP_COMPLETE"
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-ALIASES = {"env": "doctor", "api": "serve", "webui": "web", "webchat": "web"}
 
 _PLAIN_PEFT = "peft's `merge_and_unload()`: what a run saves is a plain peft adapter"
 #: Verbs that users of other tools type and that are still to come: (what it is, what to use now).
@@ -37,12 +47,13 @@ LATER = {
     "merge": ("merging adapters", _PLAIN_PEFT),
     "eval": ("evaluation", "`do_train: false, do_eval: true` in a config, or lm-eval"),
     "generate": ("batch inference", "`trueup chat … < questions.txt`"),
-    "data": ("the data tools", "`trueup check CONFIG`, which prints the data report"),
 }
 
 
-class Program(click.Group):
+class Program(Verbs):
     """The group of all verbs; every way it can end goes through one `Session`."""
+
+    aliases = {"env": "doctor", "api": "serve", "webui": "web", "webchat": "web"}
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
         words = list(sys.argv[1:] if args is None else args)
@@ -55,20 +66,10 @@ class Program(click.Group):
         with self.make_context("trueup", words, obj=session) as context:
             self.invoke(context)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        word = args[0]
-        if self.get_command(ctx, word) is None and not word.startswith("-"):
-            raise click.UsageError(f"there is no verb {word!r}{self._nearest(word)}", ctx)
-        return super().resolve_command(ctx, args)
-
-    def _nearest(self, word: str) -> str:
+    def nearest(self, word: str, path: str) -> str:
         if word.lower().endswith(CONFIG_SUFFIXES):
             return f"; did you mean `trueup train {word}`?"
-        near = difflib.get_close_matches(word, [*self.commands, *ALIASES], n=1)
-        return f"; did you mean `trueup {near[0]}`?" if near else ""
+        return super().nearest(word, path)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         now = {name: self.commands[name].get_short_help_str(80) for name in self.commands if name not in LATER}
@@ -78,71 +79,6 @@ class Program(click.Group):
         ):
             with formatter.section(title):
                 formatter.write_dl(list(verbs.items()))
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of this file
-
-
-class ConfigCommand(click.Command):
-    """A verb that takes a config file and overrides: words it does not know are the config's."""
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        return [*super().shell_complete(ctx, incomplete), *complete_word(ctx, None, incomplete)]
-
-
-def complete_word(ctx: click.Context, param: click.Parameter | None, incomplete: str) -> list[CompletionItem]:
-    """Values of a key, config keys as `--key` or `key=`, and files while no `=` is typed."""
-    from trueup.config.schema import FIELDS
-
-    if values := _complete_value(ctx.params.get("words") or ctx.args, incomplete):
-        return values
-    dashes = "--" if incomplete.startswith("--") else ""
-    start = incomplete.removeprefix(dashes)
-    items = [
-        CompletionItem(f"{dashes}{key}" if dashes else f"{key}=", help=FIELDS[key].description)
-        for key in FIELDS
-        if start and key.startswith(start)
-    ]
-    return items if items or dashes else [CompletionItem(incomplete, type="file")]
-
-
-def _complete_value(before: Sequence[str], incomplete: str) -> list[CompletionItem]:
-    """What `key=…` or `--key …` may go on with. bash cuts words at `=`: there the key is a word or two back."""
-    from trueup.config.explain import choices
-    from trueup.config.schema import FIELDS, is_flag
-
-    key, equals, start = incomplete.removeprefix("--").partition("=")
-    if not equals:
-        words = [word for word in before if word != "="]
-        key, start = (words[-1].removeprefix("--") if words else ""), incomplete
-    if key not in FIELDS:
-        return []
-    values = ["true", "false"] if is_flag(key) else choices(key)
-    written = incomplete.removesuffix(start) if equals else ""
-    return [CompletionItem(written + value) for value in values if value.startswith(start)]
-
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-PASS_ON = {**CONTEXT, "ignore_unknown_options": True}
-
-
-def _option(name: str, text: str, act: Callable[[Session], None]) -> Callable[[Callable], Callable]:
-    def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-        if value:
-            act(ctx.ensure_object(Session))
-
-    return click.option(f"--{name}", is_flag=True, expose_value=False, is_eager=True, help=text, callback=callback)
-
-
-debug_option = _option("debug", "Show tracebacks.", lambda session: setattr(session, "debug", True))
-json_option = _option("json", "Print one JSON object instead of text.", Session.speak_json)
-config_words = click.argument(
-    "words",
-    nargs=-1,
-    type=click.UNPROCESSED,
-    metavar="[CONFIG] [KEY=VALUE | --KEY VALUE]...",
-    shell_complete=complete_word,
-)
 
 
 @click.group(
@@ -156,41 +92,6 @@ config_words = click.argument(
 @json_option
 def main() -> None:
     """Align language models with people's preferences."""
-
-
-def read_config(words: Sequence[str], **how: Any) -> RunConfig:
-    """The config that a verb's words name: perhaps a file, then overrides."""
-    from trueup.config.load import load_config
-
-    source, overrides = split_source(words)
-    return load_config(source, overrides, **how)
-
-
-def split_source(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """`(file or None, overrides)`. The file is the first word, or the one after `--config`."""
-    first, rest = (words[0] if words else ""), list(words)
-    if first.lower().endswith(CONFIG_SUFFIXES) and "=" not in first and not first.startswith("--"):
-        return first, rest[1:]
-    for position, word in enumerate(rest):
-        option, equals, name = word.partition("=")
-        if option in ("--config", "config") and equals:
-            return name, rest[:position] + rest[position + 1 :]
-        if word == "--config" and position + 1 < len(rest):
-            return rest[position + 1], rest[:position] + rest[position + 2 :]
-    if first and "=" not in first and not first.startswith("--") and Path(first).exists():
-        raise ConfigError(f"{first} is no config file", expected=_config_in(Path(first)))
-    return None, rest
-
-
-def _config_in(path: Path) -> str:
-    """What may have been meant by a word that is some other file, or a directory."""
-    kept = path / "run.yaml"
-    if kept.is_file():
-        return f"a file: {kept} is the config of the run in that directory"
-    if path.is_dir():
-        found = sorted(str(file) for file in path.iterdir() if file.suffix in CONFIG_SUFFIXES)
-        return f"a file: {', '.join(found[:3])}" if found else "a .yaml or .json file, not a directory"
-    return f"a name that ends in .yaml or .json; `--config {path}` reads it anyway"
 
 
 @main.command(cls=ConfigCommand, context_settings=PASS_ON)
@@ -281,7 +182,7 @@ def chat(session: Session, words: tuple[str, ...], compare: bool) -> None:
     trueup chat --model_name_or_path MODEL
     trueup chat --model_name_or_path MODEL --adapter_name_or_path DIR --compare --device cpu
     """
-    _only_text(session, "chat")
+    only_text(session, "chat")
     cfg = read_config(words, verb="infer")
     from trueup.inference.chat import chat as talk
 
@@ -354,6 +255,9 @@ def init(session: Session, file: Path | None, stage: str, model: str | None, for
         result.text = f"wrote {target}\nnext: trueup check {target}, then trueup train {target}"
 
 
+main.add_command(data)
+
+
 @main.command(context_settings=CONTEXT)
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("saves"))
 @debug_option
@@ -417,7 +321,7 @@ def completion(session: Session, shell: str | None) -> None:
     eval "$(trueup completion bash)"        # in ~/.bashrc; zsh alike
     trueup completion fish > ~/.config/fish/completions/trueup.fish
     """
-    _only_text(session, "completion")
+    only_text(session, "completion")
     shell = shell or Path(os.environ.get("SHELL", "bash")).name
     script = get_completion_class(shell)
     if script is None:
@@ -445,11 +349,6 @@ def help_(context: click.Context, topic: str | None) -> None:
         text = _explain(str(topic))
     with context.obj.result() as result:
         result.data, result.text = text, text
-
-
-def _only_text(session: Session, verb: str) -> None:
-    if session.json:
-        raise click.UsageError(f"`{verb}` has no --json: what it prints is text")
 
 
 def _explain(topic: str) -> str:
