@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.training.processes import needs_fork, run_ranks
 from trueup.config.schema import RunConfig
 from trueup.data.encode import prepare
-from trueup.errors import ConfigError
+from trueup.errors import ConfigError, ModelError
 from trueup.models.load import load_policy, load_tokenizer
-from trueup.recipes.batches import plan_batches
+from trueup.models.value import ValueHead
+from trueup.recipes.batches import largest_answered, plan_batches
+from trueup.recipes.check import check
 from trueup.recipes.collector import Collected
 from trueup.recipes.judges import Judges, load_judges
 from trueup.recipes.learners import LeaveOneOut
@@ -279,6 +282,27 @@ def test_a_run_leaves_its_answers_metrics_and_a_model(online: Config, tmp_path: 
     assert math.isfinite(result.metrics["eval_reward"])
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_ppo_goes_on_with_the_value_head_of_an_earlier_run(online: Config, tmp_path: Path, caplog, tuning: str):
+    keys = {"finetuning_type": tuning, "on_unused_keys": "warn"}
+    first = run(online("ppo", max_steps=4, **keys)).output_dir
+    stored = load_file(first / "value_head.safetensors")
+    assert set(stored) == {"v_head.summary.weight", "v_head.summary.bias"}  # as TRL and LLaMA-Factory name them
+    assert stored["v_head.summary.weight"].abs().sum() > 0
+    caplog.set_level("INFO", "trueup")
+    keys |= {"output_dir": str(tmp_path / "second"), "max_steps": 1, "learning_rate": 1e-12}
+    again = run(online("ppo", model_name_or_path=str(first), **keys)).output_dir
+    assert f"the value head goes on from {first}" in caplog.text
+    for name, tensor in load_file(again / "value_head.safetensors").items():
+        assert torch.allclose(tensor, stored[name], rtol=1e-5)
+
+
+def test_a_value_head_of_another_model_is_refused(tmp_path: Path):
+    ValueHead(8).save(tmp_path)
+    with pytest.raises(ModelError, match="does not fit"):
+        ValueHead(16).start_from([tmp_path])
+
+
 def test_a_judge_chooses_pairs(online: Config, tmp_path: Path):
     cfg = online("online_dpo", judge=f"{tmp_path}/rewards.py:longer", num_generations=2)
     out = run(cfg).output_dir
@@ -298,6 +322,20 @@ def test_only_evaluating_scores_greedy_answers(online: Config):
     assert "eval_completions/mean_length" in first
 
 
+@pytest.mark.parametrize("epochs", [1.0, 0.4])
+def test_check_and_header_count_every_pass_over_the_answers(online: Config, epochs: float, capsys):
+    cfg = online("ppo", ppo_epochs=3, max_steps=-1, num_train_epochs=epochs, cutoff_len=64)
+    report = check(cfg)
+    assert "21 rows × 3 passes → 18 steps an epoch" in report.render()
+    result = run(cfg)
+    assert "21 rows × 3 passes → 18 steps an epoch" in capsys.readouterr().out
+    assert report.arithmetic.total_steps == read_metrics(result.output_dir)[-1]["step"]
+    assert report.tokens is None  # of answers that nobody knows yet
+    rows = report.prepared.train
+    longest = int(rows.prompt_lengths.max()) + 3 * 12
+    assert longest <= largest_answered(cfg, rows, plan_batches(cfg, rows.lengths)[0]) <= 4 * longest
+
+
 def test_what_is_not_there_is_said_before_the_run(online: Config, tmp_path: Path):
     for keys, words in (
         ({"reward_funcs": "nowhere.py:f"}, "there is no file"),
@@ -307,6 +345,8 @@ def test_what_is_not_there_is_said_before_the_run(online: Config, tmp_path: Path
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             run(online("grpo", **keys))
+    with pytest.raises(ConfigError, match="there is no file"):
+        check(online("grpo", reward_funcs="nowhere.py:f"))
     assert not (tmp_path / "out").exists()
 
 

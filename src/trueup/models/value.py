@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trueup.errors import ModelError
+
+log = logging.getLogger("trueup")
+
 VALUE_HEAD_FILE = "value_head.safetensors"
+_STANDARD = "v_head.summary."  # TRL's module, and so LLaMA-Factory's file of this name
 
 
 class ValueHead(nn.Module):
@@ -30,5 +38,26 @@ class ValueHead(nn.Module):
 
     def save(self, directory: Path) -> None:
         """Write it beside the model, for those who want to go on with it; an answering model needs none."""
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()},
-                  directory / VALUE_HEAD_FILE, {"format": "pt"})  # fmt: skip
+        tensors = {f"{_STANDARD}{name}": t.detach().cpu().contiguous() for name, t in self.linear.state_dict().items()}
+        save_file(tensors, directory / VALUE_HEAD_FILE, {"format": "pt"})
+
+    def start_from(self, places: Sequence[str | Path]) -> None:
+        """Go on with the head of the last of these directories that has one, and say so.
+
+        Raises:
+            ModelError: its file is broken, or of a model of another width.
+        """
+        files = [Path(place) / VALUE_HEAD_FILE for place in places]
+        found = next((file for file in reversed(files) if file.is_file()), None)
+        if found is None:
+            return
+        try:
+            tensors = {name.removeprefix(_STANDARD): tensor.float() for name, tensor in load_file(found).items()}
+            self.linear.load_state_dict(tensors)
+        except (SafetensorError, RuntimeError) as error:
+            raise ModelError(
+                f"the value head does not fit: {error}", where=str(found),
+                expected=f"{_STANDARD}weight of {self.linear.in_features} numbers and {_STANDARD}bias",
+                fix="move the file away, and the head starts at 0",
+            ) from error  # fmt: skip
+        log.info("the value head goes on from %s", found)

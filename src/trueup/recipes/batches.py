@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from trueup.config.methods import ONLINE
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset
 from trueup.data.forest import BatchPlan
@@ -35,6 +36,7 @@ class Arithmetic:
     total_steps: int
     packs: int | None = None  # what a "row" of the three counts above is when rows are packed
     tokens_per_micro_batch: int | None = None  # a budget in place of rows_per_micro_batch
+    passes: int = 1  # over each batch, where the model answers prompts itself and learns from the answers
 
     @property
     def rows_per_step(self) -> int:
@@ -100,6 +102,8 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
             where="per_device_train_batch_size",
             fix="lower per_device_train_batch_size or gradient_accumulation_steps, or set dataloader_drop_last: false",
         )
+    passes = (cfg.online.ppo_epochs or 1) if cfg.objective.stage in ONLINE else 1
+    steps_per_epoch *= passes
     if train.max_steps > 0:
         total = train.max_steps
         epochs = math.ceil(total / steps_per_epoch)
@@ -108,7 +112,15 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
         epochs = math.ceil(train.num_train_epochs)
     sizes = (train.per_device_train_batch_size, train.gradient_accumulation_steps, world_size)
     packs = len(plan.units) if plan.pack_tokens else None
-    return plan, Arithmetic(len(lengths), *sizes, steps_per_epoch, epochs, total, packs, plan.micro_batch_tokens)
+    counts = steps_per_epoch, epochs, total, packs, plan.micro_batch_tokens, passes
+    return plan, Arithmetic(len(lengths), *sizes, *counts)
+
+
+def largest_answered(cfg: RunConfig, dataset: EncodedDataset, plan: BatchPlan) -> int:
+    """Tokens of the largest micro-batch if every answer that the model writes is as long as it may be."""
+    answers = (cfg.online.num_generations or 1) * cfg.generate.max_new_tokens
+    plan = replace(plan, lengths=dataset.prompt_lengths + answers)
+    return max(int(plan.lengths[batch].sum()) for units in plan.steps(0) for batch in plan.micro_batches(units))
 
 
 def train_batches(plan: BatchPlan, arithmetic: Arithmetic) -> Iterator[np.ndarray]:

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
+from trueup.config.methods import ONLINE
 from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
 from trueup.models.estimate import Estimate, estimate, shape_only
 from trueup.models.load import check_vocabulary, load_tokenizer
 from trueup.models.memory import free_memory
-from trueup.recipes.batches import Arithmetic, Tokens, count_tokens, eval_batches, plan_batches
+from trueup.recipes.batches import Arithmetic, Tokens, count_tokens, eval_batches, largest_answered, plan_batches
 from trueup.recipes.header import batch_words, memory_words, sized, steps_words, tokens_words
+from trueup.recipes.judges import check_files
 from trueup.recipes.offline import check_output
+from trueup.recipes.prompts import check_prompts
 from trueup.recipes.references import check_reference
 from trueup.recipes.reported import check_metric
 from trueup.recipes.reward import kind_of, teachable
@@ -30,7 +33,7 @@ class CheckReport:
     cfg: RunConfig
     prepared: Prepared
     arithmetic: Arithmetic
-    tokens: Tokens | None  # None where nothing trains
+    tokens: Tokens | None  # None where nothing trains, or the model writes the answers itself
     estimate: Estimate
     memory_free: int
     disk_free: int
@@ -72,7 +75,7 @@ class CheckReport:
             f"optimizer {sized(e.optimizer)},",
             f"          activations {sized(e.activations)}, head {sized(e.head)}; "
             f"free {sized(self.memory_free)} → {fits}",
-            *([f"          {memory_words(e.recomputation)}"] if self.tokens else []),
+            *([f"          {memory_words(e.recomputation)}"] if a.total_steps else []),
             *(
                 [f"disk      ~{sized(self.disk_needed)} of checkpoints; free {sized(self.disk_free)} → {room}"]
                 if self.disk_needed
@@ -90,6 +93,8 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
     check_output(cfg)
     if cfg.train.do_train:
         check_schedule(cfg.train)
+    if cfg.objective.stage in ONLINE:
+        check_files(cfg)
     tokenizer = load_tokenizer(cfg.model)
     check_reference(cfg, tokenizer)
     base = shape_only(cfg, kind_of(cfg))
@@ -97,11 +102,16 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
     prepared = prepare(cfg, tokenizer)
     if cfg.objective.stage == "rm":
         prepared = teachable(cfg, prepared)
+    if cfg.objective.stage in ONLINE:
+        check_prompts(prepared)
     check_metric(cfg, prepared.eval)
     if cfg.train.do_train:
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
-        tokens = count_tokens(prepared.train, plan, arithmetic.epochs)
-        largest = tokens.largest
+        if cfg.objective.stage in ONLINE:  # nobody knows yet what the model will answer
+            tokens, largest = None, largest_answered(cfg, prepared.train, plan)
+        else:
+            tokens = count_tokens(prepared.train, plan, arithmetic.epochs)
+            largest = tokens.largest
     else:  # an evaluation has no steps and saves nothing
         arithmetic = Arithmetic(0, cfg.train.per_device_eval_batch_size, 1, world_size, 0, 0, 0)
         tokens = None

@@ -52,9 +52,10 @@ def batch_words(a: Arithmetic) -> str:
 def steps_words(a: Arithmetic) -> str:
     """How many steps there are, and why."""
     packed = "" if a.packs is None else f" in {counted(a.packs, 'pack')}"
+    passes = "" if a.passes == 1 else f" × {counted(a.passes, 'pass')}"
     epochs = f"{a.total_steps / a.steps_per_epoch:.3g}"
     return (
-        f"{counted(a.examples, 'row')}{packed} → {counted(a.steps_per_epoch, 'step')} an epoch, "
+        f"{counted(a.examples, 'row')}{packed}{passes} → {counted(a.steps_per_epoch, 'step')} an epoch, "
         f"{a.total_steps:,} in all ({epochs} epoch{'' if epochs == '1' else 's'})"
     )
 

@@ -5,8 +5,6 @@ Whatever can fail because of the user's config, data, model or rewards fails bef
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from rich.console import Console
@@ -18,7 +16,7 @@ from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError
 from trueup.models.load import Loaded, load_for_evaluation, load_frozen, load_policy, load_tokenizer
 from trueup.models.reference import LiveReference
-from trueup.recipes.batches import Arithmetic, plan_batches
+from trueup.recipes.batches import plan_batches
 from trueup.recipes.collector import Collector
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.judges import Judges, check_files, load_judges
@@ -26,7 +24,7 @@ from trueup.recipes.learners import make_learner
 from trueup.recipes.offline import RunResult, open_directory, running, stop_at_warnings
 from trueup.recipes.online_program import OnlineProgram
 from trueup.recipes.program import tidy_generation
-from trueup.recipes.prompts import PromptRows
+from trueup.recipes.prompts import PromptRows, check_prompts
 from trueup.recipes.references import check_reference
 from trueup.recipes.reported import check_metric
 from trueup.rollout.completions import CompletionsLog
@@ -67,7 +65,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         judges = load_judges(cfg, prepared.template, rows, loaded.device, loaded.dtype)
     try:
         console.print(prepared.report.render(), markup=False, highlight=False)
-        console.print(header(cfg, loaded, prepared, in_steps(cfg, arithmetic)), markup=False, highlight=False)
+        console.print(header(cfg, loaded, prepared, arithmetic), markup=False, highlight=False)
         fingerprint = prepared.train.fingerprint
         identity = {"data_fingerprint": fingerprint, "effective_batch": plan.rows_per_step}
         with open_directory(cfg, backend, prepared, identity) as directory:
@@ -138,18 +136,3 @@ def _reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
         names = cfg.objective.ref_model, cfg.objective.ref_model_adapters
         return LiveReference(load_frozen(cfg.model, *names, loaded.device, loaded.dtype))
     return LiveReference.of(loaded.policy, loaded.adapters)
-
-
-def in_steps(cfg: RunConfig, arithmetic: Arithmetic) -> Arithmetic:
-    """The run's arithmetic with every pass over its answers counted."""
-    passes = cfg.online.ppo_epochs or 1
-    total = arithmetic.total_steps if cfg.train.max_steps > 0 else arithmetic.total_steps * passes
-    return replace(arithmetic, steps_per_epoch=arithmetic.steps_per_epoch * passes, total_steps=total)
-
-
-def check_prompts(prepared: Prepared) -> None:
-    """Every prompt has a token to begin from."""
-    for dataset in (prepared.train, *prepared.eval.values()):
-        if len(dataset) and int(dataset.prompt_lengths.min()) == 0:
-            row = dataset.rows[int(dataset.prompt_lengths.argmin())]
-            raise ConfigError("a prompt is empty: there is nothing to answer", where=f"row {row}")

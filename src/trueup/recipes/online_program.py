@@ -114,6 +114,7 @@ class OnlineProgram:
         if "values" in learner.wants:
             width = loaded.policy.base.config.get_text_config().hidden_size
             self.value_head = ValueHead(width, loaded.policy.device)
+            self.value_head.start_from([loaded.base_name, *loaded.starts])
             self.trainable |= self.value_head.trainable()
         self.examples_per_step = plan.rows_per_step
         self.steps_per_epoch = self.schedule.steps_per_epoch

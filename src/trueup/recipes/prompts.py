@@ -1,4 +1,4 @@
-"""The rows behind prompts: their messages and all their columns, looked up by row id."""
+"""Prompts: whether they can be answered, and the rows behind them, looked up by row id."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from functools import cache
 from typing import Any
 
 from trueup.config.schema import RunConfig
+from trueup.data.encode import Prepared
 from trueup.data.examples import Prompt
 from trueup.data.formats import parse_with
 from trueup.data.layout import choose_layout
 from trueup.data.registry import resolve_datasets
 from trueup.data.sources import Rows, read_rows
+from trueup.errors import ConfigError
 
 _TOKENS = {"huggingface": "hf_hub_token", "modelscope": "ms_hub_token", "modelers": "om_hub_token"}
 
@@ -45,3 +47,11 @@ class PromptRows:
     def question(self, row: str) -> str:
         """What is asked last, as people read it."""
         return self.prompt(row).messages[-1].content
+
+
+def check_prompts(prepared: Prepared) -> None:
+    """Whether every prompt has a token to begin from; ConfigError if not."""
+    for dataset in (prepared.train, *prepared.eval.values()):
+        if len(dataset) and int(dataset.prompt_lengths.min()) == 0:
+            row = dataset.rows[int(dataset.prompt_lengths.argmin())]
+            raise ConfigError("a prompt is empty: there is nothing to answer", where=f"row {row}")
