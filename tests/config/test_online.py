@@ -78,6 +78,38 @@ def test_what_a_judge_or_the_sampling_makes_idle_is_an_error():
     assert "`packing` has no effect" in problems("grpo", packing=True)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{"eval_dataset": "e"}, {"val_size": 0.1}, {"do_eval": True, "eval_dataset": "e"},
+     {"eval_strategy": "steps", "val_size": 5}],
+)  # fmt: skip
+def test_a_judge_has_nothing_to_say_of_an_evaluation(keys):
+    assert "`judge` compares two" in problems("online_dpo", reward_funcs=[], judge="j.py:f", **keys)
+    assert load("online_dpo", **keys).train.do_eval
+
+
+@pytest.mark.parametrize("key, value", [("ppo_clip_ratio", 0.1), ("ppo_clip_ratio_high", 0.3), ("epsilon_high", 0.28)])
+def test_what_would_clip_a_ratio_of_one_is_an_error(key, value):
+    assert "learnt from in a single step" in problems("grpo", **{key: value})
+    assert "learnt from in a single step" in problems("ppo", ppo_epochs=1, ppo_value_clip=0.1)
+    for more in ({"ppo_epochs": 2}, {"ppo_buffer_size": 2}):
+        load("grpo", **{key: value}, **more)
+    load("grpo", ppo_clip_ratio=0.2)  # what happens anyway
+    load("grpo", grpo_loss="cispo", ppo_clip_ratio_high=0.5)  # a cap on the weight itself
+    load("rloo", lora_dropout=0.1, **{key: value})  # the policy that learns drops entries, the one before did not
+    load("ppo", **{key: value})
+
+
+def test_a_reward_model_is_what_it_is_said_to_be():
+    url = {"reward_funcs": [], "reward_model": "http://localhost:1/"}
+    assert load("grpo", **url, reward_model_type="api").online.reward_model_type == "api"
+    assert "go together" in problems("grpo", **url, reward_model_type="lora")
+    assert "go together" in problems("grpo", reward_model="rm", reward_model_type="api")
+    assert "no effect on a scorer" in problems("grpo", **url, reward_model_adapters="a")
+    assert "belong to" in problems("grpo", reward_model="rm", reward_model_type="full", reward_model_adapters="a")
+    assert "`reward_model_type` has no effect with no `reward_model`" in problems("grpo", reward_model_type="full")
+
+
 def test_trl_names_are_read():
     cfg = load("grpo", epsilon=0.1, epsilon_high=0.28, num_iterations=2, scale_rewards=False, max_completion_length=99)
     assert (cfg.online.ppo_clip_ratio, cfg.online.ppo_clip_ratio_high, cfg.online.ppo_epochs) == (0.1, 0.28, 2)

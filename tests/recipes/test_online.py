@@ -350,6 +350,18 @@ def test_what_is_not_there_is_said_before_the_run(online: Config, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_no_whole_reward_model(online: Config, tmp_path: Path, tiny_dir: Path):
+    adapter = tmp_path / "rm"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_dir)}), "utf-8")
+    whole = {"reward_model": str(tiny_dir), "reward_model_type": "lora"}
+    for keys in ({"reward_model": str(adapter), "reward_model_type": "full"}, whole):
+        for stage in (check, run):
+            with pytest.raises(ConfigError, match="what reward_model is can be seen"):
+                stage(online("grpo", **keys))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "stage, keys", [("ppo", {"ppo_target": 2.0}), ("rloo", {"ppo_kl_coeff": 0.1}), ("grpo", {"ppo_epochs": 2})]
 )

@@ -32,6 +32,38 @@ def _count_rewards(c: Any) -> int:
     return len(c.reward_funcs) + bool(c.reward_model)
 
 
+def _judged(c: Any) -> bool:
+    return c.stage == "online_dpo" and bool(c.judge) and not _count_rewards(c)
+
+
+def _is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def _ratio_is_one(c: Any) -> bool:
+    """Answers are learnt from once, by the very policy that gave them: a ratio of 1 is never clipped. With dropout the
+    policy that learns is not quite the one that PPO and RLOO have computed beforehand.
+    """
+    drops = c.stage != "grpo" and c.finetuning_type == "lora" and c.lora_dropout > 0
+    return c.stage in ("ppo", "grpo", "rloo") and c.ppo_buffer_size * (c.ppo_epochs or 1) == 1 and not drops
+
+
+def _clips_in_vain(key: str, unset: float | None = None) -> Rule:
+    """`unset`: the value that asks for nothing, where it is not the schema's default."""
+    usual = default(key) if unset is None else unset
+
+    def broken(c: Any) -> bool:
+        caps = key == "ppo_clip_ratio_high" and c.grpo_loss == "cispo"  # caps the weight itself
+        return key in c.explicit and getattr(c, key) != usual and _ratio_is_one(c) and not (c.stage == "grpo" and caps)
+
+    return Rule(
+        (key, "ppo_epochs", "ppo_buffer_size"),
+        broken,
+        f"`{key}` has no effect: answers that are learnt from in a single step have not moved yet",
+        "drop it, or set ppo_epochs or ppo_buffer_size above 1",
+    )
+
+
 def _losses(c: Any) -> list[str]:
     return c.pref_loss if isinstance(c.pref_loss, list) else [c.pref_loss]
 
@@ -176,6 +208,38 @@ RULES = [
         "`missing_eos_penalty` has no effect with `judge`, which gives no rewards to take it from",
         "drop it, or give rewards in place of the judge",
     ),
+    Rule(
+        ("judge", "eval_dataset", "val_size", "eval_strategy", "do_eval"),
+        lambda c: (
+            _judged(c)
+            and (c.eval_strategy != "no" or c.do_eval or bool(c.eval_dataset or c.val_size) and not c.do_predict)
+        ),
+        "an evaluation scores one answer to each prompt, and `judge` compares two: it would have nothing to say",
+        "drop what asks for an evaluation, or give rewards in place of the judge",
+    ),
+    Rule(
+        ("reward_model_type", "reward_model"),
+        lambda c: (
+            c.reward_model and c.reward_model_type and (c.reward_model_type == "api") != _is_url(str(c.reward_model))
+        ),
+        "`reward_model_type: api` and a URL in `reward_model` go together, and only they",
+        "drop reward_model_type: what reward_model is can be seen",
+    ),
+    Rule(
+        ("reward_model_type", "reward_model_adapters"),
+        lambda c: c.reward_model and c.reward_model_adapters and c.reward_model_type in ("full", "api"),
+        "`reward_model_adapters` belong to `reward_model_type: lora`",
+        "drop one of them",
+    ),
+    Rule(
+        ("reward_model", "reward_model_adapters"),
+        lambda c: c.reward_model and c.reward_model_adapters and _is_url(str(c.reward_model)),
+        "`reward_model_adapters` have no effect on a scorer behind a URL",
+        "drop them",
+    ),
+    _clips_in_vain("ppo_clip_ratio", 0.2),
+    _clips_in_vain("ppo_clip_ratio_high", 0.2),
+    _clips_in_vain("ppo_value_clip"),
     Rule(
         ("ppo_kl_coeff", "ppo_target"),
         lambda c: c.stage == "ppo" and c.ppo_target and c.ppo_kl_coeff == 0,

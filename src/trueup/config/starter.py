@@ -28,7 +28,7 @@ _METHOD: dict[str, dict[str, Any]] = {
     "ppo": {"reward_model": "saves/rm", "ppo_kl_coeff": 0.05, "max_new_tokens": 256},
     "grpo": {"reward_funcs": ["rewards.py:score"], "num_generations": 8, "max_new_tokens": 256},
     "rloo": {"reward_funcs": ["rewards.py:score"], "num_generations": 4, "max_new_tokens": 256},
-    "online_dpo": {"judge": "judge.py:prefer", "pref_beta": 0.1, "max_new_tokens": 256},
+    "online_dpo": {"reward_model": "saves/rm", "pref_beta": 0.1, "max_new_tokens": 256},
 }
 _DATASET = {
     "pt": "pretrain_demo",

@@ -15,7 +15,8 @@ from trueup.data.examples import Message
 from trueup.data.templates import load_template, own_source
 from trueup.errors import ConfigError
 from trueup.models.adapters import is_adapter_dir
-from trueup.models.load import load_tokenizer
+from trueup.models.hub import resolve_model
+from trueup.models.load import hub_access, load_tokenizer
 from trueup.models.reward import RewardModel, load_reward_model
 from trueup.models.scorer import is_text_classifier, load_text_scorer
 from trueup.recipes.prompts import PromptRows
@@ -85,20 +86,30 @@ def load_judges(
 def _reward_model(
     cfg: RunConfig, template: ChatTemplate, rows: PromptRows, device: torch.device, dtype: torch.dtype
 ) -> Reward:
-    name, kind = str(cfg.online.reward_model), cfg.online.reward_model_type
-    is_url = name.startswith(("http://", "https://"))
-    if kind is not None and (kind == "api") != is_url:
-        raise ConfigError(
-            f"`reward_model_type: {kind}` and `reward_model: {name}` do not fit",
-            where="reward_model_type", expected="api with a URL, lora or full with a model", fix="drop it",
-        )  # fmt: skip
-    if is_url:
+    name = str(cfg.online.reward_model)
+    if name.startswith(("http://", "https://")):
         return HttpReward(name)
+    _check_kind(cfg, name)
     if not cfg.online.reward_model_adapters and not is_adapter_dir(name) and is_text_classifier(cfg.model, name):
         scorer = load_text_scorer(cfg.model, name, device, dtype)
         return ModelReward(lambda answers: scorer([a.prompt for a in answers], [a.completion for a in answers]))
     found = load_reward_model(cfg.model, name, cfg.online.reward_model_adapters, device, dtype)
     return ModelReward(_Rendered(found, _template_of(cfg, name, template), rows))
+
+
+def _check_kind(cfg: RunConfig, name: str) -> None:
+    """Whether the reward model is what `reward_model_type` says: one with adapters, or a whole one."""
+    kind = cfg.online.reward_model_type
+    if kind is None:
+        return
+    keys = "reward_model", "reward_model_adapters"
+    _, _, adapters = resolve_model(name, cfg.online.reward_model_adapters, hub_access(cfg.model), keys)
+    if (kind == "lora") != bool(adapters):
+        is_now = "is an adapter" if adapters else "is a whole model, and there are no reward_model_adapters"
+        raise ConfigError(
+            f"`reward_model_type: {kind}`, but `reward_model: {name}` {is_now}", where="reward_model_type",
+            fix="drop reward_model_type: what reward_model is can be seen",
+        )  # fmt: skip
 
 
 def _template_of(cfg: RunConfig, name: str, template: ChatTemplate) -> ChatTemplate:
@@ -144,8 +155,11 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def check_files(cfg: RunConfig) -> None:
-    """Whether the files of functions are there; seen before anything large is loaded."""
-    for key, names in (("reward_funcs", cfg.online.reward_funcs), ("judge", [cfg.online.judge or ""])):
+    """Whether files of functions are there and a reward model is what it is said to be; before anything is loaded."""
+    online = cfg.online
+    if online.reward_model and online.reward_model_type in ("lora", "full") and Path(online.reward_model).is_dir():
+        _check_kind(cfg, online.reward_model)
+    for key, names in (("reward_funcs", online.reward_funcs), ("judge", [online.judge or ""])):
         for name in names:
             path = name.rpartition(":")[0]
             if path and not Path(path).is_file():
