@@ -1,8 +1,9 @@
-"""Writes trl_online_values.json: TRL's own GRPO and RLOO losses on fixed tensors. Run it where TRL is installed.
+"""Writes trl_online_values.json: TRL's own GRPO, RLOO and online DPO losses on fixed tensors. Run it where TRL is.
 
     python tests/objectives/make_trl_online_values.py
 
-What runs is TRL's `_compute_loss` from the log-probabilities on; the model's outputs are stood in for by tensors.
+What runs is TRL's `_compute_loss` (online DPO: `training_step`) from the log-probabilities on; the model's outputs are
+stood in for by tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 import trl
+from trl.experimental.online_dpo import OnlineDPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
@@ -61,6 +63,28 @@ INPUTS = {
 }  # fmt: skip
 
 
+def online_dpo() -> float:
+    """OnlineDPOTrainer's loss of two prompts with two answers each, by rewards; TRL has all first answers first."""
+    order = [0, 2, 1, 3]
+    logps, reference, mask = padded(LOGPS)[order], padded(REFERENCE)[order], MASK[order]
+    ids = torch.ones_like(mask).long()
+    rewards = torch.tensor([0.3, 1.0, 2.0, -1.0], dtype=torch.float64)[order]
+    this = SimpleNamespace(
+        args=SimpleNamespace(
+            use_vllm=False, missing_eos_penalty=None, loss_type="sigmoid", torch_empty_cache_steps=None,
+            optim="adamw_torch", n_gpu=1, gradient_accumulation_steps=1,
+        ),
+        eos_token_ids=[1], beta=0.1, ref_model="reference", model="policy", reward_funcs=None,
+        processing_class=SimpleNamespace(batch_decode=lambda ids, **_: ["" for _ in ids]),
+        accelerator=SimpleNamespace(gather_for_metrics=lambda t: t, backward=lambda loss: None),
+        stats=defaultdict(list), _calculate_rewards_from_functions=lambda **_: rewards,
+        _generate=lambda *_: (ids[:2], ids[:2], ids, mask, None),
+        _forward=lambda model, *_: reference if model == "reference" else logps,
+    )  # fmt: skip
+    model = SimpleNamespace(train=lambda: None)
+    return float(OnlineDPOTrainer.training_step(this, model, {"prompt": ["a", "b"]}))
+
+
 def main() -> None:
     values: dict[str, float] = {}
     for name in ("dapo", "bnpo", "grpo", "dr_grpo", "gspo", "cispo"):
@@ -69,6 +93,7 @@ def main() -> None:
             found = trainer(loss_type="grpo" if name == "gspo" else name, beta=beta, **special)
             values[f"{name} {beta}"] = float(GRPOTrainer._compute_loss(found, None, INPUTS))
     values["rloo 0.0"] = float(RLOOTrainer._compute_loss(trainer(), None, INPUTS))
+    values["online_dpo 0.1"] = online_dpo()
     path = Path(__file__).with_name("trl_online_values.json")
     path.write_text(json.dumps({"trl": trl.__version__, "values": values}, indent=1) + "\n", encoding="utf-8")
     print(values)

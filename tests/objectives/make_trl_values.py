@@ -22,6 +22,7 @@ from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 
 ROWS = [
     [-10, -20.5, -33], [-12.5, -18, -41], [5, 8, 13], [6, 4, 16], [-11.2, -20.1, -34], [-13.9, -18.7, -36.5],
@@ -47,60 +48,58 @@ class Gatherer:
     gather_for_metrics = gather
 
 
-def dpo(loss: str, divergence: str = "reverse_kl", weighting: bool = False) -> float:
+def tokens(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """[answers, longest]: what each token has of its answer's log-probability, zeros after the end."""
+    number = torch.arange(1, int(lengths.max()) + 1, dtype=sums.dtype)
+    share = torch.where(number <= lengths[:, None], number, 0.0)
+    return sums[:, None] * share / share.sum(1, keepdim=True)
+
+
+class Model(torch.nn.Module):
+    """Stands in for a model whose log-probabilities are these."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self, log_probs: torch.Tensor, answers: torch.Tensor) -> None:
+        super().__init__()
+        self.training = False
+        zeros = torch.zeros_like(log_probs)
+        self.outputs = SimpleNamespace(
+            log_probs=log_probs, log_sum_sq_probs=-0.3 * answers, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+        )
+
+    def forward(self, **_):
+        return self.outputs
+
+
+def dpo(loss: str | list[str], divergence: str = "reverse_kl", weighting: bool = False, ld_alpha: float | None = None,
+        weights: list[float] | None = None, dtype: torch.dtype = torch.float64) -> float:  # fmt: skip
     """DPOTrainer's loss of the three pairs."""
-    width = int(max(CHOSEN_LEN.max(), REJECTED_LEN.max()))
     lengths = torch.cat([CHOSEN_LEN, REJECTED_LEN]).long()
-    answers = (torch.arange(width) < lengths[:, None]).long()
-    mask = torch.cat([torch.zeros(6, 1, dtype=torch.long), answers], 1)  # one token of prompt
-
-    def tokens(sums: torch.Tensor) -> torch.Tensor:
-        values = torch.zeros(6, width, dtype=torch.float64)
-        values[:, 0] = sums
-        return values
-
-    policy = tokens(torch.cat([CHOSEN, REJECTED]))
-    outputs = SimpleNamespace(
-        log_probs=policy,
-        log_sum_sq_probs=-0.3 * answers.double(),
-        entropy=torch.zeros(6, width, dtype=torch.float64),
-        mean_logits=torch.zeros(6, width, dtype=torch.float64),
-        is_top1=torch.zeros(6, width, dtype=torch.bool),
+    policy, reference = (
+        tokens(torch.cat(pair).to(dtype), lengths) for pair in ((CHOSEN, REJECTED), (REF_CHOSEN, REF_REJECTED))
     )
-
-    class Model:
-        training = False
-
-        def __call__(self, **_):
-            return outputs
-
+    answers = (torch.arange(policy.shape[1]) < lengths[:, None]).long()
+    mask = torch.cat([torch.zeros(6, 1, dtype=torch.long), answers], 1)  # one token of prompt
+    losses = [loss] if isinstance(loss, str) else loss
     this = SimpleNamespace(
-        model=Model(), accelerator=Gatherer(), aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
-        f_divergence_type=divergence, f_alpha_divergence_coef=0.5, beta=0.1, loss_types=[loss], loss_weights=[1.0],
-        label_smoothing=0.1 if loss in SMOOTHED else 0.0, args=SimpleNamespace(discopop_tau=0.05),
-        use_weighting=weighting, _metrics={"eval": defaultdict(list), "train": defaultdict(list)},
-        _total_train_tokens=0, _tp_size=1,
+        model=Model(policy, answers.to(dtype)), ref_model=Model(reference, answers.to(dtype)), accelerator=Gatherer(),
+        aux_loss_enabled=False, ld_alpha=ld_alpha, precompute_ref_logps=False, f_divergence_type=divergence,
+        f_alpha_divergence_coef=0.5, beta=0.1, loss_types=losses, loss_weights=weights or [1.0],
+        label_smoothing=0.1 if loss in SMOOTHED else 0.0, use_weighting=weighting,
+        args=SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None),
+        _metrics={"eval": defaultdict(list), "train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
     )  # fmt: skip
-    inputs = {
-        "input_ids": torch.zeros(6, width + 1, dtype=torch.long), "attention_mask": mask, "completion_mask": mask,
-        "ref_chosen_logps": REF_CHOSEN, "ref_rejected_logps": REF_REJECTED,
-    }  # fmt: skip
+    inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": mask, "completion_mask": mask}
     return float(DPOTrainer._compute_loss(this, this.model, inputs, False))
 
 
 def kto(loss: str, weights: tuple[float, float] = (1.0, 1.0)) -> float:
     """KTOTrainer's loss of the six answers; the mismatched pairs' log-ratios have mean 0.05."""
-    sums = torch.cat([CHOSEN, REJECTED])
-
-    class Model:
-        training = False
-
-        def __call__(self, **_):
-            zeros = torch.zeros(6, 1, dtype=torch.float64)
-            return SimpleNamespace(log_probs=sums[:, None], entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-
+    sums = torch.cat([CHOSEN, REJECTED])[:, None]
     this = SimpleNamespace(
-        model=Model(), accelerator=Gatherer(), aux_loss_enabled=False, precompute_ref_logps=True, beta=0.1,
+        model=Model(sums, torch.ones_like(sums)), accelerator=Gatherer(), aux_loss_enabled=False,
+        precompute_ref_logps=True, beta=0.1,
         calculate_KL=loss == "kto", loss_type=loss, desirable_weight=weights[0], undesirable_weight=weights[1],
         _compute_kl_logps=lambda model, batch: torch.full((6,), -7.95, dtype=torch.float64),
         _metrics={"eval": defaultdict(list), "train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
@@ -129,12 +128,34 @@ def orpo() -> float:
     return -float(ORPOTrainer.odds_ratio_loss(this, CHOSEN / CHOSEN_LEN, REJECTED / REJECTED_LEN)[0].mean())
 
 
+def reward(margin: bool = False, center: float | None = None) -> float:
+    """RewardTrainer's loss of three pairs of answers whose rewards are their log-probabilities."""
+    rewards = torch.cat([CHOSEN, REJECTED])[:, None]
+
+    class Classifier:
+        training = False
+
+        def __call__(self, **_):
+            return SimpleNamespace(logits=rewards)
+
+    this = SimpleNamespace(
+        model=Classifier(), accelerator=Gatherer(), args=SimpleNamespace(center_rewards_coefficient=center),
+        _metrics={"eval": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    inputs = {"margin": torch.tensor([0.5, 0.0, 1.5], dtype=torch.float64)} if margin else {}
+    return float(RewardTrainer.compute_loss(this, this.model, inputs))
+
+
 def main() -> None:
     values = {name: dpo(name) for name in DPO}
-    # TRL's table of clamps has no float64, and its trainers never see it.
+    # TRL's table of clamps for the alpha divergence has no float64.
+    dtypes = {"forward_kl": torch.float64, "js_divergence": torch.float64, "alpha_divergence": torch.float32}
     values |= {
-        f"{name}+{d}": dpo(name, d) for name in ("sigmoid", "hinge", "ipo") for d in ("forward_kl", "js_divergence")
+        f"{name}+{d}": dpo(name, d, dtype=dtype) for name in ("sigmoid", "hinge", "ipo") for d, dtype in dtypes.items()
     }
+    values |= {f"{name}+ld": dpo(name, ld_alpha=0.3) for name in ("sigmoid", "ipo", "nca_pair")}
+    values |= {"sigmoid+bco_pair": dpo(["sigmoid", "bco_pair"], weights=[0.8, 0.2]), "sft": dpo("sft")}
+    values |= {"reward": reward(), "reward+margin": reward(margin=True), "reward+centred": reward(center=0.01)}
     values |= {f"{name}+weighting": dpo(name, weighting=True) for name in ("sigmoid", "hinge")}
     values |= {name: kto(name) for name in ("kto", "apo_zero_unpaired")} | {"kto+weights": kto("kto", (2.0, 0.5))}
     values |= {

@@ -70,7 +70,7 @@ def test_grpo_variants_are_the_papers_formulas(loss, beta):
 TRL = json.loads(Path(__file__).with_name("trl_online_values.json").read_text(encoding="utf-8"))["values"]
 
 
-@pytest.mark.parametrize("name", TRL)
+@pytest.mark.parametrize("name", [name for name in TRL if not name.startswith("online_dpo")])
 def test_trl_computes_the_same(name):
     loss, beta = name.split()
     if loss == "rloo":
@@ -103,7 +103,8 @@ def test_ppo_is_the_larger_of_both_losses():
     result = ppo(answers(), low=0.2, high=0.2)
     assert float(result.sum) == pytest.approx(float(expected), abs=1e-12)
     value, count = result.metrics["policy/clipfrac_avg"]
-    assert float(value) / count == pytest.approx(float(((r < 0.8) | (r > 1.2)).double().mean()))
+    bites = (-r.clamp(0.8, 1.2) * a > -r * a).double().mean()
+    assert float(value) / count == pytest.approx(float(bites)) != float(((r < 0.8) | (r > 1.2)).double().mean())
 
 
 def test_values_far_from_the_old_ones_are_held():

@@ -374,6 +374,9 @@ def divergence_slope(log_ratio: Tensor, divergence: str, coefficient: float = 0.
 def length_weights(owner: Tensor, lengths: Tensor, alpha: float) -> Tensor:
     """Weights [N] of tokens in LD-DPO: 1 up to the length of the pair's shorter answer, α beyond (arXiv 2409.06411).
 
+    TRL weighs policy and reference alike, and so do we; LLaMA-Factory and ms-swift weigh the policy alone, which is
+    `ld_reference: false`, and whose margin is not 0 at the start.
+
     Args:
         owner: [N] sequence of each token, ascending; sequences alternate chosen, rejected.
         lengths: [S] tokens of each sequence.

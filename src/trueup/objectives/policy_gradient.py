@@ -99,16 +99,18 @@ def rloo(a: AnswerLogps, *, low: float, high: float) -> Loss:
 
 
 def ppo(a: AnswerLogps, *, low: float, high: float) -> Loss:
-    """Proximal policy optimisation (arXiv 1707.06347, eq. 7): max(−r A, −clip(r) A) over all tokens of the step."""
+    """Proximal policy optimisation (arXiv 1707.06347, eq. 7): max(−r A, −clip(r) A) over all tokens of the step.
+
+    `policy/clipfrac_avg` is TRL's: the share of tokens whose clip binds, not of all ratios outside the range.
+    """
     log_ratio = a.logps - a.old
     ratio = torch.exp(log_ratio)
     losses = clipped(ratio, a.advantages, low, high)
-    outside = (ratio < 1 - low) | (ratio > 1 + high)
-    metrics = clip_metrics(ratio, a.advantages, low, high) | _mean(
+    metrics = clip_metrics(ratio, a.advantages, low, high)
+    metrics |= {"policy/clipfrac_avg": metrics["clip_ratio/region_mean"]} | _mean(
         {
             "loss/policy_avg": losses,
             "policy/approxkl_avg": 0.5 * log_ratio**2,
-            "policy/clipfrac_avg": outside,
             "val/ratio": ratio,
         }
     )

@@ -71,8 +71,9 @@ def bco(
 ) -> Loss:
     """−λ_D log σ(βΔ − δ) for wanted, −λ_U log σ(−(βΔ − δ)) for unwanted answers: BCO (arXiv 2404.04656).
 
-    δ is the running mean of all rewards of the steps before this one (`pairwise.bco_pair` says why). The paper's
-    density-ratio weights for wanted and unwanted prompts that differ in kind are left out.
+    δ is the running mean of all rewards of the steps before this one (`pairwise.bco_pair` says why); at the same δ it
+    is the loss of TRL's BCOTrainer, which TRL 1.16 no longer has. The paper's density-ratio weights for wanted and
+    unwanted prompts that differ in kind are left out.
     """
     rewards = beta * (logps.answer - logps.reference)
     wanted = torch.where(logps.desirable, 1.0, -1.0)

@@ -130,7 +130,11 @@ class LeaveOneOut(_Stateless):
 
 
 class Ppo:
-    """PPO with a value head: the KL is charged token by token, the reward is given at the last one."""
+    """PPO with a value head: the KL is charged token by token, the reward is given at the last one.
+
+    TRL gave it one token past the end of answers that are shorter than others, and divided advantages by the unbiased
+    deviation: its policy loss is √((N − 1)/N) of ours at N tokens a round.
+    """
 
     denominator = "tokens"
     wants = frozenset[Wanted]({"old", "reference", "values"})
@@ -205,7 +209,11 @@ class Ppo:
 
 
 class OnlineDpo(_Stateless):
-    """DPO on pairs of the policy's own answers (arXiv 2402.04792): the judge's choice, or the best and worst reward."""
+    """DPO on pairs of the policy's own answers (arXiv 2402.04792): the judge's choice, or the best and worst reward.
+
+    A tie is left out, as is a prompt with fewer than two answers that have a reward; TRL calls the first answer of a
+    tie the chosen one, and counts a missing reward as 0.
+    """
 
     denominator = "pairs"
     wants = frozenset[Wanted]({"reference"})
