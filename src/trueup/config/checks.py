@@ -109,14 +109,15 @@ def check(cfg: RunConfig, place: Place, bad: set[str], *, training: bool) -> tup
 
     Rules that touch a key already found bad are left out: they would only repeat it.
     """
-    problems = _not_yet(cfg, place, training)
+    problems = not_yet(cfg, place, training)
     if not training:
-        return problems + _broken(cfg, place, bad, _INFERENCE_RULES), []
+        return problems + broken(cfg, place, bad, _INFERENCE_RULES), []
     idle = _without_effect(cfg, place, bad) if _supported(cfg) else []
-    return problems + _broken(cfg, place, bad, RULES), idle + _of_other_verbs(cfg, place, bad)
+    return problems + broken(cfg, place, bad, RULES), idle + _of_other_verbs(cfg, place, bad)
 
 
-def _broken(cfg: RunConfig, place: Place, bad: set[str], rules: list[Rule]) -> list[Problem]:
+def broken(cfg: RunConfig, place: Place, bad: set[str], rules: list[Rule]) -> list[Problem]:
+    """The rules that a config breaks, with the places of their keys."""
     view = SimpleNamespace(explicit=cfg.explicit, **{key: cfg[key] for key in SECTION_OF})
     found = []
     for rule in rules:
@@ -134,7 +135,7 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _not_yet(cfg: RunConfig, place: Place, training: bool) -> list[Problem]:
+def not_yet(cfg: RunConfig, place: Place, training: bool) -> list[Problem]:
     """Keys and values that are known and not supported yet, and values that nobody knows."""
     found = []
     for key in sorted(cfg.explicit, key=list(SECTION_OF).index):

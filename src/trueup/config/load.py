@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from trueup.config import names
+from trueup.config import building, names
 from trueup.config.checks import check, derive, say, say_inference
 from trueup.config.explain import closest_choice, describe_error, explain, known_keys, nearest
 from trueup.config.read import Entry, Takes, read_file, read_words
@@ -51,14 +51,15 @@ def load_config(
     source: str | Path | Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     *,
-    verb: Literal["train", "infer"] = "train",
+    verb: Literal["train", "infer", "build"] = "train",
 ) -> RunConfig:
     """Read, resolve and check a config.
 
     Args:
         source: a YAML or JSON file, a dict of keys, or nothing.
         overrides: raw words of a command line (`key=value`, `--key value`, `--flag` …); they win.
-        verb: "infer" for chat, export and serve, which need a model but neither data nor a method.
+        verb: "infer" for chat, export and serve, which need a model but neither data nor a method; "build" for
+            preference data.
 
     Raises:
         ConfigError: with every problem found, each with its place.
@@ -70,12 +71,15 @@ def load_config(
     over, over_problems, over_unknown = _settle(*read_words(overrides, _takes), words=True, below=base)
     settings = {**_environment(), **base, **over}
     cfg, bad, value_problems = _validate(settings)
-    cfg = derive(cfg)
+    cfg = building.derive(cfg) if verb == "build" else derive(cfg)
 
     def place(key: str) -> str | None:
         return settings[key].where if key in settings else None
 
-    problems, idle = check(cfg, place, bad, training=verb == "train")
+    if verb == "build":
+        problems, idle = building.check(cfg, place, bad)
+    else:
+        problems, idle = check(cfg, place, bad, training=verb == "train")
     unused = base_unknown + over_unknown + idle
     if cfg.train.on_unused_keys == "warn" or names.is_on(os.environ.get("ALLOW_EXTRA_ARGS", "")):
         for problem in unused:
@@ -84,7 +88,8 @@ def load_config(
     problems = base_problems + over_problems + value_problems + problems + unused
     if problems:
         raise ConfigError(_in_order(problems))
-    say(cfg) if verb == "train" else say_inference(cfg, over.keys())
+    if verb != "build":  # a build refuses what it does not read
+        say(cfg) if verb == "train" else say_inference(cfg, over.keys())
     return cfg
 
 
@@ -110,6 +115,12 @@ def _environment() -> dict[str, Setting]:
             log.warning("%s is set, but trueup has no such backend: it is ignored", variable)
     hubs = [name for name in HUB_SWITCHES if names.is_on(os.environ.get(name, ""))]
     return {"hub": Setting(HUB_SWITCHES[hubs[0]], hubs[0], hubs[0])} if hubs else {}
+
+
+def chosen_hub() -> str:
+    """The hub that the environment chooses."""
+    setting = _environment().get("hub")
+    return setting.value if setting else "huggingface"
 
 
 # Names → canonical keys

@@ -178,7 +178,7 @@ NOT_ACTING_YET: dict[str, str] = {
     "log_level": "notes and warnings are always shown",
 }
 
-_VERBS = {"generate": "chat", "export": "export", "evaluate": "eval"}
+_VERBS = {"generate": "chat", "export": "export", "evaluate": "eval", "build": "data build"}
 
 SCHEDULES: tuple[str, ...] = get_args(Scheduler)
 
@@ -362,7 +362,8 @@ def needs_reference(cfg: RunConfig) -> bool:
     return STAGES[cfg.objective.stage].reference
 
 
-def _holds(value: Any, allowed: Any) -> bool:
+def holds(value: Any, allowed: Any) -> bool:
+    """Whether a value is one that a condition allows."""
     if allowed is SET:
         return value not in (None, [], {}, "")
     if isinstance(value, list):
@@ -378,7 +379,7 @@ def missing_condition(key: str, cfg: RunConfig) -> tuple[str, Any] | None:
     for other, allowed in ACTS_WITH.get(key, {}).items():
         if other == "pref_loss" and cfg.objective.stage not in STAGE_LOSSES:
             continue  # no loss to choose
-        if not _holds(cfg[other], allowed):
+        if not holds(cfg[other], allowed):
             return other, allowed
     return None
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from trueup.config.names import is_secret
+from trueup.config.sections.build import BuildSection
 from trueup.config.sections.data import DataSection
 from trueup.config.sections.generate import EvaluateSection, ExportSection, GenerateSection
 from trueup.config.sections.model import ModelSection
@@ -32,6 +33,7 @@ SECTIONS: dict[str, type[Section]] = {
     "generate": GenerateSection,
     "export": ExportSection,
     "evaluate": EvaluateSection,
+    "build": BuildSection,
 }
 REDACTED = "<redacted>"
 #: how a run is started, not what it is.
@@ -86,6 +88,7 @@ class RunConfig:
     generate: GenerateSection
     export: ExportSection
     evaluate: EvaluateSection
+    build: BuildSection
     explicit: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __getitem__(self, key: str) -> Any:

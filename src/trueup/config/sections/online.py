@@ -38,7 +38,7 @@ class OnlineSection(Section):
 
     # answers
     num_generations: Positive | None = None
-    """Answers drawn for each prompt; unset: 8 (GRPO), 4 (RLOO), 2 (online DPO), 1 (PPO)."""
+    """Answers drawn for each prompt; unset: 8 (GRPO), 4 (RLOO, data build), 2 (online DPO), 1 (PPO)."""
     generation_batch_size: Positive = 64
     """Answers written at the same time by one process."""
     missing_eos_penalty: NonNegativeFloat = 0.0
