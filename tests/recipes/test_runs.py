@@ -200,6 +200,19 @@ def test_bf16_keeps_fp32_masters(config: Config, tmp_path: Path) -> None:
     assert any(not torch.equal(t, t.bfloat16().float()) for t in moved), "masters must hold more than bf16 can"
 
 
+@pytest.mark.parametrize("more", [{}, {"additional_target": "lm_head"}])
+def test_a_continued_adapter_starts_from_its_fp32_values_in_bf16(config: Config, tmp_path: Path, more: dict) -> None:
+    """An adapter that learns next to nothing is saved as it came: bf16 would have rounded it."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(config(stage="sft", dataset="chats", max_steps=2, output_dir=str(first), **more))
+    nothing = {"bf16": True, "learning_rate": 1e-30, "max_steps": 1, "adapter_name_or_path": str(first)}
+    run(config(output_dir=str(second), **nothing, **more))
+    before, after = (load_file(directory / "adapter_model.safetensors") for directory in (first, second))
+    assert before.keys() == after.keys() and any("lora_B" in name for name in after)
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in after.values())
+
+
 def test_it_learns_a_trait_of_held_out_answers(config: Config) -> None:
     """Chosen answers lack a marker that rejected ones end in: held-out accuracy goes to 1."""
     keys = {

@@ -66,6 +66,7 @@ class Adapters:
     frozen: list[str] = field(default_factory=list)
     frozen_parts: list[Part] = field(default_factory=list)  # as they were read, in fp32, to be saved again
     continued: bool = False
+    masters: StateDict = field(default_factory=dict)  # fp32, by parameter: what a continued adapter's files hold
 
     def activate(self, names: Sequence[str]) -> None:
         """Make exactly these adapters act; gradients flow to the trained one only."""
@@ -138,6 +139,7 @@ def attach_lora(
         _fill(model, TRAINED, loaded[-1], starts[-1])
         model.add_adapter(REFERENCE, _without_dropout(config))
         _fill(model, REFERENCE, loaded[-1], starts[-1])
+        adapters.masters = _by_parameter(model, TRAINED, loaded[-1])
     for index, (part, path) in enumerate(zip(frozen_parts, starts, strict=False)):
         name = f"start_{index}"
         model.add_adapter(name, _without_dropout(part[0]))
@@ -236,6 +238,17 @@ def _fill(model: PeftModel, name: str, part: Part, path: str | Path) -> None:
         )  # fmt: skip
         raise ModelError([head, *problems[:8], *more])
     set_peft_model_state_dict(model, part[1], adapter_name=name)
+
+
+def _by_parameter(model: PeftModel, name: str, part: Part) -> StateDict:
+    """A part's tensors, fp32, under the names of the parameters of adapter `name` that they were loaded into."""
+    parameters = {parameter.data_ptr(): path for path, parameter in model.named_parameters()}
+    filled = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {
+        parameters[tensor.data_ptr()]: part[1][key].float()
+        for key, tensor in filled.items()
+        if tensor.data_ptr() in parameters
+    }
 
 
 def _same_shape(base: PreTrainedModel, start: LoraConfig, wanted: LoraConfig) -> bool:

@@ -91,6 +91,7 @@ class OfflineProgram:
         self.lesson = lesson_of(cfg, loaded.policy, self.datasets, references, backend, plan.steps_per_epoch)
         self.rank, self.world_size = backend.rank, backend.world_size
         self.trainable: dict[str, nn.Parameter] = loaded.policy.trainable()
+        self.masters = self.adapters.masters if self.adapters is not None else {}
         self.examples_per_step = plan.rows_per_step
         self.steps_per_epoch = plan.steps_per_epoch
         self.eval_sets = {

@@ -45,7 +45,7 @@ from trueup.training.profile import phase, profiling
 from trueup.training.run_directory import METRICS_FILE, RUN_FILE, RunDirectory, read_metrics
 from trueup.training.signals import Stopped, StopRequest
 from trueup.training.state import Progress, RankState
-from trueup.training.step import B, NotFinite, Program, StepResult, train_step
+from trueup.training.step import B, NotFinite, Program, StartsInFp32, StepResult, train_step
 from trueup.training.watchdog import Watchdog
 
 #: Fields of metrics.jsonl that depend on the clock or the machine; all others are the same to the
@@ -117,6 +117,8 @@ class Trainer(Generic[B]):
         self.stop, self.watchdog = stop, watchdog
         self.plan = make_plan(settings, program.steps_per_epoch)
         self.optimizer = MasterOptimizer.from_settings(program.trainable, settings, self.plan.total_steps)
+        if isinstance(program, StartsInFp32):
+            self.optimizer.start_from(program.masters)
         self.sums = MetricSums(backend.device)
         self.progress = Progress()
         self.identity = {

@@ -329,6 +329,12 @@ class MasterOptimizer:
                 parameter.copy_(self.masters[name])
 
     @torch.no_grad()
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the masters of some parameters to the fp32 values that these have been rounded from."""
+        for name, tensor in tensors.items():
+            self.masters[name].copy_(tensor)
+
+    @torch.no_grad()
     def load_masters(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the masters, and with them the module's parameters."""
         for name, master in self.masters.items():

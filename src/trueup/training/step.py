@@ -98,6 +98,16 @@ class LooksAhead(Protocol):
         ...
 
 
+@runtime_checkable
+class StartsInFp32(Protocol):
+    """A program that knows some of its parameters more exactly than they hold themselves."""
+
+    @property
+    def masters(self) -> Mapping[str, Tensor]:
+        """Names as in `trainable` → fp32 values that the parameters are rounded from."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step did. `skipped`: fp16 gradients overflowed, the weights stand still and the loss
