@@ -104,3 +104,13 @@ def test_a_rollout_keeps_its_bits_in_a_checkpoint():
     np.testing.assert_array_equal(again.tokens["old"], rollout.tokens["old"])
     assert again.answers_of([0, 2]) == [0, 4, 5] and again.lengths_P.tolist() == [2, 6, 6]
     assert again.take("old", [2, 0]).tolist() == np.float32([0.3, 0.4, 0.1, 0.2]).tolist()
+
+
+def test_with_a_seed_for_each_answer_the_batch_does_not_matter(model):
+    seeds = [[11, 12, 13], [21, 22, 23], [31, 32, 33]]
+    together = draw(model, seed=[s for group in seeds for s in group])
+    for prompt, group, drawn in zip(PROMPTS, seeds, together, strict=True):
+        (alone,) = draw(model, prompts=[prompt], seed=group)
+        assert [a.ids.tolist() for a in alone] == [a.ids.tolist() for a in drawn]
+        (last,) = draw(model, prompts=[prompt], answers=1, seed=group[2:])
+        assert last[0].ids.tolist() == drawn[2].ids.tolist()

@@ -80,11 +80,16 @@ class Engine:
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in self.generate(prompts, sampling)]
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, num_answers: int = 1, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        num_answers: int = 1,
+        seed: int | Sequence[int] = 0,
     ) -> list[list[Sampled]]:
         """`num_answers` answers to each prompt, all decoded together, for those who learn from them.
 
-        With their stop tokens and log-probabilities. The same policy, prompts and seed give the same answers.
+        With their stop tokens and log-probabilities. The same policy, prompts and seed give the same answers; with a
+        seed for each answer they are, up to rounding, the same in any batch.
         `repetition_penalty` is not taken: such answers are not the model's own.
         """
         assert sampling.repetition_penalty == 1.0

@@ -6,7 +6,7 @@ row draws depends on the seed and its batch alone, so a rollout can be drawn aga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +75,12 @@ def sample_batch(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     pad_id: int,
-    seed: int,
+    seed: int | Sequence[int],
 ) -> list[list[Sampled]]:
-    """`num_answers` answers to each of some prompts (none empty), all at the same time."""
+    """`num_answers` answers to each of some prompts (none empty), all at the same time.
+
+    `seed`: of the batch; or one for each answer, whose draws then do not depend on the others in the batch.
+    """
     device = model.device
     ids, mask = _left_padded(prompts, pad_id)
     cache: Any = DynamicCache(config=model.config)
@@ -89,7 +92,7 @@ def sample_batch(
         cache.batch_repeat_interleave(num_answers)
         logits = logits.repeat_interleave(num_answers, 0)
     rows = len(prompts) * num_answers
-    generator = torch.Generator().manual_seed(seed)
+    uniforms = _uniforms(seed, rows, max_new_tokens)
     stops = torch.tensor(list(stop_ids), device=device)
     alive = torch.arange(rows, device=device)  # row of the batch → answer
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -97,7 +100,7 @@ def sample_batch(
     logps, entropies = torch.zeros(2, rows, max_new_tokens, device=device)
     look = LOOK_EVERY.get(device.type, LOOK_RARELY)
     for step in range(max_new_tokens):
-        uniform = torch.rand(rows, dtype=torch.float64, generator=generator).to(device)  # of all, ended or not
+        uniform = next(uniforms).to(device)  # of all, ended or not
         chosen, logp, entropy = choice.draw(logits[:, -1], uniform[alive])
         tokens[alive, step], logps[alive, step], entropies[alive, step] = chosen, logp, entropy
         ended[alive] |= torch.isin(chosen, stops)
@@ -116,6 +119,17 @@ def sample_batch(
         ).logits
     flat = _cut(tokens.cpu(), logps.cpu(), entropies.cpu(), set(stop_ids))
     return [flat[i : i + num_answers] for i in range(0, rows, num_answers)]
+
+
+def _uniforms(seed: int | Sequence[int], rows: int, steps: int) -> Iterator[Tensor]:
+    """Numbers [rows] in [0, 1), fp64, for each step."""
+    if isinstance(seed, int):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            yield torch.rand(rows, dtype=torch.float64, generator=generator)
+        return
+    own = [torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seed]
+    yield from torch.stack(own, dim=1)
 
 
 class _State:
