@@ -13,7 +13,7 @@ import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from trueup.data.examples import Kind
 from trueup.data.registry import DatasetSpec
@@ -137,6 +137,17 @@ def choose_layout(spec: DatasetSpec, rows: Sequence[Mapping[str, Any]], want: Ki
         transcript=gives == "pair" and is_transcript(sample.first("chosen")),
         plain=spec.formatting == "trl" and not conversational,
     )
+
+
+def kind_of(spec: DatasetSpec, rows: Sequence[Mapping[str, Any]]) -> Kind:
+    """The kind of example that rows hold, for verbs that want none in particular. Raises DataError."""
+    for want in ("pair", "ranking", "feedback", "chat", "text"):
+        try:
+            return cast(Kind, choose_layout(spec, rows, want).gives)
+        except DataError:
+            continue
+    choose_layout(spec, rows, "prompt")
+    return "prompt"
 
 
 # ---- columns -------------------------------------------------------------------------------------

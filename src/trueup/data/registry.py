@@ -1,5 +1,5 @@
-"""Which data a name stands for: `dataset_info.json` (or .yaml), the built-in samples, a path, or a
-hub id.
+"""Which data a name stands for: `dataset_info.json` (or .yaml), the built-in samples, a path, a
+well-known set, or a hub id.
 
 The registry's format is LLaMA-Factory's, so that a registry people already have is read as it
 stands. One deviation, on purpose: a `columns` or `tags` block that names only some entries leaves
@@ -19,7 +19,9 @@ from typing import Any
 
 import yaml
 
+from trueup.data import catalog
 from trueup.data.jsontext import JsonFault, caret, line_and_column, object_members
+from trueup.data.store import find_copy
 from trueup.errors import ConfigError, DataError, Problem
 
 BUILTIN_DIR = Path(__file__).resolve().parent.parent / "builtin" / "data"
@@ -76,7 +78,7 @@ TAG_NAMES = (
     "function_tag",
     "system_tag",
 )
-_HUB_KEYS = {"huggingface": "hf_hub_url", "modelscope": "ms_hub_url", "modelers": "om_hub_url"}
+_HUB_KEYS = catalog.HUB_KEYS
 _ENTRY_KEYS = (
     *_HUB_KEYS.values(),
     "script_url",
@@ -122,6 +124,7 @@ class DatasetSpec:
     folder: str | None = None
     num_samples: int | None = None
     registered: bool = False  # whether `origin` is an entry of a registry
+    catalogue: str | None = None  # its name among the well-known sets, if it is one of those
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,8 @@ class _Entry:
 def resolve_datasets(
     names: Sequence[str], dataset_dir: str | Path = "data", hub: str = "huggingface"
 ) -> list[DatasetSpec]:
-    """What each of `names` stands for, in order: a registered name, a built-in sample, a path or a
-    hub id.
+    """What each of `names` stands for, in order: a registered name, a built-in sample, a path, a
+    well-known set or a hub id.
 
     A `dataset_dir` without a registry is fine as long as nothing asks for it; "ONLINE" makes every
     name a hub id. Raises ConfigError (unknown name, bad registry) or DataError (a path that is not
@@ -190,6 +193,26 @@ def registered(directory: str | Path) -> dict[str, _Entry]:
 def known_names(dataset_dir: str | Path = "data") -> list[str]:
     """Names that `dataset:` accepts here: the user's registry first, then the built-in samples."""
     return list({**registered(dataset_dir), **registered(BUILTIN_DIR)})
+
+
+def well_known(name: str, hub: str = "huggingface") -> DatasetSpec:
+    """A dataset of the catalogue: the copy on this machine, else on `hub` or the first that has it."""
+    found = catalog.find(name)
+    if found is None:
+        near = difflib.get_close_matches(name, [*catalog.CATALOG, *catalog.ALIASES], n=3, cutoff=0.5)
+        raise ConfigError(
+            f"{name!r} is no well-known dataset",
+            expected="a name of `trueup data list`, or a hub id like owner/name",
+            fix=f"did you mean {' or '.join(near)}?" if near else None,
+        )
+    key, known = found
+
+    def on(hub: str) -> DatasetSpec:
+        entry = _Entry(known.entry_on(hub), "the catalogue", Path())
+        return replace(_from_entry(key, entry, hub), name=name, registered=False, catalogue=key)
+
+    specs = [on(hub) for hub in dict.fromkeys([hub, *known.hubs])]
+    return next((spec for spec in specs if find_copy(spec)), specs[0])
 
 
 def missing_path(path: str | Path, directory: Path | None = None) -> Problem:
@@ -448,6 +471,8 @@ def _unregistered(
     if looks_like_path:
         problem = missing_path(name, directory if directory.is_dir() else None)
         raise DataError([Problem(problem.what, f"dataset {name!r}", fix=problem.fix)])
+    if catalog.find(name):
+        return well_known(name, hub)
     if _HUB_ID(name):
         return DatasetSpec(name, "hub id", hub_id=name, hub=hub)
     raise ConfigError([_unknown_name(name, directory, registry, builtin)])
@@ -456,14 +481,15 @@ def _unregistered(
 def _unknown_name(name: str, directory: Path, registry: Mapping[str, _Entry], builtin: Mapping[str, _Entry]) -> Problem:
     file = next((directory / n for n in REGISTRY_NAMES if (directory / n).is_file()), None)
     known = list(dict.fromkeys([*registry, *builtin]))
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*known, *catalog.CATALOG, *catalog.ALIASES], n=1, cutoff=0.5)
     theirs = registry.get(near[0]) if near else None  # our own samples are nothing a user would mend
     add = f'register it in {file or directory / REGISTRY_NAMES[0]}: "{name}": {{"file_name": …}}'
     return Problem(
         f"dataset {name!r} is not registered"
         + ("" if file else f", and there is no registry in {directory.absolute()}"),
         where=theirs.origin if theirs else str(file or "dataset"),
-        expected=f"one of: {_some(known, 12)}; or a path, or a hub id like owner/name",
+        expected=f"one of: {_some(known, 12)}; or a well-known set (`trueup data list`), a path, "
+        "or a hub id like owner/name",
         fix=f"did you mean {near[0]!r}? Or {add}" if near else add,
     )
 

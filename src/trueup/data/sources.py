@@ -19,7 +19,7 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import numpy as np
 from trueup.data import jsontext
 from trueup.data.jsontext import JsonFault
 from trueup.data.registry import FILE_SUFFIXES, REGISTRY_NAMES, DatasetSpec, missing_path
+from trueup.data.store import find_copy
 from trueup.errors import ConfigError, DataError, ModelError, Problem
 
 log = logging.getLogger("trueup")
@@ -92,7 +93,12 @@ def read_rows(spec: DatasetSpec, *, token: str | None = None, cache_dir: str | P
     """Every row of a dataset. Raises DataError with all faults, or ModelError if a hub is out of
     reach.
     """
-    if spec.hub_id and not Path(spec.hub_id).is_dir():
+    has_folder = spec.hub_id and Path(spec.hub_id).is_dir()  # where a hub is out of reach, a folder of its name
+    copy = None if has_folder else find_copy(spec)
+    if copy:
+        log.info("dataset %s: the copy fetched on %s is read", spec.name, copy.fetched)
+        rows = _read_all(spec.name, [(_label(copy.file), copy.file)])
+    elif spec.hub_id and not has_folder:
         rows = Rows(spec.name, _read_hub(spec, token, cache_dir))
     elif spec.url:
         rows = _read_all(spec.name, [(spec.url, _fetch(spec.url))])
@@ -486,9 +492,24 @@ def _fetch(url: str) -> bytes:
 
 
 def _read_hub(spec: DatasetSpec, token: str | None, cache_dir) -> list[Row]:
+    return load_from_hub(spec, token, cache_dir).to_list()
+
+
+def load_from_hub(spec: DatasetSpec, token: str | None = None, cache_dir: str | Path | None = None) -> Any:
+    """A hub's dataset, as a `datasets.Dataset`. `subset: a+b` is both, one after the other.
+
+    Raises:
+        DataError: no such split or subset. ModelError: whatever else keeps it from coming (C17).
+    """
     loader = {"modelscope": _load_modelscope, "modelers": _load_modelers}.get(spec.hub, _load_huggingface)
+    subsets = (spec.subset or "").split("+")
     try:
-        return loader(spec, token, cache_dir).to_list()
+        parts = [loader(replace(spec, subset=subset or None), token, cache_dir) for subset in subsets]
+        if len(parts) == 1:
+            return parts[0]
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets(parts)
     except (DataError, ModelError):
         raise
     except ImportError as error:
@@ -555,11 +576,12 @@ def _hub_problem(spec: DatasetSpec, error: Exception) -> Exception:
         )
     if "NotFound" in name and "offline" not in text.lower() and "reach" not in text.lower():
         return ModelError(f"not found: {text}", where=where, fix="check owner/name and split")
+    get = f"trueup data get {spec.catalogue or spec.hub_id}"
     return ModelError(
         f"the hub cannot be reached ({name}: {text})",
         where=where,
         fix="check the network; or put the data files into a local folder of that name, "
-        "or pass their path as `dataset:`",
+        f"or pass their path as `dataset:`; `{get}`, once and with a network, keeps a copy for offline use",
     )
 
 
