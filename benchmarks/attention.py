@@ -8,7 +8,9 @@ import time
 
 import torch
 
-from trueup.models.attention import ForestLayout, _BlockAttention, _fused
+from trueup.models.attention import _fused
+from trueup.models.blocks import BlockAttention
+from trueup.models.layout import ForestLayout
 from trueup.types import Segment
 
 SHAPES = {  # name: (pairs, prompt tokens, answer tokens, heads)
@@ -30,7 +32,7 @@ def pairs(count: int, prompt: tuple[int, int], answer: tuple[int, int]) -> list[
     return segments
 
 
-KERNELS = {"blocks": _BlockAttention.apply, "fused": _fused}
+KERNELS = {"blocks": BlockAttention.apply, "fused": _fused}
 
 
 def milliseconds(kernel, segments: list[Segment], heads: int) -> float:

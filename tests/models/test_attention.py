@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from trueup.models import attention
-from trueup.models.attention import ForestLayout, _BlockAttention, forest_attention
+from trueup.models import attention, blocks
+from trueup.models.attention import forest_attention
+from trueup.models.blocks import BlockAttention
+from trueup.models.layout import ForestLayout, causal_mask
 from trueup.models.policy import Policy
+from trueup.models.varlen import Flash, GatheredAttention, flash
 from trueup.types import Segment
 
 FOREST = (
@@ -34,42 +37,116 @@ def visible() -> torch.Tensor:
 @pytest.mark.parametrize("block", [1, 4, 128])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_dense_attention(monkeypatch, block: int, kv_heads: int) -> None:
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     torch.manual_seed(0)
     states = [torch.randn(1, heads, 40, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
     grad = torch.randn(1, 40, 4, 8)
     dense = F.scaled_dot_product_attention(*states, attn_mask=visible(), enable_gqa=True).transpose(1, 2)
     expected = [dense, *torch.autograd.grad(dense, states, grad)]
-    output = _BlockAttention.apply(*states, ForestLayout(FOREST, torch.device("cpu")), None)
+    output = BlockAttention.apply(*states, ForestLayout(FOREST, torch.device("cpu")), None)
     for ours, theirs in zip([output, *torch.autograd.grad(output, states, grad)], expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_the_gathered_form_equals_segments(monkeypatch, window: int | None) -> None:
-    """On a CPU the varlen kernel is played by a loop with its documented meaning."""
-
-    def varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, scale, window_size, enable_gqa):
-        assert longest_q == starts_q.diff().max() and longest_k == starts_k.diff().max()
-        outputs = []
-        for (a, b), (c, d) in zip(starts_q.unfold(0, 2, 1).tolist(), starts_k.unfold(0, 2, 1).tolist(), strict=True):
-            left = window_size[0] + 1 if window_size[0] >= 0 else None
-            mask = attention.causal_mask(b - a, d - c, left, q.device)
-            states = (x[None].transpose(1, 2) for x in (q[a:b], k[c:d], v[c:d]))
-            outputs.append(F.scaled_dot_product_attention(*states, attn_mask=mask, scale=scale, enable_gqa=enable_gqa))
-        return torch.cat(outputs, dim=2)[0].transpose(0, 1)
-
-    monkeypatch.setattr(attention, "varlen_attn", varlen)
+@pytest.mark.parametrize("spread", [1.0, 4.0], ids=["flat", "sharp"])
+def test_bf16_blocks_are_as_exact_as_the_fused_kernel(spread: float) -> None:
+    """Against fp64, by the norm: output and gradients of q, k and v; sharp scores are where rounding shows."""
     torch.manual_seed(0)
-    states = [torch.randn(1, heads, 40, 8) for heads in (4, 2, 2)]
-    results = [
-        forest_attention(
-            torch.nn.Identity(), *states, None,
-            forest=ForestLayout(FOREST, torch.device("cpu"), gathered), sliding_window=window,
-        )[0]
-        for gathered in (True, False)
-    ]  # fmt: skip
+    forest = ForestLayout((Segment(0, 150, -1), Segment(150, 270, 0), Segment(270, 360, 0)), torch.device("cpu"))
+    states = [(torch.randn(1, h, 360, 32) * s).bfloat16() for h, s in ((4, spread), (2, spread), (2, 1.0))]
+    grad = torch.randn(1, 360, 4, 32).bfloat16()
+
+    def results(kernel, dtype: torch.dtype) -> list[torch.Tensor]:
+        own = [state.to(dtype).requires_grad_() for state in states]
+        output = kernel(*own, forest, None)
+        return [output.detach(), *torch.autograd.grad(output, own, grad.to(dtype))]
+
+    exact = results(attention._fused, torch.float64)
+    ours, fused = (results(kernel, torch.bfloat16) for kernel in (BlockAttention.apply, attention._fused))
+    for name, a, b, truth in zip(("output", "q", "k", "v"), ours, fused, exact, strict=True):
+        errors = [float((x.double() - truth).norm() / truth.norm()) for x in (a, b)]
+        assert errors[0] <= max(1.5 * errors[1], 0.004), (name, errors)
+
+
+def test_products_of_other_code_keep_their_precision() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    states = [torch.randn(1, 2, 40, 8).bfloat16().requires_grad_() for _ in range(3)]
+    BlockAttention.apply(*states, ForestLayout(FOREST, torch.device("cpu")), None).sum().backward()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+# --- the varlen kernel's place ----------------------------------------------------------------------
+
+
+class Played:
+    """A varlen kernel in plain torch, with its documented meaning."""
+
+    def forward(self, q, k, v, at, scale, window):
+        assert at.longest_q == at.starts_q.diff().max() and at.longest_k == at.starts_k.diff().max()
+        spans = (starts.unfold(0, 2, 1).tolist() for starts in (at.starts_q, at.starts_k))
+        outputs = []
+        for (a, b), (c, d) in zip(*spans, strict=True):
+            mask = causal_mask(b - a, d - c, window, q.device)
+            states = (x[None].transpose(1, 2) for x in (q[a:b], k[c:d], v[c:d]))
+            grouped = q.shape[1] != k.shape[1]
+            outputs.append(F.scaled_dot_product_attention(*states, attn_mask=mask, scale=scale, enable_gqa=grouped))
+        return (torch.cat(outputs, dim=2)[0].transpose(0, 1),)
+
+    def backward(self, grad, q, k, v, kept, at, scale, window):
+        states = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            (output,) = self.forward(*states, at, scale, window)
+        assert torch.equal(output, kept[0])
+        return torch.autograd.grad(output, states, grad)
+
+
+ALONE = (Segment(0, 9, -1), Segment(9, 25, -1), Segment(25, 40, -1))
+
+
+@pytest.mark.parametrize("forest", [FOREST, ALONE], ids=["tree", "alone"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_gathered_form_equals_segments(monkeypatch, window: int | None, forest: tuple[Segment, ...]) -> None:
+    monkeypatch.setattr(attention, "VARLEN", Played())
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, 40, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    grad = torch.randn(1, 40, 4, 8, dtype=torch.float64)
+    results = []
+    for gathered in (True, False):
+        layout = ForestLayout(forest, torch.device("cpu"), gathered)
+        output, _ = forest_attention(torch.nn.Identity(), *states, None, forest=layout, sliding_window=window)
+        results.append([output, *torch.autograd.grad(output, states, grad)])
     torch.testing.assert_close(*results)
+
+
+def test_gradients_of_the_gathered_form_equal_finite_differences() -> None:
+    torch.manual_seed(0)
+    small = (Segment(0, 2, -1), Segment(2, 5, 0), Segment(5, 6, 0), Segment(6, 8, 2))
+    states = [torch.randn(1, heads, 8, 2, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1)]
+    layout = ForestLayout(small, torch.device("cpu"), True)
+    assert torch.autograd.gradcheck(lambda *x: GatheredAttention.apply(*x, layout, 0.7, None, Played()), states)
+
+
+def test_gathered_keys_are_not_kept_and_their_gradients_add_up_in_fp32() -> None:
+    """Many answers on one prompt: what is kept is q, k, v and the output, however often the prompt is seen."""
+    many = (Segment(0, 64, -1), *(Segment(64 + 2 * i, 66 + 2 * i, 0) for i in range(64)))
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, 192, 8).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    layout, kept = ForestLayout(many, torch.device("cpu"), True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        output = GatheredAttention.apply(*states, layout, None, None, Played())
+    assert sum(kept) == 2 * (4 + 2) * 192 * 8
+    assert len(layout.gathering.positions) == 64 + 64 * 66
+    found = torch.autograd.grad(output.float().sum(), states)
+    wide = [state.detach().double().requires_grad_() for state in states]
+    exact = torch.autograd.grad(attention._fused(*wide, layout, None).sum(), wide)
+    for ours, truth in zip(found, exact, strict=True):
+        assert (ours.double() - truth).norm() <= 0.01 * truth.norm()
+
+
+def test_torchs_operators_are_the_ones_that_are_known_here() -> None:
+    assert isinstance(flash(), Flash)
+    assert attention.kernels_for(torch.device("cuda"), torch.bfloat16) == (True, False)
+    assert attention.kernels_for(torch.device("cuda"), torch.float32) == (False,)
 
 
 def test_a_window_that_binds_is_masked_in_bf16_too() -> None:
@@ -100,7 +177,7 @@ def test_capped_scores_equal_the_formula(window: int | None) -> None:
     torch.manual_seed(0)
     query = torch.randn(1, 6, 7, 8)
     key, value = (torch.randn(1, 2, 12, 8) for _ in range(2))
-    mask = attention.causal_mask(7, 12, window, query.device)
+    mask = causal_mask(7, 12, window, query.device)
     keys, values = (states.repeat_interleave(3, dim=1) for states in (key, value))
     scores = 2.0 * torch.tanh(query @ keys.transpose(-1, -2) / 8**0.5 / 2.0)
     expected = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1) @ values

@@ -15,7 +15,8 @@ from trueup.data.forest import build_forest
 from trueup.models.adapters import attach_lora
 from trueup.models.fused import fuse
 from trueup.models.load import lora_config, unfreeze
-from trueup.models.memory import SLACK, LayerCosts, decide, layer_costs, recompute
+from trueup.models.logprobs import bytes_of_logit, tile_of
+from trueup.models.memory import SLACK, LayerCosts, decide, head_bytes, layer_costs, recompute
 from trueup.models.policy import Policy
 
 CPU = torch.device("cpu")
@@ -122,3 +123,27 @@ def test_recomputing_keeps_less_and_changes_no_gradient(keys: dict) -> None:
     assert kept.keys() == made_again.keys()
     assert all(torch.equal(kept[name], made_again[name]) for name in kept)
     assert gradients(0)[0] == 0
+
+
+def test_an_adapted_or_trained_head_needs_more_than_a_frozen_one() -> None:
+    shape = {"vocab_size": 40_000}
+
+    def needed(**keys) -> tuple[int, torch.nn.Module]:
+        tuning = load_config({"model_name_or_path": "m", "dataset": "alpaca_en_demo", **keys}).tuning
+        base = tiny_model("llama", **shape).requires_grad_(False)
+        if tuning.finetuning_type == "lora":
+            attach_lora(base, lora_config(tuning), [], "llama")
+        else:
+            unfreeze(base, tuning)
+        return head_bytes(base, torch.float32, CPU), base.get_output_embeddings()
+
+    frozen, _ = needed()
+    adapted, module = needed(lora_target="q_proj,lm_head")
+    rows, columns = tile_of(module, CPU, torch.float32)
+    low_rank = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert columns == 40_000 and low_rank
+    assert adapted == rows * columns * bytes_of_logit(module, torch.float32) + 8 * low_rank > 2 * frozen
+    saved, _ = needed(additional_target="lm_head")
+    assert saved - 8 * 40_000 * 32 == rows * columns * 16
+    full, _ = needed(finetuning_type="full")
+    assert full - frozen == 8 * 40_000 * 32

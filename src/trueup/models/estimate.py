@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from trueup.config.schema import RunConfig
 from trueup.models.adapters import attach_lora
+from trueup.models.device_memory import free_memory
 from trueup.models.hub import resolve_model
 from trueup.models.load import (
     hub_access,
@@ -23,7 +24,6 @@ from trueup.models.memory import (
     USABLE,
     Recomputation,
     decide,
-    free_memory,
     head_bytes,
     layer_costs,
     optimizer_bytes,

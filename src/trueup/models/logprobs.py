@@ -4,7 +4,7 @@ The one place where objectives meet the model's head. Plain linear heads go tile
 a running maximum (online softmax, Milakov & Gimelshein 2018, arXiv 1805.02867). A frozen head's gradient is made on
 the way (per row it is a scalar times `W[target] − softmax·W`, so nothing is recomputed); a trained head's tiles are
 recomputed in the backward, where the row's normaliser is known. Any other head (adapted, quantised) is called as a
-module and recomputed.
+module on some rows at a time, and recomputed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trueup.models.device_memory import total_memory
+
 #: Logits held at once: rows × vocabulary entries. On a CPU a tile stays in the cache (docs/log.md, 2026-11-21); a GPU
 #: wants larger products.
 TILES = {"cpu": (512, 8192)}
 LARGE_TILE = (2048, 32768)
 
-#: Rows of whole logits held at once by heads that are not plain linear layers.
-CHUNK = 512
+#: Of a device's memory, what logits may take.
+SHARE = 1 / 32
+#: Rows below which products get too thin to be worth it.
+FEWEST_ROWS = 64
+
+FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -51,37 +57,64 @@ class Head:
         return self.scale * (1.0 - (logits / self.softcap) ** 2)  # tanh' = 1 − tanh²
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a head is its weight and bias and nothing more: no adapter, no quantised weight, no hook."""
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def vocabulary_of(module: nn.Module) -> int:
+    """Entries of a head's vocabulary, also where something is wrapped around it or its weight is packed."""
+    return int(getattr(module, "out_features", None) or len(module.weight))  # type: ignore[arg-type]
+
+
+def tile_of(module: nn.Module, device: torch.device, dtype: torch.dtype, memory: int | None = None) -> tuple[int, int]:
+    """Rows and vocabulary entries of logits that a head holds at once.
+
+    What measured best on such a device, halved until it takes a small share of its memory. That is the memory it has,
+    not what is free of it now: a run that is resumed has to round as before.
+
+    Args:
+        memory: of the device, in bytes; asked of it by default.
+    """
+    rows, columns = TILES.get(device.type, LARGE_TILE)
+    columns = min(columns, vocabulary_of(module)) if is_plain(module) else vocabulary_of(module)
+    room = SHARE * (total_memory(device) if memory is None else memory)
+    while rows > FEWEST_ROWS and rows * columns * bytes_of_logit(module, dtype) > room:
+        rows //= 2
+    return rows, columns
+
+
+def bytes_of_logit(module: nn.Module, dtype: torch.dtype) -> int:
+    """What a logit takes at the most: of tiles, itself and its exponential; else four fp32 copies, as measured."""
+    return dtype.itemsize + FP32 if is_plain(module) else 4 * FP32
+
+
 def token_logps(hidden: Tensor, head: Head, target: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
     """log p(target | hidden) for N positions.
 
     Args:
         hidden: [N, H] hidden states after the final norm, in compute dtype.
         target: [N] token ids.
-        tile: rows and vocabulary entries of logits held at once; the device's by default.
+        tile: rows and vocabulary entries of logits held at once; `tile_of` by default.
 
     Returns:
         [N] fp32, differentiable in `hidden` and in the head's trained parameters.
     """
     module = head.module
-    tile = tile or TILES.get(hidden.device.type, LARGE_TILE)
-    if type(module) is nn.Linear and not _hooked(module):
+    tile = tile or tile_of(module, hidden.device, hidden.dtype)
+    if is_plain(module):
         return _LinearHead.apply(hidden, module.weight, module.bias, target, head, tile)
 
     def project(rows: Tensor, targets: Tensor) -> Tensor:
         return _gather_logps(head.finish(module(rows).float()), targets)
 
     pieces = []
-    chunk = min(tile[0], CHUNK)
-    for rows, targets in zip(hidden.split(chunk), target.split(chunk), strict=True):
+    for rows, targets in zip(hidden.split(tile[0]), target.split(tile[0]), strict=True):
         if torch.is_grad_enabled():
             pieces.append(checkpoint(project, rows, targets, use_reentrant=False))
         else:
             pieces.append(project(rows, targets))
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _gather_logps(logits: Tensor, target: Tensor) -> Tensor:
@@ -208,6 +241,39 @@ def _trained_gradients(
         None if d_weight is None else d_weight.to(weight.dtype),
         None if d_bias is None else d_bias.to(weight.dtype),
     )
+
+
+@torch.no_grad()
+def token_entropy(hidden: Tensor, head: Head, tile: tuple[int, int] | None = None) -> Tensor:
+    """Entropy [N] (fp32, nats) of the next-token distribution at each hidden state: one more product of the head.
+
+    Args as `token_logps`. H = log Z − Σ_v p_v z_v, with a running maximum over the vocabulary.
+    """
+    module = head.module
+    tile = tile or tile_of(module, hidden.device, hidden.dtype)
+    if not is_plain(module):
+        pieces = [_entropy(head.finish(module(rows).float())) for rows in hidden.split(tile[0])]
+        return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+    tiles = _Tiles(hidden, module.weight, module.bias, head, tile)  # type: ignore[arg-type]
+    exact = {"dtype": tiles.exact, "device": hidden.device}
+    found = torch.empty(len(hidden), **exact)
+    for rows in tiles.row_slices(len(hidden)):
+        x = hidden[rows]
+        largest = torch.full((len(x), 1), -torch.inf, **exact)
+        total, expected = (torch.zeros(len(x), 1, **exact) for _ in range(2))  # Σ e^(z − largest), Σ e^(z − largest) z
+        for _, _, _, logits, fine in tiles.columns_of(x):
+            before = largest
+            largest = torch.maximum(before, logits.amax(1, keepdim=True).to(tiles.exact))
+            shrink = torch.exp(before - largest)
+            weights = torch.sub(logits, largest, out=fine).exp_()
+            total.mul_(shrink).add_(weights.sum(1, keepdim=True))
+            expected.mul_(shrink).add_(weights.mul_(logits).sum(1, keepdim=True))
+        found[rows] = (largest + total.log() - expected / total).squeeze(1)
+    return found.float()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    return torch.logsumexp(logits, 1) - (torch.softmax(logits, 1) * logits).sum(1)
 
 
 def sum_by_sequence(logps: Tensor, owner: Tensor, num_sequences: int) -> Tensor:

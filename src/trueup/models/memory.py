@@ -7,21 +7,18 @@ docs/log.md with the memory of whole processes.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from trueup.config.schema import TuningSection
 from trueup.errors import ModelError
+from trueup.models.attention import kernels_for
+from trueup.models.device_memory import free_memory
 from trueup.models.fused import GATED_MLPS
-from trueup.models.logprobs import LARGE_TILE, TILES
-
-FP32 = 4  # bytes
+from trueup.models.logprobs import FP32, bytes_of_logit, tile_of
 
 #: Of the memory that is free, what a plan may use: kernels' own buffers, fragments and other programs have the rest.
 USABLE = 0.85
@@ -101,17 +98,16 @@ def _head_columns(text) -> tuple[int, int]:
 
 
 def _in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention makes its weights and gathered keys again in the backward."""
+    """Whether attention is `models/blocks.py`, which needs next to nothing beside what it keeps."""
     return device.type == "cpu" and dtype == torch.bfloat16
 
 
 def _attention_bytes(text, width: int, device: torch.device, dtype: torch.dtype) -> int:
     query, key = _head_columns(text)
     own = (2 * query + 2 * key) * width  # queries, output, keys, values
-    if _in_blocks(device, dtype):
-        return own
-    # Keys and values gathered for every path; on a GPU in one tensor, elsewhere by segment, as is the output.
-    return own + 3 * key * width + (0 if device.type == "cuda" else query * width)
+    if _in_blocks(device, dtype) or kernels_for(device, dtype)[0]:
+        return own  # keys of paths are gathered again in the backward
+    return own + 3 * key * width + query * width  # keys and values of every path, and the output in pieces
 
 
 def _mlp_bytes(layer: nn.Module, text, width: int, tuning: TuningSection) -> int:
@@ -233,31 +229,12 @@ def optimizer_bytes(trainable: int, dtype: torch.dtype) -> int:
 
 
 def head_bytes(base: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> int:
-    """One tile of logits, in compute dtype and in fp32, and a trained head's gradient; a reward has no logits."""
+    """The logits held at once, and what trains of the head: its gradient in fp32 and as the backward hands it on; a
+    reward has no logits.
+    """
     output = base.get_output_embeddings()
     if output is None:  # a head of one number
         return 0
-    rows, columns = TILES.get(device.type, LARGE_TILE)
-    weight = output.weight
-    both = dtype.itemsize + FP32
-    return both * (rows * min(columns, len(weight)) + (weight.numel() if weight.requires_grad else 0))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes this process may still take on a device: of a GPU's, or of what the machine or its container has."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(psutil.virtual_memory().available, _free_in_container()) // processes
-
-
-def _free_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit leaves (cgroup v2); without a limit, no bound."""
-    try:
-        limit = int((root / "memory.max").read_text(encoding="ascii"))
-        used = int((root / "memory.current").read_text(encoding="ascii"))
-        stat = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
-        return max(limit - used + int(stat.get("inactive_file", 0)), 0)  # cached files make way
-    except (OSError, ValueError):  # no limit ("max"), or not Linux
-        return 1 << 62
+    rows, columns = tile_of(output, device, dtype)
+    trained = sum(p.numel() for p in output.parameters() if p.requires_grad)
+    return rows * columns * bytes_of_logit(output, dtype) + (dtype.itemsize + FP32) * trained

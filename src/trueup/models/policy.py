@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trueup.errors import ModelError
-from trueup.models.attention import FOREST_ATTENTION, ForestLayout, kernels_for
+from trueup.models.attention import FOREST_ATTENTION, kernels_for
+from trueup.models.layout import ForestLayout
 from trueup.models.logprobs import Head, token_logps
 from trueup.types import Forest, Segment
 

@@ -12,9 +12,9 @@ import torch
 from trueup.config.methods import ONLINE
 from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
+from trueup.models.device_memory import free_memory
 from trueup.models.estimate import Estimate, estimate, shape_only
 from trueup.models.load import check_vocabulary, load_tokenizer
-from trueup.models.memory import free_memory
 from trueup.recipes.batches import Arithmetic, Tokens, count_tokens, eval_batches, largest_answered, plan_batches
 from trueup.recipes.header import batch_words, memory_words, sized, steps_words, tokens_words
 from trueup.recipes.judges import check_files
