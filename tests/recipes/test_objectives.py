@@ -29,7 +29,8 @@ from trueup.training.backend import Single
 Config = Callable[..., RunConfig]
 KTO = {"stage": "kto", "dataset": "labels"}
 MIXED = {"dataset": "pairs,knowledge", "knowledge_weight": 0.5}
-#: one of each kind of need: coupled, with a running mean, with distributions, several terms, two kinds of row.
+#: one of each kind of need: coupled, with a running mean, with distributions, several terms, two kinds of row, a
+#: reference that moves.
 KINDS = {
     "aot": {"pref_loss": "aot"},
     "aot_unpaired": {"pref_loss": "aot_unpaired"},
@@ -45,7 +46,10 @@ KINDS = {
     "bco": {**KTO, "pref_loss": "bco", "pref_ftx": 0.2},
     "knowledge": MIXED,
     "coupled knowledge": {**MIXED, "pref_loss": "aot"},
+    "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6},
 }
+#: what two processes are tried with in the normal tests; the others with `make prove`.
+TRIED = ("aot", "bco_pair", "kto", "coupled knowledge", "moving reference")
 
 
 def move_far(program: OfflineProgram) -> None:
@@ -81,10 +85,10 @@ def test_without_the_step_as_a_whole_aot_would_depend_on_it(config: Config) -> N
 
 
 @needs_fork
-@pytest.mark.parametrize("name", ["aot", "bco_pair", "kto", "coupled knowledge"])
+@pytest.mark.parametrize("name", [n if n in TRIED else pytest.param(n, marks=pytest.mark.prove) for n in KINDS])
 def test_two_processes_equal_one(config: Config, tmp_path: Path, name: str) -> None:
     keys = {"max_steps": 3, "learning_rate": 1e-2, "eval_strategy": "no", **KINDS[name]}
-    keys["eval_dataset"] = "held_labels" if name == "kto" else "held"
+    keys["eval_dataset"] = "held_labels" if keys.get("stage") == "kto" else "held"
     run(config(**keys, per_device_train_batch_size=4, output_dir=str(tmp_path / "one")))
     two = config(**keys, per_device_train_batch_size=1, gradient_accumulation_steps=2, output_dir=str(tmp_path / "two"))
     assert run_ranks(lambda: run(two)) == [0, 0]

@@ -15,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.models.test_scorer import save_encoder
 from tests.training.processes import needs_fork, run_ranks
 from trueup.config.schema import RunConfig
 from trueup.data.encode import prepare
 from trueup.errors import ConfigError, ModelError
 from trueup.models.load import load_policy, load_tokenizer
+from trueup.models.scorer import load_text_scorer
 from trueup.models.value import ValueHead
 from trueup.recipes.batches import largest_answered, plan_batches
 from trueup.recipes.check import check
@@ -235,11 +237,19 @@ def test_a_resume_is_exact_to_the_bit(online: Config, tmp_path: Path, name: str)
     assert fingerprint(again) == fingerprint(whole)
 
 
+PROVEN = {
+    "rloo": {"ppo_kl_coeff": 0.1, "normalize_advantages": True},
+    "online_dpo": {},
+    "grpo over the batch": {"scale_rewards": "batch", "ppo_epochs": 2, "grpo_loss": "dr_grpo"},
+    "ppo without some answers": {"mask_truncated_completions": True, "ppo_buffer_size": 2, "ppo_epochs": 2},
+}  # fmt: skip
+
+
 @needs_fork
-@pytest.mark.parametrize("name", ["grpo with kl", "ppo"])
+@pytest.mark.parametrize("name", ["grpo with kl", "ppo", *(pytest.param(n, marks=pytest.mark.prove) for n in PROVEN)])
 def test_two_processes_are_one(online: Config, tmp_path: Path, name: str):
     torch.set_num_threads(1)
-    stage, keys = name.split()[0], STAGES[name]
+    stage, keys = name.split()[0], {**STAGES, **PROVEN}[name]
     keys = {**keys, "max_steps": 3, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-4}
     keys |= {"val_size": 4, "eval_strategy": "steps", "eval_steps": 3}
     alone, together = tmp_path / "alone", tmp_path / "together"
@@ -313,6 +323,19 @@ def test_a_judge_chooses_pairs(online: Config, tmp_path: Path):
     for one, two in zip(lines[0::2], lines[1::2], strict=True):
         if one["reward"] is not None and one["reward"] == 1.0:
             assert len(one["completion"]) > len(two["completion"])
+
+
+def test_an_encoder_judges_questions_and_answers(online: Config, tmp_path: Path):
+    """A reward model that is no decoder reads the row's question and the answer's text, with its own tokenizer."""
+    name = str(save_encoder(tmp_path / "encoder"))
+    out = run(online("grpo", reward_model=name, reward_funcs="", max_steps=1)).output_dir
+    lines = [json.loads(line) for line in (out / "completions.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = json.loads((tmp_path / "data" / "chats.json").read_text(encoding="utf-8"))
+    scorer = load_text_scorer(online("grpo").model, name, torch.device("cpu"), torch.float32)
+    questions = [asked[int(row["row"].partition(":")[2])]["instruction"] for row in lines]
+    expected = scorer(questions, [row["completion"] for row in lines])
+    assert len(lines) == 12 and len(set(expected)) > 1
+    assert [row["rewards"]["reward_model"] for row in lines] == pytest.approx(expected, abs=1e-5)
 
 
 def test_only_evaluating_scores_greedy_answers(online: Config):
