@@ -29,6 +29,7 @@ from trueup.cli_options import (
 )
 from trueup.console import Session, console
 from trueup.errors import ConfigError
+from trueup.garbage import importing
 
 if TYPE_CHECKING:
     from trueup.config.schema import RunConfig
@@ -115,14 +116,16 @@ def train(session: Session, words: tuple[str, ...]) -> None:
 
     with session.notices.held() as held:
         cfg = read_config(words)
-        num_gpus = launch.count_gpus(cfg.model.device)
+        with importing():
+            num_gpus = launch.count_gpus(cfg.model.device)
         several = launch.is_requested(num_gpus)
         if several:
             held.clear()  # the processes to come say it themselves
     if several:
         raise click.exceptions.Exit(launch.launch(words, num_gpus))
     session.output_dir = Path(cfg.train.output_dir)
-    from trueup.recipes.run import run
+    with importing():
+        from trueup.recipes.run import run
 
     with session.result() as result:
         done = run(cfg, console())
@@ -163,7 +166,8 @@ def check(session: Session, words: tuple[str, ...]) -> None:
     from trueup import launch
 
     cfg = read_config(words)
-    from trueup.recipes.check import check as check_run
+    with importing():
+        from trueup.recipes.check import check as check_run
 
     with session.result() as result:
         report = check_run(cfg, launch.num_processes(launch.count_gpus(cfg.model.device)))
@@ -184,7 +188,8 @@ def chat(session: Session, words: tuple[str, ...], compare: bool) -> None:
     """
     only_text(session, "chat")
     cfg = read_config(words, verb="infer")
-    from trueup.inference.chat import chat as talk
+    with importing():
+        from trueup.inference.chat import chat as talk
 
     talk(cfg, compare)
 
@@ -207,7 +212,8 @@ def score(session: Session, words: tuple[str, ...], output: Path, force: bool) -
     trueup score --model_name_or_path BASE --adapter_name_or_path RM --dataset pairs.jsonl --output -
     """
     cfg = read_config(words, verb="infer")
-    from trueup.recipes.scoring import score as score_answers
+    with importing():
+        from trueup.recipes.scoring import score as score_answers
 
     with session.result() as result:
         printed = str(output) == "-"
@@ -279,7 +285,8 @@ def runs(session: Session, directory: Path) -> None:
 @click.pass_obj
 def quickstart(session: Session, words: tuple[str, ...]) -> None:
     """Align the built-in model and compare its answers."""
-    from trueup.recipes.quickstart import quickstart as run
+    with importing():
+        from trueup.recipes.quickstart import quickstart as run
 
     with session.result() as result:
         result.data = run(words)

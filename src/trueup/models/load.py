@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from trueup.config.schema import ModelSection, TrainSection, TuningSection
 from trueup.errors import ModelError
+from trueup.garbage import no_collection
 from trueup.models.adapters import Adapters, attach_frozen, attach_lora, merge_adapters
 from trueup.models.allocator import keep_memory
 from trueup.models.fused import fuse
@@ -95,6 +96,7 @@ def _has_bf16(device: torch.device) -> bool:
     return False
 
 
+@no_collection()
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of the model (of the last adapter that carries one, else of its base)."""
     access = hub_access(model)
@@ -234,6 +236,7 @@ class Loaded:
         return sum(p.numel() for p in self.policy.model.parameters())
 
 
+@no_collection()
 def load_policy(
     model: ModelSection,
     tuning: TuningSection,
@@ -361,6 +364,7 @@ def check_vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         )  # fmt: skip
 
 
+@no_collection()
 def load_frozen(
     model: ModelSection,
     name: str,
