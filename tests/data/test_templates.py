@@ -690,7 +690,7 @@ def test_control_tokens_in_messages_stay_text(name, evil, kind):
         return sum(i in ids for i in all_ids(template, spans))
 
     assert count(spans) == count(harmless)
-    assert template.count_control_tokens([evil]) >= 2
+    assert template.has_control_tokens([evil]) and not template.has_control_tokens(["harmless"])
     if kind == "byte_level":
         assert evil.strip() in pieces(template, spans)[-1][0]
     acting = load_template(tokenizer, name, split_special_tokens=False)

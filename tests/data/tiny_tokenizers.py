@@ -18,6 +18,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from trueup.data.words import PATTERNS
+
 TEXTS = [
     "Hello there, how are you today? I am fine. The quick brown fox jumps over the lazy dog.",
     "User: Human: Assistant: System: hello answer question reasoning thinking system user assistant model",
@@ -119,7 +121,7 @@ ORDINARY_ADDED = {
 def _byte_level(special: tuple[str, ...]) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    split = Regex(PATTERNS["qwen2"])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(split, "isolated"),

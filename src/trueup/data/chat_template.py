@@ -132,9 +132,9 @@ class ChatTemplate:
         """Make this the template that `tokenizer` is saved with."""
         tokenizer.chat_template = self.jinja
 
-    def count_control_tokens(self, texts: Iterable[str]) -> int:
-        """How many control tokens stand written in `texts`."""
-        return sum(len(self._control.findall(text)) for text in texts)
+    def has_control_tokens(self, texts: Iterable[str]) -> bool:
+        """Whether control tokens stand written in any of `texts`."""
+        return any(map(self._control.search, texts))
 
     # --- spans --------------------------------------------------------------------------
 
@@ -154,9 +154,16 @@ class ChatTemplate:
         One header for all: with `enable_thinking: None` it invites reasoning if any answer reasons.
         """
         thinking = self._thinking([message for answer in answers for message in answer])
+        opening, tools = self._clean(prompt), self._protect(tools)
+        header = self.renderer.text(opening, tools, header=True, thinking=thinking)
         sequences = []
         for answer in answers:
-            turns = self._turns([*prompt, *answer], tools, len(prompt), thinking)
+            dicts = [*opening, *self._clean(answer)]
+            turns = [
+                self._turn(dicts[: i + 1], tools, thinking, header if i == len(prompt) else None)
+                for i, message in enumerate(answer, len(prompt))
+                if message.role == "assistant"
+            ]
             spans = self._join(turns)
             if spans is None:
                 raise TemplateRefusal("the chat template rewrites turns inside an answer")
@@ -184,23 +191,21 @@ class ChatTemplate:
         joined = self._join(turns)
         return [joined] if joined else [self._join([turn]) or [] for turn in turns]
 
-    def _turns(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Json] | None,
-        first: int,
-        thinking: bool | None = None,
-    ) -> list[Turn]:
-        """The assistant turns from message `first` on, each with its own `thinking` by default."""
+    def _turns(self, messages: Sequence[Message], tools: Sequence[Json] | None, first: int) -> list[Turn]:
+        """The assistant turns from message `first` on, each with its own `thinking`."""
         dicts, tools = self._clean(messages), self._protect(tools)
         return [
-            self._turn(dicts[: i + 1], tools, self._thinking([message]) if thinking is None else thinking)
+            self._turn(dicts[: i + 1], tools, self._thinking([message]))
             for i, message in enumerate(messages)
             if i >= first and message.role == "assistant"
         ]
 
-    def _turn(self, messages: list[Json], tools: Sequence[Json] | None, thinking: bool | None) -> Turn:
-        prompt = self.renderer.text(messages[:-1], tools, header=True, thinking=thinking)
+    def _turn(
+        self, messages: list[Json], tools: Sequence[Json] | None, thinking: bool | None, prompt: str | None = None
+    ) -> Turn:
+        """The last message as a turn; `prompt` is the rendering of the others, if it is known."""
+        if prompt is None:
+            prompt = self.renderer.text(messages[:-1], tools, header=True, thinking=thinking)
         full = self.renderer.text(messages, tools, thinking=thinking)
         content = messages[-1]["content"]
         added = full[len(prompt) :] if full.startswith(prompt) else ""
@@ -268,11 +273,16 @@ class ChatTemplate:
         return content.partition("<think>")[2].lstrip("\n") or content
 
     def _clean(self, messages: Sequence[Message]) -> list[Json]:
-        dicts = [message.to_dict() for message in messages]
-        for message in dicts:
-            if self.enable_thinking is False and message["role"] == "assistant":
-                message["content"] = _THOUGHT.sub("", message["content"])
-        return self._protect(dicts)
+        return [self._clean_message(message) for message in messages]
+
+    def _clean_message(self, message: Message) -> Json:
+        content = message.content
+        if self.enable_thinking is False and message.role == "assistant":
+            content = _THOUGHT.sub("", content)
+        clean: Json = {"role": message.role, "content": self._protect(content)}
+        if message.tool_calls:
+            clean["tool_calls"] = self._protect(list(message.tool_calls))
+        return clean
 
     def _protect(self, value: Any) -> Any:
         """`value` with the control tokens in its strings broken up, at any depth (D23)."""
@@ -292,6 +302,8 @@ class ChatTemplate:
 
 def flatten(spans: Sequence[Span], ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Ids [T] int32 and mask [T] bool of spans and their tokens."""
+    if len(ids) == 1:
+        return ids[0], np.full(len(ids[0]), spans[0].trained)
     mask = [np.full(len(tokens), span.trained) for span, tokens in zip(spans, ids, strict=True)]
     return np.concatenate([np.empty(0, np.int32), *ids]), np.concatenate([np.empty(0, bool), *mask])
 

@@ -1,5 +1,6 @@
 """Examples as token ids: exactly what a trainer sees, kept in a few flat arrays.
- A dataset of a million pairs is five arrays and a list of row names, not millions of small objects;
+
+A dataset of a million pairs is five arrays and a list of row names, not millions of small objects;
 it is saved as safetensors and JSON, together with a fingerprint of every id and mask.
 """
 
@@ -43,6 +44,42 @@ class Encoded:
     scores: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some examples as flat arrays: a piece of a dataset."""
+
+    tokens: np.ndarray  # int32 [all tokens]: prompt, answers, prompt, answers, …
+    mask: np.ndarray  # bool [all tokens], False on prompts
+    sizes: np.ndarray  # int64 [parts]: tokens of each prompt or answer
+    parts: np.ndarray  # int64 [examples]: one prompt and its answers
+    rows: list[str]
+    scores: list[tuple[float, ...]]
+
+    @classmethod
+    def of(cls, examples: Iterable[Encoded]) -> Block:
+        """These examples, each copied once."""
+        tokens: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
+        parts, rows, scores = [], [], []
+        for example in examples:
+            tokens.append(example.prompt)
+            masks.append(np.zeros(len(example.prompt), bool))
+            for answer in example.answers:
+                tokens.append(answer.ids)
+                masks.append(answer.mask)
+            parts.append(1 + len(example.answers))
+            rows.append(example.row)
+            scores.append(tuple(example.scores))
+        return cls(
+            np.concatenate([np.empty(0, np.int32), *tokens]).astype(np.int32, copy=False),
+            np.concatenate([np.empty(0, bool), *masks]).astype(bool, copy=False),
+            np.fromiter(map(len, tokens), np.int64, len(tokens)),
+            np.asarray(parts, dtype=np.int64),
+            rows,
+            scores,
+        )
+
+
 class EncodedDataset(Sequence[Encoded]):
     """A sequence of `Encoded`, read from flat arrays on demand.
 
@@ -82,25 +119,20 @@ class EncodedDataset(Sequence[Encoded]):
     @classmethod
     def of(cls, examples: Iterable[Encoded]) -> EncodedDataset:
         """The dataset of these examples."""
-        tokens, masks, sizes, first, rows, scores = [], [], [], [0], [], []
-        for example in examples:
-            parts = [example.prompt, *(answer.ids for answer in example.answers)]
-            tokens += parts
-            masks += [
-                np.zeros(len(example.prompt), bool),
-                *(answer.mask for answer in example.answers),
-            ]
-            sizes += [len(part) for part in parts]
-            first.append(first[-1] + len(parts))
-            rows.append(example.row)
-            scores.append(tuple(example.scores))
+        return cls.joined([Block.of(examples)])
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Block]) -> EncodedDataset:
+        """The dataset of the examples of these blocks, in order."""
+        sizes = np.concatenate([np.zeros(1, np.int64), *(block.sizes for block in blocks)])
+        parts = np.concatenate([np.zeros(1, np.int64), *(block.parts for block in blocks)])
         return cls(
-            np.concatenate([np.empty(0, np.int32), *tokens]).astype(np.int32, copy=False),
-            np.concatenate([np.empty(0, bool), *masks]).astype(bool, copy=False),
-            np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64),
-            np.asarray(first, dtype=np.int64),
-            rows,
-            scores,
+            np.concatenate([np.empty(0, np.int32), *(block.tokens for block in blocks)]),
+            np.concatenate([np.empty(0, bool), *(block.mask for block in blocks)]),
+            np.cumsum(sizes),
+            np.cumsum(parts),
+            [row for block in blocks for row in block.rows],
+            [score for block in blocks for score in block.scores],
         )
 
     def __len__(self) -> int:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
 
 from trueup.data.chat_template import ChatTemplate, flatten
-from trueup.data.encoded import Answer, Encoded, EncodedDataset
+from trueup.data.encoded import Answer, Block, Encoded, EncodedDataset
 from trueup.data.examples import (
     Chat,
     Example,
@@ -33,12 +33,14 @@ from trueup.data.examples import (
 from trueup.data.report import DataReport, number
 from trueup.data.spans import Span
 from trueup.data.turns import RowProblem
+from trueup.data.workers import cores, in_order
 from trueup.waiting import waiting
 
 log = logging.getLogger("trueup")
 
 Truncation = Literal["keep_start", "keep_end", "drop", "error"]
-CHUNK = 2048  # examples whose strings go to the tokenizer in one call
+CHUNK = 1000  # examples whose strings go to the tokenizer in one call
+ROWS_WORTH_A_WORKER = 2000  # a process more costs some 50 ms
 TOO_LONG, PROMPT_TOO_LONG = "too long", "prompt too long"
 
 
@@ -58,6 +60,11 @@ class Tally:
     control_tokens: list[str] = field(default_factory=list)
     #: rows with an answer that the template gave an empty thought
     empty_thoughts: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """What happened to further rows."""
+        for kind in fields(self):
+            getattr(self, kind.name).extend(getattr(other, kind.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +89,30 @@ class Draft:
 
 
 def encode_examples(
-    examples: Sequence[Example], template: ChatTemplate, policy: Policy
+    examples: Sequence[Example], template: ChatTemplate, policy: Policy, workers: int | None = None
 ) -> tuple[EncodedDataset, Tally]:
-    """Encode examples of any kinds; rows that cannot be used are only in the tally."""
+    """Encode examples of any kinds; rows that cannot be used are only in the tally.
+
+    Args:
+        workers: processes to share the work; None for as many as there are cores, if it is worth it. Ids, order and
+            tally are the same for any number.
+    """
+    if workers is None:
+        workers = min(cores(), len(examples) // ROWS_WORTH_A_WORKER)
+
+    def encoded(number: int) -> tuple[Block, Tally]:
+        tally = Tally()
+        encoder = _Encoder(template, policy, tally)
+        return Block.of(encoder.chunk(examples[number * CHUNK : (number + 1) * CHUNK])), tally
+
+    blocks: list[Block] = []
     tally = Tally()
-    encoder = _Encoder(template, policy, tally)
-
-    def encoded() -> Iterator[Encoded]:
-        with waiting("tokenising", len(examples), "rows") as tell:
-            for start in range(0, len(examples), CHUNK):
-                yield from encoder.chunk(examples[start : start + CHUNK])
-                tell(min(start + CHUNK, len(examples)))
-
-    dataset = EncodedDataset.of(encoded())
+    with waiting("tokenising", len(examples), "rows") as tell:
+        for block, part in in_order(encoded, -(-len(examples) // CHUNK), workers):
+            blocks.append(block)
+            tally.add(part)
+            tell(min(len(blocks) * CHUNK, len(examples)))
+    dataset = EncodedDataset.joined(blocks)
     _say(tally, template, policy)
     return dataset, tally
 
@@ -265,7 +283,7 @@ class _Encoder:
 
     def _look_at(self, example: Example) -> None:
         """Count what a user should know of and the ids would not show."""
-        if self.template.count_control_tokens(_contents(example)):
+        if self.template.has_control_tokens(_contents(example)):
             self.tally.control_tokens.append(example.row)
         answers = [] if isinstance(example, Text) or example.plain else _answers(example)
         empty = self.template.enable_thinking and self.template.ends.adds_empty_thought

@@ -9,7 +9,7 @@ from datetime import date
 from typing import Any
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from trueup.data.examples import Json
 from trueup.data.time_limit import OutOfTime, time_limit
@@ -25,6 +25,8 @@ _STRFTIME = re.compile(r"strftime_now\(\s*[\"']([^\"']*)[\"']\s*\)")
 #: `strftime_now` says this day, the one Llama 3's template falls back to: the same data must render
 #: to the same tokens tomorrow.
 _DAY = date(2024, 7, 26)
+_ABSENT = {"tools": None, "documents": None}
+_SCALARS = (str, bool, int, float, type(None))
 # Besides jinja's own errors, templates raise what Python's operators raise.
 _FAULTS = (
     jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError,
@@ -57,6 +59,8 @@ class Renderer:
         self.variables = variables
         self.marks_answers = bool(_GENERATION_TAG.search(source))
         self._program = _frozen_days(source) + source
+        self._globals: dict[str, Any] | None = None
+        self._plain = all(type(value) in _SCALARS for value in variables.values())
 
     def wrapped(self, before: str = "", after: str = "") -> Renderer:
         """The same template with text put around it."""
@@ -72,13 +76,13 @@ class Renderer:
         thinking: bool | None = None,
     ) -> str:
         """The conversation; with `header`, up to where the assistant begins to speak."""
-        return self._call(messages, tools, thinking, add_generation_prompt=header)[0][0]
+        return self._call(messages, tools, thinking, header=header)[0][0]
 
     def marked(
         self, messages: list[Json], tools: Sequence[Json] | None, thinking: bool | None
     ) -> tuple[str, list[tuple[int, int]]]:
         """The conversation, and where in it the template's {% generation %} blocks are."""
-        texts, marks = self._call(messages, tools, thinking, return_assistant_tokens_mask=True)
+        texts, marks = self._call(messages, tools, thinking, marked=True)
         return texts[0], marks[0]
 
     def _call(
@@ -86,19 +90,24 @@ class Renderer:
         messages: list[Json],
         tools: Sequence[Json] | None,
         thinking: bool | None,
-        **options: Any,
+        header: bool = False,
+        marked: bool = False,
     ) -> tuple[list[str], list[Any]]:
         asked = {} if thinking is None else {"enable_thinking": thinking}
         try:
             with time_limit(MAX_SECONDS):
-                texts, marks = render_jinja_template(
-                    conversations=[messages],
-                    tools=list(tools) if tools else None,
-                    chat_template=self._program,
-                    **options,
-                    **self.variables,
-                    **asked,
-                )
+                if not tools and not marked and self._plain and not any("tool_calls" in m for m in messages):
+                    texts, marks = [self._direct(messages, header, asked)], []
+                else:
+                    texts, marks = render_jinja_template(
+                        conversations=[messages],
+                        tools=list(tools) if tools else None,
+                        chat_template=self._program,
+                        add_generation_prompt=header,
+                        return_assistant_tokens_mask=marked,
+                        **self.variables,
+                        **asked,
+                    )
         except OutOfTime:  # the run's end, not the row's: the next one would take as long
             what = f"the chat template does not come to an end within {MAX_SECONDS:g} s"
             raise ModelError(what, fix=_OTHER_TEMPLATE) from None
@@ -107,6 +116,16 @@ class Renderer:
         if len(texts[0]) > MAX_RENDERED_CHARS:
             raise TemplateRefusal("the rendered conversation is too long", f"{len(texts[0])} characters")
         return texts, marks
+
+    def _direct(self, messages: list[Json], header: bool, asked: dict[str, Any]) -> str:
+        """What `render_jinja_template` makes of messages that are plain texts, without its copy of every value."""
+        program = _compile_jinja_template(self._program)
+        if self._globals is None:
+            self._globals = dict(program.globals)
+        known = {**self._globals, **self.variables, **asked, **_ABSENT, "messages": messages}
+        known["add_generation_prompt"] = header
+        # As `program.render` does it, without gathering the globals anew for every conversation.
+        return "".join(program.root_render_func(program.new_context(known, shared=True)))
 
 
 def quoted(text: str) -> str:

@@ -1,6 +1,7 @@
 """Rendered text → tokens, span by span, so that the border between what is trained and what is not
 is exact.
- Every span is tokenised by itself: no merge crosses its border, and tokens before it are the ones a
+
+Every span is tokenised by itself: no merge crosses its border, and tokens before it are the ones a
 server sees. All strings of a call go to the tokenizer in one batch, each distinct one once.
 """
 
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from trueup.data.words import Words, cuts_at_spaces
 
 #: A Unicode noncharacter: put inside a control token's text, it keeps the tokenizer from seeing the
 #: token. It never reaches the tokenizer, because text is cut where it stands.
@@ -42,12 +45,14 @@ class SpanTokenizer:
         self._tail = re.compile(f"(?:{any_of(added).pattern})\\s*$")
         swallows = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
         self._needs_context = swallows or self._opens_with_space()
+        self._words = Words(self._by_tokenizer, added) if cuts_at_spaces(tokenizer) else None
 
     def protect(self, text: str) -> str:
         """`text` with the control tokens written in it broken up, so that they stay text (fault
         D23).
         """
-        text = text.replace(BREAK, "")
+        if BREAK in text:
+            text = text.replace(BREAK, "")
         while self._control.search(text):
             text = self._control.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
         return text
@@ -71,11 +76,11 @@ class SpanTokenizer:
         plan: list[list[int]] = []
         before = ""
         for span in spans:
-            atoms = [text for text in span.text.split(BREAK) if text]
             numbers = []
-            for text in atoms:
-                numbers.append(index.setdefault((self._context(before), text), len(index)))
-                before = text
+            for text in span.text.split(BREAK) if BREAK in span.text else (span.text,):
+                if text:
+                    numbers.append(index.setdefault((self._context(before), text), len(index)))
+                    before = text
             plan.append(numbers)
         return plan
 
@@ -100,6 +105,11 @@ class SpanTokenizer:
         return texts
 
     def _ids(self, texts: list[str]) -> list[np.ndarray]:
+        if self._words:
+            return self._words.ids(texts)
+        return [np.asarray(ids, dtype=np.int32) for ids in self._by_tokenizer(texts)]
+
+    def _by_tokenizer(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -109,11 +119,11 @@ class SpanTokenizer:
             return_token_type_ids=False,
             verbose=False,
         )
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+        return encoded["input_ids"]
 
     def _opens_with_space(self) -> bool:
-        bare, newline, both = self._ids(["a", "\n", "\na"])
-        return not np.array_equal(np.concatenate([newline, bare]), both)
+        bare, newline, both = self._by_tokenizer(["a", "\n", "\na"])
+        return newline + bare != both
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -7,6 +7,7 @@ not reach into a single long operation in C: `rendering.py` refuses the one that
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import threading
 import time
@@ -50,8 +51,14 @@ class _Clock:
                     del self._until[thread]
                     _raise_in(thread, OutOfTime)
 
+    def forget(self) -> None:
+        """Begin anew: a forked process has neither the thread nor a lock that it may hold."""
+        self.__init__()
+
 
 _clock = _Clock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_clock.forget)
 
 
 @contextmanager
