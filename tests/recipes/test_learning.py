@@ -25,15 +25,13 @@ COUPLES = [
     ("sun", "rain"), ("wind", "snow"), ("star", "moon"), ("fire", "ice"), ("red", "blue"), ("green", "gold"),
     ("one", "two"), ("three", "four"),
 ]  # fmt: skip
-#: what single losses need on so small a model.
+#: what single losses need on so small a model; all others learn at their defaults.
 SETTINGS: dict[str, dict] = {
-    # at τ 0.05 its slope at 0 points the wrong way (docs/objectives/pairwise.md)
+    # At the published τ of 0.05 the loss first lowers the margin (`pairwise.discopop`), and here nothing turns it
+    # round: held-out accuracy 0.00 after 40, 120 and 300 steps.
     "discopop": {"discopop_tau": 0.5},
-    # the likelihood must not drown the preference in 40 steps
-    "orpo": {"pref_beta": 2.0},
-    "cpo": {"pref_ftx": 0.1},
-    # its two halves almost cancel at the start
-    "apo_down": {"pref_beta": 0.5, "max_steps": 80},
+    # Its two halves almost cancel at the start: 0.75 after 40 steps, 1.00 after 120.
+    "apo_down": {"max_steps": 120},
 }
 
 
