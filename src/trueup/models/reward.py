@@ -89,16 +89,16 @@ class RewardModel(Policy):
     def _read(self, forest: Forest) -> Tensor:
         return _projected(self.hidden(forest.to(self.device)))
 
-    def _read_plainly(self, row: Tensor, first: int) -> Tensor:
-        hidden = self.base.get_decoder()(input_ids=row, use_cache=False).last_hidden_state[0]
-        return _projected(hidden[first - 1 : -1])
+    def _read_plainly(self, rows: Tensor, first: int) -> Tensor:
+        hidden = self.base.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state
+        return _projected(hidden[:, first - 1 : -1])
 
 
 def _projected(hidden: Tensor) -> Tensor:
-    """[N, 8] directions of hidden states, of order one whatever their width and scale."""
+    """[…, 8] directions of hidden states […, H], of order one whatever their width and scale."""
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(hidden.shape[1], 8, generator=generator).to(hidden.device)
-    return torch.nn.functional.normalize(hidden.float(), dim=1) @ directions
+    directions = torch.randn(hidden.shape[-1], 8, generator=generator).to(hidden.device)
+    return torch.nn.functional.normalize(hidden.float(), dim=-1) @ directions
 
 
 def has_head(config: PretrainedConfig) -> bool:
