@@ -15,8 +15,9 @@ import pytest
 
 from trueup.config.load import load_config
 from trueup.data.load import load_examples, load_examples_for
+from trueup.data.mixing import mix, sample_indices
 from trueup.data.registry import DatasetSpec
-from trueup.data.sources import mix, read_rows, sample_indices
+from trueup.data.sources import read_rows
 from trueup.errors import ConfigError, DataError, ModelError
 
 ROWS = [

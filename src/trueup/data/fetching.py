@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trueup.data.catalog import find
+from trueup.data.hubs import load_from_hub
 from trueup.data.registry import DatasetSpec, resolve_datasets
 from trueup.data.report import number
-from trueup.data.sources import load_from_hub
 from trueup.data.store import Copy, fetch, find_copy
 from trueup.errors import ConfigError
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,10 @@ from trueup.config.schema import RunConfig
 from trueup.data.examples import Chat, Example, Kind
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
 from trueup.data.layout import Layout, choose_layout
+from trueup.data.mixing import mix, sample_indices
 from trueup.data.registry import DatasetSpec, resolve_datasets
 from trueup.data.report import DataReport, number
-from trueup.data.sources import Rows, mix, read_rows, sample_indices
+from trueup.data.sources import Rows, read_rows
 from trueup.errors import ConfigError, DataError, Problem
 from trueup.waiting import waiting
 
@@ -300,22 +301,30 @@ def _name_splits(evaluation: dict[str, list[Example]], each: bool) -> dict[str, 
 
 def load_examples_for(cfg: RunConfig, kind: Kind | None = None) -> LoadedData:
     """`load_examples` with what a run's configuration says; `kind` is its stage's unless it is given."""
-    data, model, train = cfg.data, cfg.model, cfg.train
+    model = cfg.model
     return load_examples(
-        data.dataset,
-        kind=kind or cast(Kind, stage_kind(cfg)),
-        beside="chat" if cfg.objective.knowledge_weight else None,
-        eval_dataset=data.eval_dataset,
-        dataset_dir=data.dataset_dir,
-        hub=model.hub,
+        **{**load_settings(cfg), "kind": kind or stage_kind(cfg)},
         hub_token=getattr(model, _TOKENS[model.hub]),
         cache_dir=model.cache_dir,
-        max_samples=data.max_samples,
-        val_size=data.val_size,
-        mix_strategy=data.mix_strategy,
-        interleave_probs=data.interleave_probs or None,
-        on_bad_rows=data.on_bad_rows,
-        seed=train.seed if train.data_seed is None else train.data_seed,
-        eval_wanted=train.do_eval or train.eval_strategy != "no",
-        eval_on_each_dataset=data.eval_on_each_dataset,
+        on_bad_rows=cfg.data.on_bad_rows,
     )
+
+
+def load_settings(cfg: RunConfig) -> dict[str, Any]:
+    """Of the arguments of `load_examples`, those that decide which examples come out."""
+    data, train = cfg.data, cfg.train
+    return {
+        "dataset": data.dataset,
+        "kind": stage_kind(cfg),
+        "beside": "chat" if cfg.objective.knowledge_weight else None,
+        "eval_dataset": data.eval_dataset,
+        "dataset_dir": data.dataset_dir,
+        "hub": cfg.model.hub,
+        "max_samples": data.max_samples,
+        "val_size": data.val_size,
+        "mix_strategy": data.mix_strategy,
+        "interleave_probs": data.interleave_probs or None,
+        "seed": train.seed if train.data_seed is None else train.data_seed,
+        "eval_wanted": train.do_eval or train.eval_strategy != "no",
+        "eval_on_each_dataset": data.eval_on_each_dataset,
+    }

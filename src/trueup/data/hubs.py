@@ -1,0 +1,120 @@
+"""Datasets on Hugging Face, ModelScope and Modelers, each through its own library; files behind URLs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trueup.data.registry import DatasetSpec
+from trueup.errors import DataError, ModelError
+
+
+def fetch_file(url: str) -> bytes:
+    """What lies behind a URL. Raises DataError if nothing does, ModelError if it is out of reach."""
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+    except ImportError as error:
+        raise ModelError(f"reading {url} needs another library: {error}", fix="pip install it") from None
+    except FileNotFoundError:
+        raise DataError(f"nothing is there: {url}") from None
+    except Exception as error:  # each file system has errors of its own
+        raise ModelError(f"cannot reach {url}: {_first_line(error)}") from error
+
+
+def load_from_hub(spec: DatasetSpec, token: str | None = None, cache_dir: str | Path | None = None) -> Any:
+    """A hub's dataset, as a `datasets.Dataset`. `subset: a+b` is both, one after the other.
+
+    Raises:
+        DataError: no such split or subset. ModelError: whatever else keeps it from coming (C17).
+    """
+    loader = {"modelscope": _load_modelscope, "modelers": _load_modelers}.get(spec.hub, _load_huggingface)
+    subsets = (spec.subset or "").split("+")
+    try:
+        parts = [loader(replace(spec, subset=subset or None), token, cache_dir) for subset in subsets]
+        if len(parts) == 1:
+            return parts[0]
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets(parts)
+    except (DataError, ModelError):
+        raise
+    except ImportError as error:
+        raise ModelError(
+            f"dataset {spec.hub_id!r} is on {spec.hub}, whose client is not installed",
+            fix="pip install 'trueup[hubs]'",
+        ) from error
+    except Exception as error:  # hubs' clients raise a zoo; each means: this did not come
+        raise _hub_problem(spec, error) from error
+
+
+def _load_huggingface(spec: DatasetSpec, token: str | None, cache_dir):
+    from datasets import load_dataset
+
+    return load_dataset(
+        spec.hub_id,
+        name=spec.subset,
+        data_dir=spec.folder,
+        split=spec.split,
+        token=token,
+        cache_dir=str(cache_dir) if cache_dir else None,
+    )
+
+
+def _load_modelscope(spec: DatasetSpec, token: str | None, cache_dir):
+    from modelscope import MsDataset  # pyright: ignore[reportMissingImports]
+
+    dataset = MsDataset.load(
+        spec.hub_id,
+        subset_name=spec.subset,
+        data_dir=spec.folder,
+        split=spec.split,
+        token=token,
+        cache_dir=str(cache_dir) if cache_dir else None,
+    )
+    return dataset.to_hf_dataset() if hasattr(dataset, "to_hf_dataset") else dataset
+
+
+def _load_modelers(spec: DatasetSpec, token: str | None, cache_dir):
+    """Modelers' own dataset class needs a numpy from before 2: its files are fetched, and read like local ones."""
+    from datasets import load_dataset
+    from openmind_hub import snapshot_download  # pyright: ignore[reportMissingImports]
+
+    directory = snapshot_download(
+        spec.hub_id, repo_type="dataset", token=token, cache_dir=str(cache_dir) if cache_dir else None
+    )
+    return load_dataset(directory, name=spec.subset, data_dir=spec.folder, split=spec.split)
+
+
+def _hub_problem(spec: DatasetSpec, error: Exception) -> Exception:
+    """What a hub client's complaint means for the user (C17). The token itself is never shown."""
+    name, text = type(error).__name__, _first_line(error)
+    where = f"dataset {spec.hub_id!r} on {spec.hub}"
+    key = {"modelscope": "ms_hub_token", "modelers": "om_hub_token"}.get(spec.hub, "hf_hub_token")
+    if isinstance(error, ValueError) and "split" in text.lower():
+        return DataError(text, where=where, fix="set `split` in its entry of dataset_info.json")
+    if isinstance(error, ValueError) and "config" in text.lower():
+        return DataError(text, where=where, fix="set `subset` in its entry of dataset_info.json")
+    if "Gated" in name or "gated" in text or "401" in text or "403" in text:
+        return ModelError(
+            "access is refused: the dataset is private or gated",
+            where=where,
+            fix=f"accept its terms on the hub, then set {key} to a token of that account",
+        )
+    if "NotFound" in name and "offline" not in text.lower() and "reach" not in text.lower():
+        return ModelError(f"not found: {text}", where=where, fix="check owner/name and split")
+    get = f"trueup data get {spec.catalogue or spec.hub_id}"
+    return ModelError(
+        f"the hub cannot be reached ({name}: {text})",
+        where=where,
+        fix="check the network; or put the data files into a local folder of that name, "
+        f"or pass their path as `dataset:`; `{get}`, once and with a network, keeps a copy for offline use",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
