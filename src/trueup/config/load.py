@@ -117,6 +117,13 @@ def _environment() -> dict[str, Setting]:
     return {"hub": Setting(HUB_SWITCHES[hubs[0]], hubs[0], hubs[0])} if hubs else {}
 
 
+def given(source: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a file and words set, by canonical key, as far as it can be read; nothing is checked."""
+    base, *_ = _settle(*_entries(source), words=False)
+    over, *_ = _settle(*read_words(overrides, _takes), words=True, below=base)
+    return {key: setting.value for key, setting in {**_environment(), **base, **over}.items()}
+
+
 def chosen_hub() -> str:
     """The hub that the environment chooses."""
     setting = _environment().get("hub")

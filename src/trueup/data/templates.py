@@ -21,6 +21,7 @@ from trueup.data.template_names import (
     shipped_source,
 )
 from trueup.data.template_probe import QUESTION, first_difference
+from trueup.data.template_safety import examine
 from trueup.errors import ConfigError
 
 __all__ = [
@@ -103,7 +104,7 @@ def load_template(
         preserve_thinking=preserve_thinking,
         split_special_tokens=split_special_tokens,
     )
-    _say_what_does_not_fit(tokenizer, template, shipped)
+    _say_what_does_not_fit(tokenizer, template)
     choose_pad_token(tokenizer, template.stop_ids, template.renderer.text([QUESTION], header=True))
     return template
 
@@ -170,7 +171,7 @@ def _choose(tokenizer: Any, name: str | None) -> tuple[str, str, Shipped | None]
     return "default", shipped_source(TEMPLATES["default"]), TEMPLATES["default"]
 
 
-def _say_what_does_not_fit(tokenizer: Any, template: ChatTemplate, shipped: Shipped | None) -> None:
+def _say_what_does_not_fit(tokenizer: Any, template: ChatTemplate) -> None:
     unknown = template.ends.unknown_stops
     if unknown:
         log.warning(
@@ -183,7 +184,9 @@ def _say_what_does_not_fit(tokenizer: Any, template: ChatTemplate, shipped: Ship
             ",".join(unknown),
         )
     own = own_source(tokenizer)
-    if shipped is None or not own:
+    for warning in examine(template, own).warnings():
+        log.warning("%s", warning)
+    if template.name == OWN or not own:
         return
     theirs = Renderer(own, template.renderer.variables)
     difference = first_difference(template.renderer, theirs, template.enable_thinking)

@@ -1,0 +1,145 @@
+"""What `trueup data` needs of a run: config, tokenizer and template, for datasets named on the command line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trueup.builtin import BUILTIN_MODELS
+from trueup.config.load import given, load_config
+from trueup.config.schema import RunConfig
+from trueup.data.encode import run_template
+from trueup.data.encoder import Policy
+from trueup.data.examples import Kind
+from trueup.data.layout import kind_of
+from trueup.data.load import LoadedData, load_examples_for
+from trueup.data.mixing import sample_indices
+from trueup.data.preview import Preview, preview
+from trueup.data.registry import resolve_datasets
+from trueup.data.sources import read_rows
+from trueup.data.write import check_free, write_text
+from trueup.errors import ConfigError
+from trueup.models.load import load_tokenizer
+
+log = logging.getLogger("trueup")
+
+_STAGES: dict[Kind, str] = {"text": "pt", "chat": "sft", "pair": "dpo", "ranking": "rm", "feedback": "kto"}
+#: A dataset looked at by itself: nothing held out, mixed, streamed or kept.
+_ALONE: dict[str, Any] = {
+    "eval_dataset": [],
+    "val_size": 0.0,
+    "do_eval": False,
+    "eval_strategy": "no",
+    "mix_strategy": "concat",
+    "interleave_probs": [],
+    "tokenized_path": None,
+    "max_samples": None,
+    "on_bad_rows": "skip",
+}
+
+
+def dataset_config(names: Sequence[str], source: str | None, words: Sequence[str]) -> tuple[RunConfig, Kind | None]:
+    """The config of a run on `names` (those of the config if there are none), and the kind of their rows.
+
+    Without a `stage` it is the one that the first dataset's rows fit; without a model, the built-in one's
+    tokenizer reads them, which is said.
+
+    Raises:
+        ConfigError, DataError: whatever keeps such a run from reading its data.
+    """
+    known = given(source, words)
+    names = list(names) or _listed(known.get("dataset"))
+    if not names:
+        raise ConfigError("no dataset is named", fix="give a name of `trueup data list`, a file, or a config")
+    extra = [f"dataset={names[0]}"]
+    kind: Kind | None = None
+    if "stage" not in known:
+        kind = _kind(names[0], known)
+        extra += [f"stage={_STAGES[kind]}"] if kind in _STAGES else []
+    if "model_name_or_path" not in known:
+        extra.append(f"model_name_or_path={BUILTIN_MODELS[0]}")
+    cfg = load_config(source, [*words, *extra])
+    return cfg.replace(dataset=names), kind
+
+
+def names_model(source: str | None, words: Sequence[str]) -> bool:
+    """Whether a model is given, whose tokens are then meant."""
+    return "model_name_or_path" in given(source, words)
+
+
+def _listed(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return [str(name) for name in value or []]
+
+
+def _kind(name: str, known: dict[str, Any]) -> Kind:
+    (spec,) = resolve_datasets([name], known.get("dataset_dir") or "data", known.get("hub") or "huggingface")
+    return kind_of(spec, read_rows(spec).values)
+
+
+def preview_datasets(
+    names: Sequence[str], source: str | None, words: Sequence[str], count: int = 3, row: str | None = None
+) -> Preview:
+    """The first `count` rows of each dataset as a run would see them, or the one with the id `row`."""
+    cfg, kind = dataset_config(names, source, words)
+    if not names_model(source, words):
+        log.warning("No model is named: tokens are those of the built-in one. model_name_or_path=… shows your model's.")
+    tokenizer = load_tokenizer(cfg.model)
+    template = run_template(cfg, tokenizer)
+    policy = Policy(cfg.data.cutoff_len, _truncation(cfg), cfg.data.train_on_prompt, cfg.data.mask_history)
+    shown: Preview | None = None
+    for name in cfg.data.dataset:
+        loaded, wanted = _load(cfg, kind, name, count, row)
+        part = preview(loaded.train, loaded.report, template, policy, wanted)
+        shown = part if shown is None else Preview(shown.rows + part.rows, shown.safety or part.safety, shown.settings)
+    assert shown is not None
+    return Preview(shown.rows, shown.safety, {"stage": cfg.objective.stage, **shown.settings})
+
+
+def _truncation(cfg: RunConfig) -> Any:
+    return "drop" if cfg.data.truncation == "error" else cfg.data.truncation  # shown with its reason, not refused
+
+
+def _load(cfg: RunConfig, kind: Kind | None, name: str, count: int, row: str | None) -> tuple[LoadedData, list[str]]:
+    """What a dataset has of the wanted rows, and their ids. No more rows are looked at than needed."""
+    (spec,) = resolve_datasets([name], cfg.data.dataset_dir, cfg.model.hub)
+    alone = cfg.replace(**_ALONE, dataset=[name])
+    index = None if row is None else _index(row, spec.name)
+    if index is None:
+        alone = alone.replace(max_samples=count)
+    elif spec.num_samples is None:
+        alone = alone.replace(max_samples=index + 1)
+    loaded = load_examples_for(alone, kind)
+    total = loaded.report.dataset(spec.name).available
+    order = sample_indices(total, spec.num_samples, _seed(cfg)).tolist()
+    if index is None:
+        return loaded, [f"{spec.name}:{i}" for i in dict.fromkeys(order[:count])]
+    if index >= total:
+        raise _no_row(row, spec.name, f"a number below {total}")
+    if index not in order:
+        raise ConfigError(f"row {index} is not among the {spec.num_samples} that `num_samples` draws", where="--row")
+    return loaded, [f"{spec.name}:{index}"]
+
+
+def _seed(cfg: RunConfig) -> int:
+    return cfg.train.seed if cfg.train.data_seed is None else cfg.train.data_seed
+
+
+def _index(row: str, name: str) -> int:
+    number = row.removeprefix(f"{name}:")
+    if not number.isdigit():
+        raise _no_row(row, name, f"a number, or {name}:NUMBER")
+    return int(number)
+
+
+def _no_row(row: str | None, name: str, expected: str) -> ConfigError:
+    return ConfigError(f"there is no row {row!r} in {name}", where="--row", expected=expected)
+
+
+def write_page(path: Path, html: str, force: bool) -> None:
+    """Write a page that `--html` asked for."""
+    check_free(path, force, "--html")
+    write_text(path, html)
