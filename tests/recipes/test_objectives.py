@@ -32,9 +32,9 @@ MIXED = {"dataset": "pairs,knowledge", "knowledge_weight": 0.5}
 #: one of each kind of need: coupled, with a running mean, with distributions, several terms, two kinds of row, a
 #: reference that moves.
 KINDS = {
-    "aot": {"pref_loss": "aot"},
+    "aot": {"pref_loss": "aot", "learning_rate": 0.1},  # far enough for policy and reference to rank pairs differently
     "aot_unpaired": {"pref_loss": "aot_unpaired"},
-    "bco_pair": {"pref_loss": "bco_pair"},
+    "bco_pair": {"pref_loss": "bco_pair", "pref_beta": 0.3},  # at its own 0.01 the shift is hardly felt
     "tdpo2": {"pref_loss": "tdpo2"},
     "weighting": {"use_weighting": True},
     "several": {"pref_loss": "sigmoid,bco_pair,sft", "loss_weights": "0.8,0.2,1", "pref_beta": 0.1},
