@@ -170,26 +170,3 @@ def build(session: Session, words: tuple[str, ...]) -> None:
     with session.result() as result:
         report = build_pairs(cfg)
         result.data, result.text = report.to_dict(), report.render()
-
-
-@data.command(cls=ConfigCommand, context_settings=PASS_ON)
-@config_words
-@debug_option
-@json_option
-@click.pass_obj
-def build(session: Session, words: tuple[str, ...]) -> None:
-    """Build preference pairs: models answer, a judge ranks.
-
-    Answers come from models here or behind OpenAI-compatible URLs; a judge, rewards, rules or log-probabilities rank
-    them. The same command goes on after an interruption, and tries again what failed.
-
-    \b
-    trueup data build examples/build_preferences.yaml
-    trueup data build --model_name_or_path MODEL --dataset prompts.jsonl --judge_model http://HOST/v1#JUDGE
-    """
-    cfg = read_config(words, verb="build")
-    from trueup.recipes.preferences import build as build_pairs
-
-    with session.result() as result:
-        report = build_pairs(cfg)
-        result.data, result.text = report.to_dict(), report.render()
