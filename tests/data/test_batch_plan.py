@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trueup.data.forest import BatchPlan
+from trueup.data.forest import BatchPlan, Padded
 
 LENGTHS = np.random.default_rng(0).integers(10, 400, size=67)
 
@@ -50,5 +50,22 @@ def test_processes_share_a_step_evenly(world_size: int):
     assert max(loads) <= 1.1 * min(loads)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_budget_counts_padding_where_prompts_are_not_shared(world_size: int):
+    rng = np.random.default_rng(1)
+    padded = Padded.of(rng.integers(0, 60, size=67), rng.integers(0, 60, size=(67, 2)))
+    p = plan(micro_batch_tokens=600, padded=padded)
+    for units in p.steps(0):
+        parts = [p.micro_batches(units, rank, world_size) for rank in range(world_size)]
+        groups = [group for part in parts for group in part]
+        assert sorted(i for group in groups for i in group) == sorted(np.concatenate(units))
+        assert all(padded.rows[g].sum() * padded.longest[g].max() <= 600 or len(g) == 1 for g in groups)
+        assert len({len(part) for part in parts}) == 1
+        fewest = sum(padded.rows[u].sum() * padded.longest[u].max() for u in units) / 600
+        assert len(groups) <= 1.5 * fewest + 2 * world_size
+
+
 def test_an_empty_step_has_no_micro_batch():
     assert plan(micro_batch_tokens=500).micro_batches([]) == []
+    padded = Padded.of(np.ones(67, int), np.ones((67, 2), int))
+    assert plan(micro_batch_tokens=500, padded=padded).micro_batches([]) == []

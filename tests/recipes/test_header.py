@@ -8,7 +8,7 @@ import pytest
 from trueup.config.load import load_config
 from trueup.data.encoded import Answer, Encoded, EncodedDataset
 from trueup.models.memory import Recomputation
-from trueup.recipes.batches import count_tokens, plan_batches
+from trueup.recipes.batches import STEPS_SAMPLED, count_tokens, in_layout, plan_batches
 from trueup.recipes.header import batch_words, counted, memory_words, sized, steps_words, tokens_words
 
 BASE = {"model_name_or_path": "m", "dataset": "d", "per_device_train_batch_size": 2, "cutoff_len": 100}
@@ -60,9 +60,48 @@ def test_tokens_saved_are_counted_exactly():
     plan, arithmetic = plan_batches(cfg, dataset.lengths)
     tokens = count_tokens(dataset, plan, arithmetic.epochs)
     assert (tokens.epoch, tokens.largest) == (80 + 40 + 60, 120)
-    assert (tokens.epoch_padded, tokens.largest_padded) == (4 * 70 + 60, 280)
+    assert (tokens.epoch_padded, tokens.sampled) == (4 * 70 + 60, False)
+    assert count_tokens(dataset, in_layout(plan, dataset, shared=False), 1).largest == 280
     assert tokens_words(tokens, arithmetic) == "180 an epoch instead of 340 padded (1.9 times fewer)"
     assert tokens_words(tokens, arithmetic, shared=False) == "340 an epoch, padded"
+
+
+def many(count: int) -> EncodedDataset:
+    sizes = np.random.default_rng(0).integers(1, 30, size=(count, 3))
+    return EncodedDataset.of([pair(*row) for row in sizes.tolist()])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "keys", [{}, {"packing": True}, {"gradient_accumulation_steps": 3, "dataloader_drop_last": True}]
+)
+def test_counts_are_those_of_the_planned_micro_batches(shared: bool, keys: dict):
+    dataset = many(50)
+    plan, arithmetic = plan_batches(load_config({**BASE, **keys}), dataset.lengths)
+    plan = in_layout(plan, dataset, shared)
+    tokens = count_tokens(dataset, plan, arithmetic.epochs)
+    planned = [[b for units in plan.steps(e) for b in plan.micro_batches(units)] for e in range(arithmetic.epochs)]
+    padded = in_layout(plan, dataset, shared=False)
+    assert tokens.epoch == sum(int(dataset.lengths[batch].sum()) for batch in planned[0])
+    assert tokens.epoch_padded == sum(padded.tokens(batch) for batch in planned[0])
+    assert tokens.largest == max(plan.tokens(batch) for of_epoch in planned for batch in of_epoch)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_with_a_token_budget_few_steps_are_planned_and_the_rest_is_called_an_estimate(monkeypatch, shared: bool):
+    dataset = many(400)
+    cfg = load_config({**BASE, "batch_tokens": 150, "gradient_accumulation_steps": 4})
+    plan, arithmetic = plan_batches(cfg, dataset.lengths)
+    plan = in_layout(plan, dataset, shared)
+    every = [plan.micro_batches(units) for epoch in range(3) for units in plan.steps(epoch)]
+    seen, micro_batches = [], type(plan).micro_batches
+    monkeypatch.setattr(type(plan), "micro_batches", lambda *given: seen.append(1) or micro_batches(*given))
+    tokens = count_tokens(dataset, plan, arithmetic.epochs)
+    assert len(seen) == STEPS_SAMPLED < plan.steps_per_epoch
+    assert max(plan.tokens(batch) for batches in every for batch in batches) <= tokens.largest
+    assert tokens.largest <= max(150, *(plan.tokens(unit) for unit in plan.units))
+    assert tokens.epoch == int(dataset.lengths.sum())
+    assert "about" in tokens_words(tokens, arithmetic, shared)
 
 
 def test_what_recomputes_is_told_with_its_reason():

@@ -23,7 +23,7 @@ from trueup.errors import ConfigError, ModelError
 from trueup.models.load import load_policy, load_tokenizer
 from trueup.models.scorer import load_text_scorer
 from trueup.models.value import ValueHead
-from trueup.recipes.batches import largest_answered, plan_batches
+from trueup.recipes.batches import plan_batches
 from trueup.recipes.check import check
 from trueup.recipes.collector import Collected
 from trueup.recipes.judges import Judges, load_judges
@@ -353,10 +353,11 @@ def test_check_and_header_count_every_pass_over_the_answers(online: Config, epoc
     result = run(cfg)
     assert "21 rows × 3 passes → 18 steps an epoch" in capsys.readouterr().out
     assert report.arithmetic.total_steps == read_metrics(result.output_dir)[-1]["step"]
-    assert report.tokens is None  # of answers that nobody knows yet
-    rows = report.prepared.train
+    rows, tokens = report.prepared.train, report.tokens
     longest = int(rows.prompt_lengths.max()) + 3 * 12
-    assert longest <= largest_answered(cfg, rows, plan_batches(cfg, rows.lengths)[0]) <= 4 * longest
+    assert tokens.epoch == int(rows.prompt_lengths.sum()) + 21 * 3 * 12  # nobody knows yet how long answers will be
+    assert longest <= tokens.largest <= 4 * longest
+    assert f"tokens    at most {tokens.epoch:,} an epoch" in report.render()
 
 
 def test_what_is_not_there_is_said_before_the_run(online: Config, tmp_path: Path):

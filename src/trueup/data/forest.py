@@ -147,6 +147,23 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 
 
 @dataclass(frozen=True)
+class Padded:
+    """What examples take in a model that cannot share prompts: one row an answer, as long as the longest beside it."""
+
+    rows: np.ndarray  # [n] answers of each example
+    longest: np.ndarray  # [n] tokens of its prompt with its longest answer
+
+    @classmethod
+    def of(cls, prompts: np.ndarray, answers: np.ndarray) -> Padded:
+        """From lengths: [n] of prompts, [n, answers] of answers, 0 where there is none."""
+        return cls(np.maximum((answers > 0).sum(1), 1), prompts + answers.max(1, initial=0))
+
+    def tokens(self, examples: np.ndarray) -> int:
+        """Of these examples in one micro-batch."""
+        return int(self.rows[examples].sum() * self.longest[examples].max())
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """Which examples every optimizer step holds, and how they split into processes and micro-batches.
 
@@ -158,6 +175,7 @@ class BatchPlan:
         rows_per_micro_batch: units in one forward pass, on one process.
         rows_per_step: units in one optimizer step, over all processes and accumulation.
         micro_batch_tokens: token budget of a micro-batch; replaces `rows_per_micro_batch` when given.
+        padded: what the budget counts in a model that runs padded rows; None counts tokens of the shared layout.
         pack_tokens: pack examples up to this many tokens; None keeps one example a unit.
         drop_last: leave out the last, incomplete step of an epoch.
     """
@@ -170,6 +188,7 @@ class BatchPlan:
     micro_batch_tokens: int | None = None
     pack_tokens: int | None = None
     drop_last: bool = False
+    padded: Padded | None = None
 
     @cached_property
     def units(self) -> list[np.ndarray]:
@@ -187,13 +206,18 @@ class BatchPlan:
         whole, rest = divmod(len(self.units), self.rows_per_step)
         return whole if self.drop_last or not rest else whole + 1
 
-    def steps(self, epoch: int) -> list[list[np.ndarray]]:
-        """The epoch's optimizer steps, each a list of units."""
+    def order(self, epoch: int) -> np.ndarray:
+        """The epoch's units by number, step after step."""
         order = np.arange(len(self.units))
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        size = self.rows_per_step
-        return [[self.units[i] for i in order[step * size : (step + 1) * size]] for step in range(self.steps_per_epoch)]
+        return order[: self.steps_per_epoch * self.rows_per_step]
+
+    def steps(self, epoch: int, limit: int | None = None) -> list[list[np.ndarray]]:
+        """The epoch's optimizer steps, or the first `limit` of them, each a list of units."""
+        order, size = self.order(epoch), self.rows_per_step
+        count = self.steps_per_epoch if limit is None else min(limit, self.steps_per_epoch)
+        return [[self.units[i] for i in order[step * size : (step + 1) * size]] for step in range(count)]
 
     def micro_batches(self, units: list[np.ndarray], rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
         """This process's micro-batches (arrays of example indices) of one step; may be empty.
@@ -206,10 +230,18 @@ class BatchPlan:
             size = self.rows_per_micro_batch
             groups = [units[start : start + size] for start in range(0, len(units), size)]
             return [np.concatenate(group) for group in groups[rank::world_size]]
-        sizes = [int(self.lengths[unit].sum()) for unit in units]
-        packs = _even_packs(sizes, self.micro_batch_tokens, world_size)
-        mine = _deal([sum(sizes[i] for i in pack) for pack in packs], world_size)[rank]
-        return [np.concatenate([units[i] for i in packs[number]]) for number in mine]
+        if self.padded is None:
+            packs = _even_packs([self.tokens(unit) for unit in units], self.micro_batch_tokens, world_size)
+        else:
+            rows = np.array([self.padded.rows[unit].sum() for unit in units], dtype=np.int64)
+            longest = np.array([self.padded.longest[unit].max() for unit in units], dtype=np.int64)
+            packs = _alike_packs(rows, longest, self.micro_batch_tokens, world_size)
+        groups = [np.concatenate([units[i] for i in pack]) for pack in packs]
+        return [groups[number] for number in _deal([self.tokens(group) for group in groups], world_size)[rank]]
+
+    def tokens(self, examples: np.ndarray) -> int:
+        """What these examples take in one micro-batch, as the model runs it."""
+        return int(self.lengths[examples].sum()) if self.padded is None else self.padded.tokens(examples)
 
 
 def _even_packs(sizes: list[int], capacity: int, multiple: int) -> list[list[int]]:
@@ -224,6 +256,24 @@ def _even_packs(sizes: list[int], capacity: int, multiple: int) -> list[list[int
     even = _deal(sizes, count)
     fits = all(len(pack) == 1 or sum(sizes[i] for i in pack) <= capacity for pack in even)
     return even if fits else packs
+
+
+def _alike_packs(rows: np.ndarray, longest: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
+    """Packs of indices of like lengths, whose padded rows stay within `capacity`; as many as a multiple, if there is
+    enough.
+    """
+    packs: list[list[int]] = []
+    for i in np.argsort(-longest, kind="stable").tolist():
+        if packs and int(rows[[*packs[-1], i]].sum()) * int(longest[packs[-1][0]]) <= capacity:
+            packs[-1].append(i)
+        else:
+            packs.append([i])
+    wanted = min(-(-len(packs) // multiple) * multiple, len(rows))
+    while len(packs) < wanted:
+        heaviest = max((p for p in packs if len(p) > 1), key=lambda p: int(rows[p].sum() * longest[p].max()))
+        packs.remove(heaviest)
+        packs += [heaviest[: len(heaviest) // 2], heaviest[len(heaviest) // 2 :]]
+    return packs
 
 
 def _deal(sizes: list[int], players: int) -> list[list[int]]:

@@ -8,14 +8,30 @@ program begins; `mallopt` does the same from inside. The price is that a process
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import platform
+
+log = logging.getLogger("trueup")
 
 # glibc's malloc.h
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
+@functools.cache
 def keep_memory() -> bool:
-    """Stop glibc from returning memory to the kernel; False where there is no glibc (then nothing is changed)."""
+    """Stop glibc from returning memory to the kernel; False where that is not to be had, which is said once."""
+    kept = _set_thresholds()
+    if not kept:
+        log.info(
+            "freed memory goes back to the system between steps, which takes time: this is not glibc, or it refused; "
+            "another allocator (LD_PRELOAD jemalloc or tcmalloc) may keep it"
+        )
+    return kept
+
+
+def _set_thresholds() -> bool:
+    """Whether glibc is there and took every setting; if it is not there, nothing is changed."""
     if platform.libc_ver()[0] != "glibc":
         return False
     try:

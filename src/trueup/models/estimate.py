@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from trueup.config.schema import RunConfig
+from trueup.config.schema import ModelSection, RunConfig
 from trueup.models.adapters import attach_lora
 from trueup.models.device_memory import free_memory
 from trueup.models.hub import resolve_model
@@ -45,10 +46,11 @@ class Estimate:
     head: int  # one tile of logits, in compute dtype and in fp32, and a trained head's gradient
     checkpoint: int  # one checkpoint on disk
     recomputation: Recomputation  # what `gradient_checkpointing` comes to
+    reference: int = 0  # one that stays beside the model
 
     @property
     def memory(self) -> int:
-        return self.weights + self.optimizer + self.activations + self.head
+        return self.weights + self.optimizer + self.activations + self.head + self.reference
 
     def to_dict(self) -> dict:
         return {**asdict(self), "memory": self.memory}
@@ -60,12 +62,32 @@ def shape_only(cfg: RunConfig, kind: type[Policy] = Policy) -> PreTrainedModel:
     name, location, _ = resolve_model(*names, hub_access(cfg.model))
     config = read_model_config(location, cfg.model, name)
     kind.prepare(config)
+    return _without_weights(config, cfg.model, kind)
+
+
+def count_parameters(config: PretrainedConfig, model: ModelSection) -> int:
+    """Parameters of a language model that is not loaded."""
+    return sum(p.numel() for p in _without_weights(config, model, Policy).parameters())
+
+
+def _without_weights(config: PretrainedConfig, model: ModelSection, kind: type[Policy]) -> PreTrainedModel:
     with torch.device("meta"):
-        return kind.auto_class.from_config(config, trust_remote_code=cfg.model.trust_remote_code)
+        return kind.auto_class.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
-def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int, kind: type[Policy] = Policy) -> Estimate:
-    """Estimate a run of `base` (its shapes are enough) whose longest micro-batch holds so many tokens, shared."""
+def estimate(
+    cfg: RunConfig,
+    base: PreTrainedModel,
+    micro_batch_tokens: int,
+    kind: type[Policy] = Policy,
+    reference: Callable[[PreTrainedModel, torch.dtype], int] = lambda *_: 0,
+) -> Estimate:
+    """Estimate a run of `base` (its shapes are enough).
+
+    Args:
+        micro_batch_tokens: of the longest micro-batch, shared.
+        reference: bytes of what stays beside the model, once it is set up for training in that format.
+    """
     device = pick_device(cfg.model.device)
     dtype = pick_dtype(device, cfg.train.bf16, cfg.train.fp16)
     width = dtype.itemsize
@@ -81,7 +103,8 @@ def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int, kin
         saved = parameters
     optimizer = optimizer_bytes(trainable, dtype)
     head = head_bytes(base, dtype, device)
-    room = int(USABLE * free_memory(device)) - parameters * width - optimizer - head
+    beside = reference(base, dtype)
+    room = int(USABLE * free_memory(device)) - parameters * width - optimizer - head - beside
     costs = layer_costs(base, cfg.tuning, dtype, device)
     recomputation = decide(cfg.train.gradient_checkpointing, costs, micro_batch_tokens, max(room, 0))
     return Estimate(
@@ -95,4 +118,5 @@ def estimate(cfg: RunConfig, base: PreTrainedModel, micro_batch_tokens: int, kin
         head=head,
         checkpoint=saved * FP32 + 3 * trainable * FP32,
         recomputation=recomputation,
+        reference=beside,
     )

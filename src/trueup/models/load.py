@@ -396,8 +396,7 @@ def load_for_evaluation(
     policy = load_frozen(model, location, starts, device, dtype, kind)
     check_vocabulary(policy.base, tokenizer, name)
     policy.pad_with(tokenizer.pad_token_id)
-    note = None if policy.shared else "the layout is not supported"
-    return Loaded(policy, None, name, starts, device, dtype, note)
+    return Loaded(policy, None, name, starts, device, dtype, policy.layout_note)
 
 
 def load_for_inference(model: ModelSection, train: TrainSection) -> Policy:

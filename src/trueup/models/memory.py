@@ -189,11 +189,16 @@ def decide(mode: str, costs: LayerCosts, tokens: int, room: int) -> Recomputatio
     )
 
 
-def fit_to_memory(base: PreTrainedModel, tuning: TuningSection, mode: str, tokens: int | None = None) -> Recomputation:
+def fit_to_memory(
+    base: PreTrainedModel, tuning: TuningSection, mode: str, tokens: int | None = None, reserved: int = 0
+) -> Recomputation:
     """Decide which layers of a model on its device recompute, and let them.
 
     Where the size of the largest micro-batch is unknown (None), `auto` recomputes all layers on accelerators (memory
     binds) and none on CPUs (time binds).
+
+    Args:
+        reserved: bytes for what is not loaded yet and stays beside the model (a reference).
     """
     device, dtype = base.device, base.dtype
     costs = layer_costs(base, tuning, dtype, device)
@@ -202,7 +207,8 @@ def fit_to_memory(base: PreTrainedModel, tuning: TuningSection, mode: str, token
         plan = decide(unknown if mode == "auto" else mode, costs, 0, 0)
     else:
         trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
-        room = int(USABLE * free_memory(device)) - optimizer_bytes(trainable, dtype) - head_bytes(base, dtype, device)
+        taken = optimizer_bytes(trainable, dtype) + head_bytes(base, dtype, device) + reserved
+        room = int(USABLE * free_memory(device)) - taken
         plan = decide(mode, costs, tokens, max(room, 0))
     recompute(base, plan.recomputing)
     return plan

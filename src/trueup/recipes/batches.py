@@ -11,7 +11,7 @@ import numpy as np
 from trueup.config.methods import ONLINE
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset
-from trueup.data.forest import BatchPlan
+from trueup.data.forest import BatchPlan, Padded
 from trueup.errors import ConfigError
 
 
@@ -52,25 +52,68 @@ class Tokens:
 
     epoch: int  # the first one
     epoch_padded: int
-    largest: int  # micro-batch
-    largest_padded: int
+    largest: int  # micro-batch, as the model runs it
+    sampled: bool = False  # epoch_padded is an estimate from the first steps
+    at_most: bool = False  # answers are still to be written, and counted at their longest
 
 
 #: Epochs that are searched for the largest micro-batch: they differ in nothing but the order of the rows.
 EPOCHS_SEARCHED = 10
+#: Steps that are planned to see what padding would cost where micro-batches are cut by tokens.
+STEPS_SAMPLED = 32
+
+
+def in_layout(plan: BatchPlan, dataset: EncodedDataset, shared: bool) -> BatchPlan:
+    """The plan for a model whose layout is known: a token budget counts what that layout computes."""
+    return plan if shared else replace(plan, padded=Padded.of(dataset.prompt_lengths, dataset.answer_lengths))
 
 
 def count_tokens(dataset: EncodedDataset, plan: BatchPlan, epochs: int) -> Tokens:
     """The tokens of a run's training micro-batches."""
-    rows = np.maximum((dataset.answer_lengths > 0).sum(1), 1)
-    longest = dataset.prompt_lengths + dataset.answer_lengths.max(1, initial=0)
-    shared: list[list[int]] = []
-    padded: list[list[int]] = []
-    for epoch in range(max(1, min(epochs, EPOCHS_SEARCHED))):
-        batches = [batch for units in plan.steps(epoch) for batch in plan.micro_batches(units)]
-        shared.append([int(dataset.lengths[batch].sum()) for batch in batches])
-        padded.append([int(rows[batch].sum() * longest[batch].max()) for batch in batches])
-    return Tokens(sum(shared[0]), sum(padded[0]), max(map(max, shared)), max(map(max, padded)))
+    return _count(plan, Padded.of(dataset.prompt_lengths, dataset.answer_lengths), epochs)
+
+
+def answered_tokens(cfg: RunConfig, dataset: EncodedDataset, plan: BatchPlan, epochs: int) -> Tokens:
+    """The same if every answer that the model writes is as long as it may be."""
+    answers, longest = cfg.online.num_generations or 1, cfg.generate.max_new_tokens
+    padded = Padded(np.full(len(dataset), answers), dataset.prompt_lengths + longest)
+    lengths = dataset.prompt_lengths + answers * longest
+    plan = replace(plan, lengths=lengths, padded=None if plan.padded is None else padded)
+    return replace(_count(plan, padded, epochs), at_most=True)
+
+
+def _count(plan: BatchPlan, padded: Padded, epochs: int) -> Tokens:
+    """Sums over stretches of each epoch's order; micro-batches are planned only for some steps, and only where tokens
+    cut them: planning a million rows takes minutes.
+    """
+    sizes, units = _by_unit(plan, padded)
+    order = plan.order(0)
+    epoch = int(sizes[order].sum())
+    if plan.micro_batch_tokens is not None:
+        steps = plan.steps(0, STEPS_SAMPLED)
+        seen = sum(padded.tokens(batch) for step in steps for batch in plan.micro_batches(step))
+        biggest = int((sizes if plan.padded is None else units.rows * units.longest).max())
+        largest = max(biggest, min(plan.micro_batch_tokens, biggest * plan.rows_per_step))
+        sampled = len(steps) < plan.steps_per_epoch
+        return Tokens(epoch, seen * plan.steps_per_epoch // len(steps), largest, sampled)
+    starts = np.arange(0, len(order), plan.rows_per_micro_batch)
+    in_padded, largest = [], 0
+    for number in range(max(1, min(epochs, EPOCHS_SEARCHED))):
+        order = plan.order(number)
+        rows = np.add.reduceat(units.rows[order], starts) * np.maximum.reduceat(units.longest[order], starts)
+        in_padded.append(int(rows.sum()))
+        own = np.add.reduceat(sizes[order], starts) if plan.padded is None else rows
+        largest = max(largest, int(own.max()))
+    return Tokens(epoch, in_padded[0], largest)
+
+
+def _by_unit(plan: BatchPlan, padded: Padded) -> tuple[np.ndarray, Padded]:
+    """Tokens of each of the plan's units in the shared layout, and in padded rows."""
+    if plan.pack_tokens is None:
+        return plan.lengths, padded
+    order, starts = np.concatenate(plan.units), np.cumsum([0, *map(len, plan.units[:-1])])
+    rows, longest = np.add.reduceat(padded.rows[order], starts), np.maximum.reduceat(padded.longest[order], starts)
+    return np.add.reduceat(plan.lengths[order], starts), Padded(rows, longest)
 
 
 def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tuple[BatchPlan, Arithmetic]:
@@ -114,13 +157,6 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
     packs = len(plan.units) if plan.pack_tokens else None
     counts = steps_per_epoch, epochs, total, packs, plan.micro_batch_tokens, passes
     return plan, Arithmetic(len(lengths), *sizes, *counts)
-
-
-def largest_answered(cfg: RunConfig, dataset: EncodedDataset, plan: BatchPlan) -> int:
-    """Tokens of the largest micro-batch if every answer that the model writes is as long as it may be."""
-    answers = (cfg.online.num_generations or 1) * cfg.generate.max_new_tokens
-    plan = replace(plan, lengths=dataset.prompt_lengths + answers)
-    return max(int(plan.lengths[batch].sum()) for units in plan.steps(0) for batch in plan.micro_batches(units))
 
 
 def train_batches(plan: BatchPlan, arithmetic: Arithmetic) -> Iterator[np.ndarray]:

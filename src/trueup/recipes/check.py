@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +16,12 @@ from trueup.data.encode import Prepared, prepare
 from trueup.models.device_memory import free_memory
 from trueup.models.estimate import Estimate, estimate, shape_only
 from trueup.models.load import check_vocabulary, load_tokenizer
-from trueup.recipes.batches import Arithmetic, Tokens, count_tokens, eval_batches, largest_answered, plan_batches
+from trueup.recipes.batches import Arithmetic, Tokens, answered_tokens, count_tokens, eval_batches, plan_batches
 from trueup.recipes.header import batch_words, memory_words, sized, steps_words, tokens_words
 from trueup.recipes.judges import check_files
 from trueup.recipes.offline import check_output
 from trueup.recipes.prompts import check_prompts
-from trueup.recipes.references import check_reference
+from trueup.recipes.references import check_reference, reference_bytes
 from trueup.recipes.reported import check_metric
 from trueup.recipes.reward import kind_of, teachable
 from trueup.training.plan import check_schedule
@@ -73,7 +74,8 @@ class CheckReport:
             *([f"tokens    {tokens_words(self.tokens, a)}"] if self.tokens else []),
             f"memory    ~{sized(e.memory)}{each} on {e.device} in {e.dtype}: weights {sized(e.weights)}, "
             f"optimizer {sized(e.optimizer)},",
-            f"          activations {sized(e.activations)}, head {sized(e.head)}; "
+            f"          activations {sized(e.activations)}, head {sized(e.head)}"
+            f"{f', reference {sized(e.reference)}' if e.reference else ''}; "
             f"free {sized(self.memory_free)} → {fits}",
             *([f"          {memory_words(e.recomputation)}"] if a.total_steps else []),
             *(
@@ -107,17 +109,15 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
     check_metric(cfg, prepared.eval)
     if cfg.train.do_train:
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
-        if cfg.objective.stage in ONLINE:  # nobody knows yet what the model will answer
-            tokens, largest = None, largest_answered(cfg, prepared.train, plan)
-        else:
-            tokens = count_tokens(prepared.train, plan, arithmetic.epochs)
-            largest = tokens.largest
+        count = functools.partial(answered_tokens, cfg) if cfg.objective.stage in ONLINE else count_tokens
+        tokens = count(prepared.train, plan, arithmetic.epochs)
+        largest = tokens.largest
     else:  # an evaluation has no steps and saves nothing
         arithmetic = Arithmetic(0, cfg.train.per_device_eval_batch_size, 1, world_size, 0, 0, 0)
         tokens = None
         groups = [(dataset, group) for dataset in prepared.eval.values() for group in eval_batches(cfg, dataset)]
         largest = max((int(dataset.lengths[group].sum()) for dataset, group in groups), default=0)
-    needs = estimate(cfg, base, largest, kind_of(cfg))
+    needs = estimate(cfg, base, largest, kind_of(cfg), functools.partial(reference_bytes, cfg))
     return CheckReport(
         cfg, prepared, arithmetic, tokens, needs, free_memory(torch.device(needs.device)),
         _free_disk(cfg.train.output_dir),

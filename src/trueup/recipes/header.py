@@ -62,12 +62,13 @@ def steps_words(a: Arithmetic) -> str:
 
 def tokens_words(tokens: Tokens, a: Arithmetic, shared: bool = True) -> str:
     """What goes through the model in an epoch, and what sharing prompts and not padding save."""
+    most, about = "at most " if tokens.at_most else "", "about " if tokens.sampled else ""
     if not shared:
-        return f"{tokens.epoch_padded:,} an epoch, padded"
+        return f"{most}{about}{tokens.epoch_padded:,} an epoch, padded"
     times = tokens.epoch_padded / max(tokens.epoch, 1)
     if a.packs is not None or times < 1.05:  # others pack too
-        return f"{tokens.epoch:,} an epoch"
-    return f"{tokens.epoch:,} an epoch instead of {tokens.epoch_padded:,} padded ({times:.1f} times fewer)"
+        return f"{most}{tokens.epoch:,} an epoch"
+    return f"{most}{tokens.epoch:,} an epoch instead of {about}{tokens.epoch_padded:,} padded ({times:.1f} times fewer)"
 
 
 def memory_words(r: Recomputation) -> str:

@@ -26,11 +26,11 @@ from trueup.errors import ConfigError, Problem
 from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_tokenizer, pick_device
 from trueup.models.memory import fit_to_memory
 from trueup.models.reward import RewardModel, check_trained
-from trueup.recipes.batches import count_tokens, eval_batches, plan_batches, train_batches
+from trueup.recipes.batches import Tokens, count_tokens, eval_batches, in_layout, plan_batches, train_batches
 from trueup.recipes.feedback import tell_balance
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.program import OfflineProgram
-from trueup.recipes.references import References, build_references, check_reference
+from trueup.recipes.references import References, build_references, check_reference, reference_bytes
 from trueup.recipes.reported import check_metric
 from trueup.recipes.reward import kind_of, teachable
 from trueup.training.backend import Backend, make_backend
@@ -95,9 +95,9 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
             prepared = teachable(cfg, prepared)
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device, kind_of(cfg))
+        plan = in_layout(plan, prepared.train, loaded.policy.shared)
         tokens = count_tokens(prepared.train, plan, arithmetic.epochs)
-        largest = tokens.largest if loaded.policy.shared else tokens.largest_padded
-        loaded.recomputation = fit_to_memory(loaded.policy.base, cfg.tuning, cfg.train.gradient_checkpointing, largest)
+        fit_activations(cfg, loaded, tokens)
     console.print(prepared.report.render(), markup=False, highlight=False)
     console.print(header(cfg, loaded, prepared, arithmetic, tokens), markup=False, highlight=False)
     fingerprint = prepared.train.fingerprint
@@ -136,6 +136,13 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         program = OfflineProgram(cfg, loaded, tokenizer, prepared, no_steps, references, backend)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
         return RunResult(directory.path, evaluate_run(program, directory, backend, observers))
+
+
+def fit_activations(cfg: RunConfig, loaded: Loaded, tokens: Tokens) -> None:
+    """Let as many layers recompute as `gradient_checkpointing` asks, with the reference beside the model in mind."""
+    base, mode = loaded.policy.base, cfg.train.gradient_checkpointing
+    reserved = reference_bytes(cfg, base, loaded.dtype)
+    loaded.recomputation = fit_to_memory(base, cfg.tuning, mode, tokens.largest, reserved)
 
 
 @contextmanager

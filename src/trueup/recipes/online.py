@@ -16,12 +16,12 @@ from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError
 from trueup.models.load import Loaded, load_for_evaluation, load_frozen, load_policy, load_tokenizer
 from trueup.models.reference import LiveReference
-from trueup.recipes.batches import plan_batches
+from trueup.recipes.batches import answered_tokens, in_layout, plan_batches
 from trueup.recipes.collector import Collector
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.judges import Judges, check_files, load_judges
 from trueup.recipes.learners import make_learner
-from trueup.recipes.offline import RunResult, open_directory, running, stop_at_warnings
+from trueup.recipes.offline import RunResult, fit_activations, open_directory, running, stop_at_warnings
 from trueup.recipes.online_program import OnlineProgram
 from trueup.recipes.program import tidy_generation
 from trueup.recipes.prompts import PromptRows, check_prompts
@@ -63,9 +63,12 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device)
         rows = PromptRows(cfg)
         judges = load_judges(cfg, prepared.template, rows, loaded.device, loaded.dtype)
+        plan = in_layout(plan, prepared.train, loaded.policy.shared)
+        tokens = answered_tokens(cfg, prepared.train, plan, arithmetic.epochs)
+        fit_activations(cfg, loaded, tokens)
     try:
         console.print(prepared.report.render(), markup=False, highlight=False)
-        console.print(header(cfg, loaded, prepared, arithmetic), markup=False, highlight=False)
+        console.print(header(cfg, loaded, prepared, arithmetic, tokens), markup=False, highlight=False)
         fingerprint = prepared.train.fingerprint
         identity = {"data_fingerprint": fingerprint, "effective_batch": plan.rows_per_step}
         with open_directory(cfg, backend, prepared, identity) as directory:

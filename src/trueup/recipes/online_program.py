@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset, Prepared
 from trueup.data.encoded import Answer, Encoded
-from trueup.data.forest import BatchPlan, build_forest
+from trueup.data.forest import BatchPlan, Padded, build_forest
 from trueup.models.load import Loaded
 from trueup.models.logprobs import Head, token_logps
 from trueup.models.policy import Policy
@@ -164,9 +164,10 @@ class OnlineProgram:
     def _cut(self, rollout: Rollout, prompts: np.ndarray) -> list[OnlineBatch]:
         """This process's micro-batches over these prompts; those with nothing to learn from are left out."""
         answers = rollout.lengths_P
-        lengths = answers + self.datasets["train"].prompt_lengths[rollout.rows_P]
+        asked = self.datasets["train"].prompt_lengths[rollout.rows_P]
         units = [np.array([p]) for p in prompts if answers[p]]
-        plan = replace(self.schedule.plan, lengths=lengths)
+        padded = None if self.policy.shared else Padded.of(asked, rollout.lengths_PG)
+        plan = replace(self.schedule.plan, lengths=asked + answers, padded=padded)
         groups = plan.micro_batches(units, self.backend.rank, self.backend.world_size)
         return [OnlineBatch("train", group, rollout) for group in groups]
 

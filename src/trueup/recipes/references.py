@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trueup.config.methods import needs_reference
+from trueup.config.methods import ONLINE, needs_reference
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset
 from trueup.data.forest import build_forest, num_predictions
 from trueup.errors import ConfigError, DivergenceError, ModelError
+from trueup.models.estimate import count_parameters
 from trueup.models.hub import resolve_model
 from trueup.models.load import Loaded, hub_access, load_frozen, read_model_config
+from trueup.models.memory import FP32
 from trueup.models.reference import LiveReference, MovingReference, ReferenceTable, table_path
 from trueup.recipes.batches import Batch
 from trueup.recipes.objective import terms_of
@@ -192,6 +194,32 @@ def live_reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
 def runs_beside(cfg: RunConfig) -> bool:
     """Whether the reference is asked about more than the rows of the data (KTO: about mismatched ones)."""
     return any(term.objective.needs_mismatched for term in terms_of(cfg))
+
+
+def runs_in_training(cfg: RunConfig) -> bool:
+    """Whether a reference is in memory while the policy trains."""
+    if cfg.objective.stage in ONLINE:
+        return cfg.objective.stage in ("ppo", "online_dpo") or bool(cfg.online.ppo_kl_coeff)
+    return needs_reference(cfg) and (not cfg.objective.precompute_ref_log_probs or runs_beside(cfg))
+
+
+def reference_bytes(cfg: RunConfig, base: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Memory that the reference takes beside the policy's model while that trains; it need not be loaded yet.
+
+    A model of its own, copies of what full training moves, or nothing: adapters are switched off.
+    """
+    if not (cfg.train.do_train and runs_in_training(cfg)):
+        return 0
+    if cfg.objective.ref_model:
+        names = cfg.objective.ref_model, cfg.objective.ref_model_adapters
+        name, location, _ = resolve_model(*names, hub_access(cfg.model), ("ref_model", "ref_model_adapters"))
+        return count_parameters(read_model_config(location, cfg.model, name, "ref_model"), cfg.model) * dtype.itemsize
+    if cfg.objective.sync_ref_model:  # what trains, as it runs and in fp32
+        trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
+        return trained * (dtype.itemsize + (FP32 if dtype != torch.float32 else 0))
+    if cfg.tuning.finetuning_type == "lora":
+        return 0
+    return sum(p.numel() for p in base.parameters()) * dtype.itemsize
 
 
 def base_reference(loaded: Loaded) -> LiveReference:

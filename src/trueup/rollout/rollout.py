@@ -59,7 +59,12 @@ class Rollout:
     @property
     def lengths_P(self) -> Array:
         """Tokens of the answers of each prompt that are learnt from."""
-        return np.where(self.kept_S, self.lengths_S, 0).reshape(-1, self.num_answers).sum(axis=1)
+        return self.lengths_PG.sum(axis=1)
+
+    @property
+    def lengths_PG(self) -> Array:
+        """Tokens of each prompt's answers; 0 for those that are not learnt from."""
+        return np.where(self.kept_S, self.lengths_S, 0).reshape(-1, self.num_answers)
 
     def answers_of(self, prompts: Sequence[int] | Array) -> list[int]:
         """The answers of these prompts that are learnt from, prompt by prompt."""
