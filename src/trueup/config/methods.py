@@ -166,7 +166,7 @@ NOT_ACTING_YET: dict[str, str] = {
             """
             torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory
             dataloader_persistent_workers dataloader_prefetch_factor low_cpu_mem_usage use_reentrant_gc
-            gradient_checkpointing_kwargs preprocessing_batch_size preprocessing_num_workers
+            gradient_checkpointing_kwargs
             data_shared_file_system offload_folder use_kv_cache
             """
         ),
@@ -277,6 +277,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
 #: The same for keys that steer the run, not the method: set in vain, they are only said to be so.
 _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("logging_steps", {"logging_strategy": ("steps",)}),
+    ("log_entropy", {"stage": tuple(name for name in STAGES if name not in (*ONLINE, "rm"))}),
     ("eval_steps", {"eval_strategy": ("steps",)}),
     ("eval_delay eval_on_start", {"eval_strategy": ("steps", "epoch")}),
     ("save_steps", {"save_strategy": ("steps",)}),

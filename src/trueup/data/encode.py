@@ -1,18 +1,17 @@
 """The data half of a run in one call: names of datasets in, token ids and the data report out.
- `encoder.py` turns examples into ids; here are the refusals, the report, and the copy on disk
-(`tokenized_path`), which is used again only for the same data, template, tokenizer, lengths and
-policies.
+
+`encoder.py` turns examples into ids, `tokenized.py` keeps them for the next start; here are the
+refusals and the report.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from trueup.config.methods import stage_kind
@@ -25,13 +24,24 @@ from trueup.data.encoder import (
     Tally,
     Truncation,
     encode_examples,
+    say,
     tell,
 )
 from trueup.data.examples import Example
 from trueup.data.load import LoadedData, load_examples_for
 from trueup.data.report import DataReport, number
 from trueup.data.templates import ChatTemplate, load_template, own_source
+from trueup.data.tokenized import (
+    CachedCopy,
+    Tokenised,
+    UsersCopy,
+    data_digest,
+    facts_of,
+    is_worth_keeping,
+    local_files,
+)
 from trueup.errors import ConfigError, DataError, Problem
+from trueup.garbage import no_collection
 
 __all__ = [
     "Answer",
@@ -57,29 +67,79 @@ class Prepared:
 
 
 def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
-    """Read, parse, split, mix and encode the data of a run.
+    """Read, parse, split, mix and encode the data of a run, or take them from an earlier one.
 
     Raises ConfigError, DataError or ModelError with every problem of a step; rows that are left out
     are in the report.
     """
     template = run_template(cfg, tokenizer)
     policy = Policy(cfg.data.cutoff_len, cfg.data.truncation, cfg.data.train_on_prompt, cfg.data.mask_history)
-    cache = _Cache(cfg, template, policy, tokenizer)
-    data = _load(cfg, cache)
-    report = data.report
-    encoded: dict[str, EncodedDataset] = {}
-    tallies: list[Tally] = []
-    for name, examples in {"train": data.train, **data.eval}.items():
-        encoded[name], tally = cache.encode(name, examples)
+    copy, data = _copy_of(cfg, template, policy, tokenizer)
+    found = copy.find() if copy else None
+    if found:
+        report = DataReport.restored(found.report)
+        report.tell()
+        for tally in found.tallies.values():
+            say(tally, template, policy)
+    else:
+        data = data or _load(cfg)
+        report = data.report
+        found = _encode(cfg, data, template, policy)
+    tallies = list(found.tallies.values())
+    for tally in tallies:
         tell(report, tally)
-        tallies.append(tally)
     refuse(report, tallies, cfg.data.on_bad_rows, cfg.data.truncation)
     if cfg.data.dataset:
         report.require_usable()
-    _require_splits(encoded, tallies)
-    cache.save(encoded, tallies)
-    report.splits = {name: len(dataset) for name, dataset in encoded.items()}
-    return Prepared(encoded.pop("train"), encoded, report, template)
+    _require_splits(found.datasets, tallies)
+    if copy and data and os.environ.get("RANK", "0") == "0":  # the first process of a run writes
+        copy.keep(found)
+    report.splits = {name: len(dataset) for name, dataset in found.datasets.items()}
+    evaluation = {name: dataset for name, dataset in found.datasets.items() if name != "train"}
+    return Prepared(found.datasets["train"], evaluation, report, template)
+
+
+def _copy_of(
+    cfg: RunConfig, template: ChatTemplate, policy: Policy, tokenizer: Any
+) -> tuple[UsersCopy | CachedCopy | None, LoadedData | None]:
+    """Where the tokens of this run are, or will be, kept; and its data, if they had to be read to know that."""
+    users = bool(cfg.data.tokenized_path)
+    has_data = bool(cfg.data.dataset or cfg.data.eval_dataset)
+    files = local_files(cfg) if has_data else None
+    if not users and not is_worth_keeping(files):
+        return None, None
+    facts = facts_of(cfg, template, policy, tokenizer)
+    if not has_data:
+        copy = UsersCopy(cfg, facts)
+        if not copy.exists:
+            raise ConfigError("no dataset is given", where="dataset", fix="dataset: NAME or a file's path")
+        return copy, None
+    if files is not None:
+        facts["data"] = data_digest(cfg, files)
+        return (UsersCopy if users else CachedCopy)(cfg, facts), None
+    data = _load(cfg)  # from a hub: only its rows can tell whether they are the same
+    facts["data"] = _examples_fingerprint({"train": data.train, **data.eval})
+    return UsersCopy(cfg, facts), data
+
+
+def _load(cfg: RunConfig) -> LoadedData:
+    if not cfg.data.dataset and not cfg.data.eval_dataset:
+        raise ConfigError("no dataset is given", where="dataset", fix="dataset: NAME or a file's path")
+    with no_collection():  # what is read here is kept
+        return load_examples_for(cfg)
+
+
+def _encode(cfg: RunConfig, data: LoadedData, template: ChatTemplate, policy: Policy) -> Tokenised:
+    found = Tokenised({}, {}, data.report.state())
+    gc.freeze()  # the examples stay: neither a collection nor a forked process need look through them
+    try:
+        for name, examples in {"train": data.train, **data.eval}.items():
+            found.datasets[name], found.tallies[name] = encode_examples(
+                examples, template, policy, cfg.data.preprocessing_num_workers, cfg.data.preprocessing_batch_size
+            )
+    finally:
+        gc.unfreeze()
+    return found
 
 
 def run_template(cfg: RunConfig, tokenizer: Any) -> ChatTemplate:
@@ -160,82 +220,10 @@ def _require_splits(encoded: dict[str, EncodedDataset], tallies: Sequence[Tally]
         raise ConfigError(problems)
 
 
-def _load(cfg: RunConfig, cache: _Cache) -> LoadedData:
-    """Examples; none if only a tokenised copy is given (`tokenized_path` without `dataset`)."""
-    if not cfg.data.dataset and cache.exists:
-        return LoadedData([], {name: [] for name in cache.splits if name != "train"}, DataReport())
-    if not cfg.data.dataset and not cfg.data.eval_dataset:
-        raise ConfigError("no dataset is given", where="dataset", fix="dataset: NAME or a file's path")
-    return load_examples_for(cfg)
-
-
-class _Cache:
-    """The tokenised copy in `tokenized_path`: a folder a split, with what it was made from."""
-
-    def __init__(self, cfg: RunConfig, template: ChatTemplate, policy: Policy, tokenizer: Any) -> None:
-        self.template = template
-        self.policy = policy
-        self.root = Path(cfg.data.tokenized_path) if cfg.data.tokenized_path else None
-        present = self.root is not None and (self.root / "train").is_dir()
-        self.exists = present and not cfg.data.overwrite_cache
-        self.splits = sorted(p.name for p in self.root.iterdir()) if self.root and present else []
-        self.facts: dict[str, Any] = {}
-        if self.root:
-            self.facts = {
-                **asdict(policy),
-                "kind of example": stage_kind(cfg) + (" and chat" if cfg.objective.knowledge_weight else ""),
-                "template": template.fingerprint,
-                "tokenizer": _tokenizer_fingerprint(tokenizer),
-            }
-        self._made_from: dict[str, dict[str, Any]] = {}
-
-    def encode(self, name: str, examples: Sequence[Example]) -> tuple[EncodedDataset, Tally]:
-        """The split `name`, from disk if it is there and was made from the same."""
-        if not self.root:
-            return encode_examples(examples, self.template, self.policy)
-        facts = {**self.facts, "data": _examples_fingerprint(examples)} if examples else self.facts
-        if self.exists and name not in self.splits:
-            self._refuse(f"without {name}")
-        if self.exists:
-            dataset, about = EncodedDataset.load(self.root / name)
-            self._compare(facts, about["facts"])
-            return dataset, Tally(**about["tally"])
-        self._made_from[name] = facts
-        return encode_examples(examples, self.template, self.policy)
-
-    def save(self, datasets: dict[str, EncodedDataset], tallies: Sequence[Tally]) -> None:
-        """Keep the copy, unless it came from there; the first process of a run writes."""
-        if not self.root or self.exists or os.environ.get("RANK", "0") != "0":
-            return
-        for (name, dataset), tally in zip(datasets.items(), tallies, strict=True):
-            about = {"facts": self._made_from[name], "tally": asdict(tally)}
-            dataset.save(self.root / name, about)
-
-    def _compare(self, now: dict[str, Any], then: dict[str, Any]) -> None:
-        changed = [
-            f"{key} ({then.get(key)} → {value})" if isinstance(value, (int, bool)) or len(value) < 20 else key
-            for key, value in now.items()
-            if then.get(key) != value
-        ]
-        if changed:
-            self._refuse(f"with another {', '.join(changed)}")
-
-    def _refuse(self, how: str) -> None:
-        raise ConfigError(
-            f"the tokenised data was made {how}",
-            where=f"tokenized_path: {self.root}",
-            fix="set overwrite_cache: true to tokenise again, or name another folder",
-        )
-
-
-def _tokenizer_fingerprint(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _examples_fingerprint(examples: Sequence[Example]) -> str:
+def _examples_fingerprint(splits: Mapping[str, Sequence[Example]]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr(example).encode())
+    for name, examples in splits.items():
+        digest.update(name.encode())
+        for example in examples:
+            digest.update(repr(example).encode())
     return digest.hexdigest()

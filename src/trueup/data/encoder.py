@@ -39,7 +39,7 @@ from trueup.waiting import waiting
 log = logging.getLogger("trueup")
 
 Truncation = Literal["keep_start", "keep_end", "drop", "error"]
-CHUNK = 1000  # examples whose strings go to the tokenizer in one call
+CHUNK = 1000
 ROWS_WORTH_A_WORKER = 2000  # a process more costs some 50 ms
 TOO_LONG, PROMPT_TOO_LONG = "too long", "prompt too long"
 
@@ -89,13 +89,19 @@ class Draft:
 
 
 def encode_examples(
-    examples: Sequence[Example], template: ChatTemplate, policy: Policy, workers: int | None = None
+    examples: Sequence[Example],
+    template: ChatTemplate,
+    policy: Policy,
+    workers: int | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[EncodedDataset, Tally]:
     """Encode examples of any kinds; rows that cannot be used are only in the tally.
 
+    Ids, order and tally are the same for any number of workers and any chunk.
+
     Args:
-        workers: processes to share the work; None for as many as there are cores, if it is worth it. Ids, order and
-            tally are the same for any number.
+        workers: processes to share the work; None for as many as there are cores, if it is worth it.
+        chunk: examples whose strings go to the tokenizer in one call.
     """
     if workers is None:
         workers = min(cores(), len(examples) // ROWS_WORTH_A_WORKER)
@@ -103,17 +109,17 @@ def encode_examples(
     def encoded(number: int) -> tuple[Block, Tally]:
         tally = Tally()
         encoder = _Encoder(template, policy, tally)
-        return Block.of(encoder.chunk(examples[number * CHUNK : (number + 1) * CHUNK])), tally
+        return Block.of(encoder.chunk(examples[number * chunk : (number + 1) * chunk])), tally
 
     blocks: list[Block] = []
     tally = Tally()
     with waiting("tokenising", len(examples), "rows") as tell:
-        for block, part in in_order(encoded, -(-len(examples) // CHUNK), workers):
+        for block, part in in_order(encoded, -(-len(examples) // chunk), workers):
             blocks.append(block)
             tally.add(part)
-            tell(min(len(blocks) * CHUNK, len(examples)))
+            tell(min(len(blocks) * chunk, len(examples)))
     dataset = EncodedDataset.joined(blocks)
-    _say(tally, template, policy)
+    say(tally, template, policy)
     return dataset, tally
 
 
@@ -426,7 +432,7 @@ def tell(report: DataReport, tally: Tally) -> None:
             report.note(f"{number(len(rows))} {what}, first {rows[0]}")
 
 
-def _say(tally: Tally, template: ChatTemplate, policy: Policy) -> None:
+def say(tally: Tally, template: ChatTemplate, policy: Policy) -> None:
     """What a user should hear even if nobody looks at the report, a sentence each."""
     reasons = Counter(reason for _, reason, _ in tally.dropped)
     if reasons:

@@ -8,10 +8,11 @@ evaluation) is still one row: saying the same thing about it again changes nothi
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -108,6 +109,31 @@ class DataReport:
         self._truncated: set[tuple[str, str]] = set()
         self._measured: set[str] = set()
         self._lengths: dict[str, list[int]] = defaultdict(list)
+
+    # ---- keeping ----
+
+    def state(self) -> dict[str, Any]:
+        """What reading found out, as JSON for `restored`; encoding's part is in its tallies."""
+        kept = ("splits", "duplicates", "reversed_pairs", "overlap", "notes")
+        found = {name: getattr(self, name) for name in kept}
+        found |= {"dropped_rows": sorted(self._dropped), "datasets": list(self.datasets.values())}
+        return json.loads(json.dumps(found, default=asdict))
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> DataReport:
+        """The report whose `state` this was."""
+        report = cls()
+        report.splits, report.notes = dict(state["splits"]), list(state["notes"])
+        for name in ("duplicates", "reversed_pairs", "overlap"):
+            setattr(report, name, Rows(**state[name]))
+        report._dropped = set(state["dropped_rows"])
+        for entry in state["datasets"]:
+            losses = {
+                part: {reason: Rows(**rows) for reason, rows in entry[part].items()}
+                for part in ("dropped", "truncated")
+            }
+            report.datasets[entry["name"]] = DatasetReport(**{**entry, **losses, "labels": Counter(entry["labels"])})
+        return report
 
     # ---- recording ----
 

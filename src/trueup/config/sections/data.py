@@ -72,14 +72,14 @@ class DataSection(Section):
     batch_tokens: Positive | None = None
     """Tokens of a micro-batch, instead of a number of rows; examples per step stay the same."""
     tokenized_path: str | None = None
-    """Folder to keep the tokenised data in; used again only while data, template and lengths are
-    unchanged."""
+    """Folder to keep the tokenised data in, used again only while data, template and lengths are unchanged;
+    when unset, larger data are kept in the user's cache."""
     overwrite_cache: bool = False
     """Tokenise again even when the cache fits."""
     preprocessing_batch_size: Positive = 1000
     """Rows tokenised at a time."""
     preprocessing_num_workers: Positive | None = None
-    """Processes that tokenise."""
+    """Processes that tokenise; when unset, one for each core if there are enough rows. The result is the same."""
     data_shared_file_system: bool = False
     """All machines of the run see the same files."""
     eval_num_beams: Positive | None = None
