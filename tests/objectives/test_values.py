@@ -10,7 +10,7 @@ import torch
 
 from tests.objectives.vector import ARGUMENTS, PAIRWISE, UNPAIRED, as_feedback, at_start, evaluate, mean, pairs
 from trueup.objectives import OBJECTIVES, pairwise, reference_free, unpaired
-from trueup.types import PairLogps, StepValues
+from trueup.types import PairLogps, StepValues, TokenLogps
 
 REFERENCE_VALUES = [
     ("sigmoid", {}, 0.6361161933),
@@ -61,11 +61,86 @@ def test_reference_values_of_single_answers(name: str, keywords: dict, expected:
     assert float(mean(evaluate(name, pairs(), **keywords), 6)) == pytest.approx(expected, abs=1e-8)
 
 
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+#: Δ_w, Δ_l and the divergences over the vocabulary of each pair of `vector`, β 0.1.
+ROWS = list(zip([1.2, -0.4, 1.0], [1.4, 0.7, -4.5], [0.3, 1.1, 0.7], [1.1, 1.5, 0.7], strict=True))
+L_W, L_L = [-10 / 5, -20.5 / 8, -33 / 13], [-12.5 / 6, -18 / 4, -41 / 16]  # mean log-probabilities per token
+#: what `losses.md` has a formula for and no value: written out once more, pair by pair.
+WRITTEN_OUT = [
+    ("tdpo1", {}, [-log_sigmoid(0.1 * (a - c) - 0.1 * (kl - kw)) for a, c, kw, kl in ROWS]),
+    ("tdpo2", {"alpha": 0.5}, [-log_sigmoid(0.1 * (a - c) - 0.05 * (kl - kw)) for a, c, kw, kl in ROWS]),
+    ("alphapo", {}, [
+        -log_sigmoid(2 * ((1 - math.exp(-0.25 * w)) - (1 - math.exp(-0.25 * v))) / 0.25 - 0.5)
+        for w, v in zip(L_W, L_L, strict=True)
+    ]),
+    ("bco_pair", {"shift": 0.4}, [-log_sigmoid(0.1 * a - 0.4) - log_sigmoid(0.4 - 0.1 * c) for a, c, *_ in ROWS]),
+    ("simpo", {"label_smoothing": 0.1}, [
+        -0.9 * log_sigmoid(m) - 0.1 * log_sigmoid(-m)
+        for m in (2 * (w - v) - 0.5 for w, v in zip(L_W, L_L, strict=True))
+    ]),
+    ("chosen_nll", {}, [-w for w in L_W]),
+    ("orpo", {}, [
+        -w - 0.1 * log_sigmoid(w - v - math.log(1 - math.exp(w)) + math.log(1 - math.exp(v)))
+        for w, v in zip(L_W, L_L, strict=True)
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "keywords", "losses"), WRITTEN_OUT, ids=[row[0] for row in WRITTEN_OUT])
+def test_formulas_written_out(name: str, keywords: dict, losses: list[float]) -> None:
+    assert float(evaluate(name, pairs(), **keywords).sum) == pytest.approx(sum(losses), abs=1e-8)
+
+
+def test_formulas_of_single_answers_written_out() -> None:
+    """With weights and, in BCO, a shift; the likelihood is of the wanted answers alone."""
+    weights = {"desirable_weight": 2.0, "undesirable_weight": 0.5}
+    kto = sum(
+        2 * (1 - 1 / (1 + math.exp(-0.1 * (a - 0.3)))) + 0.5 * (1 - 1 / (1 + math.exp(-0.1 * (0.3 - c))))
+        for a, c, *_ in ROWS
+    )
+    bco = sum(-2 * log_sigmoid(0.1 * a - 0.4) - 0.5 * log_sigmoid(0.4 - 0.1 * c) for a, c, *_ in ROWS)
+    seen = torch.tensor([0.5, 0.1]).double()
+    assert float(evaluate("kto", pairs(), mismatched=seen, **weights).sum) == pytest.approx(kto, abs=1e-8)
+    assert float(evaluate("bco", pairs(), shift=0.4, **weights).sum) == pytest.approx(bco, abs=1e-8)
+    assert float(evaluate("desirable_nll", pairs()).sum) == pytest.approx(-sum(L_W), abs=1e-8)
+
+
+def test_the_likelihood_of_tokens() -> None:
+    logps = torch.tensor([-0.5, -1.25, -2.0], dtype=torch.float64, requires_grad=True)
+    given = TokenLogps(logps, torch.tensor([0, 0, 1]), 2)
+    loss = OBJECTIVES["sft"].function(given).sum
+    loss.backward()
+    assert float(loss.detach()) == 3.75
+    assert logps.grad is not None and logps.grad.tolist() == [-1.0] * 3
+
+
 @pytest.mark.parametrize("name", [*PAIRWISE, *UNPAIRED])
 def test_gradients_by_finite_differences(name: str) -> None:
     # IPO's and SPPO's targets, a hinge's corner and DPOP's are off these values; 0.2 of ε where it is taken.
     keywords = {"label_smoothing": 0.2} if "label_smoothing" in OBJECTIVES[name].parameters else {}
     logps = pairs()
+
+    def loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        return evaluate(name, dataclasses.replace(logps, chosen=chosen, rejected=rejected), **keywords).sum
+
+    assert torch.autograd.gradcheck(loss, (logps.chosen.requires_grad_(), logps.rejected.requires_grad_()))
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords"),
+    [
+        ("kto", {"mismatched": torch.tensor([0.5, 0.1]).double(), "desirable_weight": 2.0}),
+        ("bco", {"shift": 0.4, "undesirable_weight": 0.5}),
+        ("bco_pair", {"shift": 0.4}),
+        ("sigmoid", {"divergence": "alpha_divergence", "coefficient": 0.2}),
+    ],
+)
+def test_gradients_with_what_a_step_brings(name: str, keywords: dict) -> None:
+    """A baseline, a shift, weights of pairs: constants to the gradient."""
+    logps = dataclasses.replace(pairs(), weight=torch.tensor([0.2, 1.5, 0.7]).double())
 
     def loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         return evaluate(name, dataclasses.replace(logps, chosen=chosen, rejected=rejected), **keywords).sum
@@ -128,6 +203,20 @@ def test_closed_forms_of_single_answers_at_the_start(name: str) -> None:
     loss = OBJECTIVES[name].function(logps, beta=0.1, desirable_weight=2.0, undesirable_weight=1.0)
     assert float(loss.sum) == pytest.approx((2 + 1) * 3 * (LN2 if name == "bco" else 0.5), abs=1e-12)
     assert float(loss.metrics["rewards/accuracies"][0]) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "expected"),
+    [
+        ("cpo", {}, LN2), ("simpo", {}, math.log1p(math.exp(0.5))), ("alphapo", {}, math.log1p(math.exp(0.5))),
+        ("orpo", {"beta": 0.1}, 0.1 * LN2 + (10 / 5 + 20.5 / 8 + 33 / 13) / 3),
+    ],
+)  # fmt: skip
+def test_closed_forms_of_equal_answers_without_a_reference(name: str, keywords: dict, expected: float) -> None:
+    """Where no reference is, no value is known at the start, but what an answer is worth against itself is."""
+    logps = pairs()
+    same = dataclasses.replace(logps, rejected=logps.chosen, rejected_len=logps.chosen_len)
+    assert float(mean(evaluate(name, same, **keywords))) == pytest.approx(expected, abs=1e-12)
 
 
 def test_rdpo_at_the_start_sees_only_lengths() -> None:
@@ -204,6 +293,32 @@ def test_alphapo_at_0_is_simpo() -> None:
 def test_without_penalty_dpop_and_rdpo_are_dpo() -> None:
     losses_equal(evaluate("dpop", pairs(), penalty=0.0), evaluate("sigmoid", pairs()))
     losses_equal(evaluate("rdpo", pairs(), alpha=0.0), evaluate("sigmoid", pairs()))
+
+
+def test_without_divergence_over_the_vocabulary_tdpo_is_dpo() -> None:
+    zero = torch.zeros(3).double()
+    logps = dataclasses.replace(pairs(), kl_chosen=zero, kl_rejected=zero)
+    for name in ("tdpo1", "tdpo2"):
+        losses_equal(OBJECTIVES[name].function(logps, beta=0.1), evaluate("sigmoid", logps))
+
+
+def test_sums_and_means_are_one_for_answers_of_one_token() -> None:
+    one = torch.ones(3).double()
+    logps = dataclasses.replace(pairs(), chosen_len=one, rejected_len=one)
+    losses_equal(evaluate("ipo", logps), evaluate("ipo_sum", logps))
+    losses_equal(evaluate("sigmoid_norm", logps), evaluate("sigmoid", logps))
+    losses_equal(evaluate("simpo", logps, beta=0.1, gamma=0.0), evaluate("cpo", logps))
+
+
+def test_nca_and_bco_on_pairs_are_their_halves() -> None:
+    """−log σ(βΔ_w) − log σ(−βΔ_l), and the mean of both signs of each: NCA is half of BCO and half of a pull to 0."""
+    logps = pairs()
+    assert logps.ref_chosen is not None
+    centred = 0.5 * torch.nn.functional.softplus(0.1 * (logps.chosen - logps.ref_chosen)).sum()
+    centred = centred + 0.5 * torch.nn.functional.softplus(-0.1 * (logps.chosen - logps.ref_chosen)).sum()
+    halved = 0.5 * evaluate("bco_pair", logps).sum + centred
+    assert float(evaluate("nca_pair", logps).sum) == pytest.approx(float(halved), abs=1e-12)
+    assert float(evaluate("bco", logps).sum) == pytest.approx(float(evaluate("bco_pair", logps).sum), abs=1e-12)
 
 
 def test_kto_without_baseline_is_apo_zero_unpaired_and_never_uses_a_negative_one() -> None:

@@ -208,6 +208,40 @@ def test_weights_of_pairs_have_no_gradient_of_their_own(config: Config) -> None:
         torch.testing.assert_close(gradient[name], told["weights"] * plain[name], rtol=1e-3, atol=1e-7)
 
 
+MIXES = {
+    "mpo": ({"pref_loss": "sigmoid,bco_pair,sft", "loss_weights": "0.8,0.2,1"}, {"sigmoid": 0.8, "bco_pair": 0.2}, 1.0),
+    "dpo with a likelihood": ({"pref_ftx": 0.4}, {"sigmoid": 1.0}, 0.4),
+    "cpo-simpo": ({"pref_loss": "simpo", "pref_ftx": 0.7, "pref_beta": 2.0}, {"simpo": 1.0}, 0.7),
+    "cpo": ({"stage": "cpo"}, {"cpo": 1.0}, 1.0),
+    "bco weight": ({"pref_bco_weight": 0.5}, {"sigmoid": 2 / 3, "bco_pair": 1 / 3}, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_a_mixed_objective_is_the_weighted_sum_of_its_parts(config: Config, name: str) -> None:
+    keys, parts, likelihood = MIXES[name]
+
+    def first_step(**keys):
+        program = program_of(config(**keys))
+        perturb(program)
+        return step(program)
+
+    loss, told, gradient = first_step(**{"pref_beta": 0.1, **keys})
+    apart = {n: first_step(pref_loss=n, pref_beta=keys.get("pref_beta", 0.1), pref_ftx=0.0) for n in parts}
+    anchor = likelihood * told["sft_loss"] if likelihood else 0.0
+    assert loss == pytest.approx(sum(w * apart[n][0] for n, w in parts.items()) + anchor, rel=1e-5)
+    if not likelihood:
+        for key, value in gradient.items():
+            torch.testing.assert_close(value, sum(w * apart[n][2][key] for n, w in parts.items()), rtol=1e-3, atol=1e-6)
+
+
+def test_length_desensitising_by_1_is_dpo(config: Config) -> None:
+    plain, whole = (program_of(config(**keys)) for keys in ({}, {"ld_alpha": 1.0}))
+    for program in (plain, whole):
+        perturb(program)
+    assert_same_step(step(whole), step(plain))
+
+
 def test_knowledge_rows_add_their_likelihood_over_the_steps_tokens(config: Config) -> None:
     program = program_of(config(per_device_train_batch_size=42, **MIXED))
     loss, told, _ = step(program)
