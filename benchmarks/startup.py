@@ -14,7 +14,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,20 @@ def arrived() -> None:
 
 
 def until_first_loss(config: str) -> None:
-    """`trueup train`, left at the first training batch. The class is looked up when the recipe is imported."""
-    from trueup.recipes.program import OfflineProgram
+    """`trueup train`, left at the first training batch. Nothing is imported for it that the verb would not import."""
+    from trueup import cli
 
-    OfflineProgram.loss = lambda *_: arrived()  # type: ignore[assignment]
-    from trueup.cli import main as trueup
+    importing = cli.importing
 
-    trueup(["train", config])
+    @contextmanager
+    def importing_and_marked() -> Iterator[None]:
+        with importing():
+            yield
+        if program := sys.modules.get("trueup.recipes.program"):
+            program.OfflineProgram.loss = lambda *_: arrived()
+
+    cli.importing = importing_and_marked
+    cli.main(["train", config])
 
 
 def until_loaded(model: str, tokenizer: bool = False) -> None:

@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from trueup.builtin import QUICKSTART_CONFIG
 
 PACKAGE = ROOT / "src" / "trueup"
 LEAVES = {"errors", "types", "waiting", "garbage"}
@@ -66,6 +67,27 @@ HEAVY = (
     "nicegui",
 )
 
+#: Installed or not, no training needs these before its first step; torch, transformers and peft do not load them.
+NOT_FOR_A_STEP = (
+    "datasets",
+    "pyarrow",
+    "pandas",
+    "matplotlib",
+    "fastapi",
+    "uvicorn",
+    "nicegui",
+    "aiohttp",
+    "openai",
+    "IPython",
+    "ray",
+    "vllm",
+    "trl",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "swanlab",
+)
+
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
@@ -101,9 +123,9 @@ def test_imports_point_one_way(path: Path):
     assert not wrong, "\n".join(wrong)
 
 
-def loaded_by(code: str) -> set[str]:
-    """Heavy packages that a fresh interpreter has loaded after running `code`."""
-    code += f"\nimport sys, json\nfound = [n for n in {HEAVY!r} if n in sys.modules]"
+def loaded_by(code: str, names: Sequence[str] = HEAVY) -> set[str]:
+    """Those of the packages that a fresh interpreter has loaded after running `code`."""
+    code += f"\nimport sys, json\nfound = [n for n in {names!r} if n in sys.modules]"
     code += "\nprint('LOADED', json.dumps(found))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert "LOADED" in done.stdout, done.stderr
@@ -129,6 +151,21 @@ def test_a_bad_config_is_refused_before_anything_heavy_is_loaded(tmp_path: Path)
     config.write_text("stage: dpo\nleraning_rate: 1e-5\npref_beta: -1\n", encoding="utf-8")
     for name in ("check", "train"):
         assert loaded_by(verb(name, str(config))) == set()
+
+
+def test_a_training_loads_nothing_it_does_not_need_before_its_first_step(tmp_path: Path):
+    output = tmp_path / "out"
+    words = [
+        str(QUICKSTART_CONFIG),
+        f"output_dir={output}",
+        "device=cpu",
+        "max_samples=32",
+        "precompute_ref_log_probs=false",
+    ]
+    leave = "from trueup.recipes.program import OfflineProgram\ndef leave(*_): raise SystemExit\n"
+    code = f"{leave}OfflineProgram.loss = leave\n{verb('train', *words)}"
+    assert loaded_by(code, NOT_FOR_A_STEP) == set()
+    assert (output / "run.yaml").exists(), "the run never came to its first step"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["version"], ["check", "leraning_rate=1", "pref_beta=-1"]], ids=" ".join)

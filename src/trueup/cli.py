@@ -112,7 +112,8 @@ def train(session: Session, words: tuple[str, ...]) -> None:
     FORCE_TORCHRUN=1 asks for torch's launcher in any case, NNODES, NODE_RANK, MASTER_ADDR and
     MASTER_PORT span machines.
     """
-    from trueup import launch
+    with importing():
+        from trueup import launch
 
     with session.notices.held() as held:
         cfg = read_config(words)
@@ -163,7 +164,8 @@ def check(session: Session, words: tuple[str, ...]) -> None:
 
     Checks config, data, template and sizes; estimates memory and disk; prints the data report.
     """
-    from trueup import launch
+    with importing():
+        from trueup import launch
 
     cfg = read_config(words)
     with importing():
