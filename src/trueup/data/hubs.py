@@ -1,4 +1,4 @@
-"""Datasets on Hugging Face, ModelScope and Modelers, each through its own library; files behind URLs."""
+"""Datasets on Hugging Face, ModelScope and Modelers, each through its own library."""
 
 from __future__ import annotations
 
@@ -6,23 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trueup.data.files import first_line
 from trueup.data.registry import DatasetSpec
 from trueup.errors import DataError, ModelError
-
-
-def fetch_file(url: str) -> bytes:
-    """What lies behind a URL. Raises DataError if nothing does, ModelError if it is out of reach."""
-    import fsspec
-
-    try:
-        with fsspec.open(url, "rb") as file:
-            return file.read()
-    except ImportError as error:
-        raise ModelError(f"reading {url} needs another library: {error}", fix="pip install it") from None
-    except FileNotFoundError:
-        raise DataError(f"nothing is there: {url}") from None
-    except Exception as error:  # each file system has errors of its own
-        raise ModelError(f"cannot reach {url}: {_first_line(error)}") from error
 
 
 def load_from_hub(spec: DatasetSpec, token: str | None = None, cache_dir: str | Path | None = None) -> Any:
@@ -91,7 +77,7 @@ def _load_modelers(spec: DatasetSpec, token: str | None, cache_dir):
 
 def _hub_problem(spec: DatasetSpec, error: Exception) -> Exception:
     """What a hub client's complaint means for the user (C17). The token itself is never shown."""
-    name, text = type(error).__name__, _first_line(error)
+    name, text = type(error).__name__, first_line(error)
     where = f"dataset {spec.hub_id!r} on {spec.hub}"
     key = {"modelscope": "ms_hub_token", "modelers": "om_hub_token"}.get(spec.hub, "hf_hub_token")
     if isinstance(error, ValueError) and "split" in text.lower():
@@ -113,8 +99,3 @@ def _hub_problem(spec: DatasetSpec, error: Exception) -> Exception:
         fix="check the network; or put the data files into a local folder of that name, "
         f"or pass their path as `dataset:`; `{get}`, once and with a network, keeps a copy for offline use",
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trueup.data.catalog import CATALOG
+from trueup.data.files import list_files
 from trueup.data.layout import kind_of
 from trueup.data.registry import (
     BUILTIN_DIR,
@@ -18,7 +19,7 @@ from trueup.data.registry import (
     well_known,
 )
 from trueup.data.report import number, shorten
-from trueup.data.sources import list_files, read_rows
+from trueup.data.sources import read_rows
 from trueup.data.store import Copy, find_copy
 from trueup.errors import UserError
 

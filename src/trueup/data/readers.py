@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from trueup.data import jsontext
+from trueup.data.files import DataFile
 from trueup.data.jsontext import JsonFault
-from trueup.data.registry import FILE_SUFFIXES
+from trueup.data.registry import type_of
 from trueup.errors import DataError, Problem
 
 log = logging.getLogger("trueup")
@@ -40,23 +41,14 @@ class Part:
     notes: list[str] = field(default_factory=list)
 
 
-def read_file(label: str, content: Path | bytes) -> Part:
-    """The rows of a file; `label` is its name, `content` where it is or what it holds. Raises DataError."""
-    suffix = Path(label.split("?")[0]).suffix.lower()
-    if suffix not in FILE_SUFFIXES:
-        raise DataError(
-            "cannot tell the type of this file",
-            where=label,
-            expected=f"a name that ends in {', '.join(FILE_SUFFIXES)}",
-        )
-    if suffix in (".parquet", ".arrow"):
-        return _read_table(label, content, suffix)
-    if isinstance(content, Path) and (megabytes := content.stat().st_size >> 20) > _LONG_MEGABYTES:
-        log.info("reading %s (%s MB)", label, f"{megabytes:,}")
-    data = content if isinstance(content, bytes) else content.read_bytes()
-    text, notes = _decode(label, data)
-    reader = _TEXT_READERS.get(suffix, _read_json)
-    part = reader(label, text)
+def read_file(file: DataFile) -> Part:
+    """The rows of a file. Raises DataError, or ModelError if it is out of reach."""
+    if file.type in (".parquet", ".arrow"):
+        return _read_table(file)
+    if file.path and (megabytes := file.path.stat().st_size >> 20) > _LONG_MEGABYTES:
+        log.info("reading %s (%s MB)", file.label, f"{megabytes:,}")
+    text, notes = _decode(file.label, file.read())
+    part = _TEXT_READERS.get(file.type, _read_json)(file.label, text)
     part.notes = notes + part.notes
     return part
 
@@ -130,7 +122,7 @@ def _note_blank(part: Part, blank: int) -> None:
 def _read_table_of_text(label: str, text: str) -> Part:
     """CSV or TSV with a header. Every cell is text, as written."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if label.endswith("tsv") else ",")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if type_of(label) == ".tsv" else ",")
     faults, part = _Faults(label), Part([])
     try:
         header = next(reader, [])
@@ -285,14 +277,15 @@ _TEXT_READERS: dict[str, Callable[[str, str], Part]] = {
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def _read_table(label: str, content: Path | bytes, suffix: str) -> Part:
+def _read_table(file: DataFile) -> Part:
     """Parquet or Arrow (file or stream), read in memory: no cache is written anywhere."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source = pa.BufferReader(content) if isinstance(content, bytes) else pa.memory_map(str(content))
+    is_here = file.path is not None and file.compression is None
+    source = pa.memory_map(str(file.path)) if is_here else pa.BufferReader(file.read())
     try:
-        if suffix == ".parquet":
+        if file.type == ".parquet":
             return Part(pq.read_table(source).to_pylist())
         try:
             table = pa.ipc.open_file(source).read_all()
@@ -302,7 +295,7 @@ def _read_table(label: str, content: Path | bytes, suffix: str) -> Part:
         return Part(table.to_pylist())
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
-            f"not a readable {suffix[1:]} file: {str(error).splitlines()[0]}",
-            where=label,
+            f"not a readable {file.type[1:]} file: {str(error).splitlines()[0]}",
+            where=file.label,
             fix="fetch or write the file again",
         ) from None

@@ -27,6 +27,7 @@ from trueup.errors import ConfigError, DataError, Problem
 BUILTIN_DIR = Path(__file__).resolve().parent.parent / "builtin" / "data"
 REGISTRY_NAMES = ("dataset_info.json", "dataset_info.yaml", "dataset_info.yml")
 FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 FORMATS = ("alpaca", "sharegpt", "openai", "trl")
 
 #: `type:` of an entry → the kind of example its rows are.
@@ -195,6 +196,11 @@ def known_names(dataset_dir: str | Path = "data") -> list[str]:
     return list({**registered(dataset_dir), **registered(BUILTIN_DIR)})
 
 
+def spec_of(name: str, entry: Mapping[str, Any], origin: str) -> DatasetSpec:
+    """The spec that an entry describes which stands in no registry yet. Raises ConfigError."""
+    return _from_entry(name, _Entry(dict(entry), origin, Path()), "huggingface")
+
+
 def well_known(name: str, hub: str = "huggingface") -> DatasetSpec:
     """A dataset of the catalogue: the copy on this machine, else on `hub` or the first that has it."""
     found = catalog.find(name)
@@ -230,6 +236,18 @@ def missing_path(path: str | Path, directory: Path | None = None) -> Problem:
         fix = f"{parent} is empty"
     also = f" (nor in {directory.absolute()})" if directory else ""
     return Problem(f"no such file or folder: {tried}{also}", fix=fix)
+
+
+def compression_of(name: str) -> str | None:
+    """ ".gz" of "rows.jsonl.gz"; None for a file that is not compressed."""
+    suffix = Path(name).suffix.lower()
+    return suffix if suffix in COMPRESSIONS else None
+
+
+def type_of(name: str) -> str:
+    """The suffix that tells what a file holds: ".jsonl" of "rows.jsonl.gz" and of "rows.JSONL"."""
+    compression = compression_of(name)
+    return Path(name[: -len(compression)] if compression else name).suffix.lower()
 
 
 # ---- registry files ------------------------------------------------------------------------------
@@ -458,9 +476,7 @@ def _unregistered(
     for path in (Path(name).expanduser(), directory / name):
         if path.exists() or (is_pattern and glob.has_magic(name) and _any_match(path)):
             return DatasetSpec(_short_name(path), str(path), source=path)
-    looks_like_path = (
-        is_pattern or Path(name).suffix.lower() in FILE_SUFFIXES or name.startswith((".", "/", "~")) or "\\" in name
-    )
+    looks_like_path = is_pattern or type_of(name) in FILE_SUFFIXES or name.startswith((".", "/", "~")) or "\\" in name
     if is_pattern:
         tried = Path(name).expanduser().absolute()
         raise DataError(
@@ -500,7 +516,10 @@ def _any_match(pattern: Path) -> bool:
 
 def _short_name(path: Path) -> str:
     """The name under which a path's rows are reported."""
-    return path.name if path.is_dir() or glob.has_magic(path.name) else path.stem or str(path)
+    if path.is_dir() or glob.has_magic(path.name):
+        return path.name
+    name = path.name.removesuffix(path.suffix) if compression_of(path.name) else path.name
+    return Path(name).stem or str(path)
 
 
 def _article(value: Any) -> str:
