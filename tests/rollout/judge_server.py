@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,8 +44,8 @@ class Server:
 
 
 @contextmanager
-def serving(answer: Answer, model: str = "judge") -> Iterator[Server]:
-    """A server for the block; `Server.url` is URL#MODEL."""
+def serving(answer: Answer, model: str = "judge", port: int = 0) -> Iterator[Server]:
+    """A server for the block, on a free port unless one is given; `Server.url` is URL#MODEL."""
     lock, under_way, closed = threading.Lock(), [0], threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -85,7 +84,7 @@ def serving(answer: Answer, model: str = "judge") -> Iterator[Server]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     http.daemon_threads = True
     server = Server(f"http://127.0.0.1:{http.server_port}/v1#{model}")
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -95,7 +94,6 @@ def serving(answer: Answer, model: str = "judge") -> Iterator[Server]:
         closed.set()
         http.shutdown()
         http.server_close()
-        time.sleep(0)
 
 
 def completion(text: str) -> bytes:

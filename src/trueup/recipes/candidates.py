@@ -173,7 +173,7 @@ class LocalSource:
         values = [self.journal.get(key) for key in self._keys(question)]
         return [
             Candidate(
-                v["text"].strip(), v["ended"], v["tokens"], {**self._provenance(), "seed": self._seed(question, i)}
+                readable(v["text"]), v["ended"], v["tokens"], {**self._provenance(), "seed": self._seed(question, i)}
             )
             for i, v in enumerate(values)
             if v is not None
