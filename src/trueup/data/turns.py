@@ -106,10 +106,13 @@ def parse_turn(turn: Any, index: int, column: str, tags: Tags) -> Message:
     role = tags.roles.get(name)
     if role is None:
         raise RowProblem("wrong roles", f"turn {index} is by {name!r}; known: {', '.join(tags.roles)}")
-    calls = turn.get("tool_calls")
-    content = _content(turn.get(content_key), bool(calls), column, content_key)
+    calls = _calls_of(turn)
+    content, parts = _content(turn.get(content_key), bool(calls), column, content_key)
+    calls += parts
+    if thought := _thought_of(turn, column):
+        content = _reasoned(thought) + content
     if calls:
-        return Message(role, content, _calls(calls))
+        return Message(role, content, calls)
     if name in tags.calls:
         return _function_call(content)
     return Message(role, content)
@@ -229,6 +232,12 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def _calls_of(turn: Json) -> tuple[Json, ...]:
+    """The calls an OpenAI turn makes: `tool_calls`, or the single `function_call` of its first years."""
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    return _calls(calls) if calls else ()
+
+
 def _calls(value: Any) -> tuple[Json, ...]:
     calls = value if isinstance(value, list) else [value]
     return tuple(_call(call) for call in calls)
@@ -278,22 +287,50 @@ def _function_call(content: str) -> Message:
 # ---- contents ------------------------------------------------------------------------------------
 
 
-def _content(value: Any, has_calls: bool, column: str, key: str) -> str:
+def _content(value: Any, has_calls: bool, column: str, key: str) -> tuple[str, tuple[Json, ...]]:
+    """The text of a turn, and the calls that are among its parts."""
     if isinstance(value, str):
-        return value
+        return value, ()
     if value is None and has_calls:
-        return ""
-    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        return "".join(_part(part, column, key) for part in value)
-    raise ShapeProblem(f"{column}[].{key}", describe(value), "text")
+        return "", ()
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise ShapeProblem(f"{column}[].{key}", describe(value), "text")
+    texts: list[str] = []
+    calls: list[Json] = []
+    for part in value:
+        text = _part(part, column, key)
+        match part.get("type") or "text":
+            case "tool_call":
+                calls += _function_call(text).tool_calls or ()
+            case "reasoning":
+                texts.append(_reasoned(text))
+            case _:
+                texts.append(text)
+    return "".join(texts), tuple(calls)
 
 
 def _part(part: Json, column: str, key: str) -> str:
-    """A text part of a content given in parts."""
-    text = part.get("text", part.get("value"))
-    if part.get("type", "text") != "text" or not isinstance(text, str):
+    """The text of one part of a content given in parts: what is said, thought, or called."""
+    text = next((part[name] for name in ("text", "value") if part.get(name) is not None), None)
+    if part.get("type") not in (None, "text", "reasoning", "tool_call") or not isinstance(text, str):
         raise ShapeProblem(f"{column}[].{key}", f"a part of type {part.get('type')!r}", "parts of type 'text'")
     return text
+
+
+def _thought_of(turn: Json, column: str) -> str:
+    """What a turn keeps apart from its content as the thought before it; "" if there is none."""
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        thought = turn.get(key)
+        if thought is not None and not isinstance(thought, str):
+            raise ShapeProblem(f"{column}[].{key}", describe(thought), "text")
+        if thought:
+            return thought
+    return ""
+
+
+def _reasoned(thought: str) -> str:
+    """A thought as models that think write it, in front of the answer."""
+    return f"<think>\n{thought.strip()}\n</think>\n\n"
 
 
 def _plural(value: Any) -> str:
