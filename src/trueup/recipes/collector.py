@@ -20,6 +20,7 @@ from trueup.rollout.rewards import Answered
 from trueup.rollout.rollout import Rollout
 from trueup.rollout.sampler import Sampled
 from trueup.training.backend import Backend
+from trueup.training.profile import phase
 
 HostMetrics = dict[str, tuple[float, float]]
 
@@ -56,10 +57,12 @@ class Collector:
             seed = np.random.SeedSequence([self.seed, epoch, index, number]).generate_state(2)
             places = groups[number]
             prompts = [dataset[int(rows_P[p])].prompt for p in places]
-            drawn = self.engine.sample(prompts, self.sampling, self.num_answers, _as_int(seed))
+            with phase("rollout"):
+                drawn = self.engine.sample(prompts, self.sampling, self.num_answers, _as_int(seed))
             answered = [self.answered(dataset, int(rows_P[p]), a) for p, group in zip(places, drawn, strict=True)
                         for a in group]  # fmt: skip
-            mine.append((places, drawn, answered, self.judges.score(answered)))
+            with phase("rewards"):
+                mine.append((places, drawn, answered, self.judges.score(answered)))
         shared = [part for of_rank in self.backend.gather(mine) for part in of_rank]
         return self._assemble(epoch, index, rows_P, shared)
 

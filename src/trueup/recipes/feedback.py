@@ -13,10 +13,11 @@ from torch import Tensor
 from trueup.config.schema import RunConfig
 from trueup.data.encoded import Answer, Encoded, EncodedDataset
 from trueup.data.forest import build_forest
-from trueup.models.logprobs import sum_by_sequence
+from trueup.models.logprobs import sum_by_sequence, token_logps
 from trueup.models.policy import Policy
 from trueup.recipes.batches import Batch
 from trueup.recipes.coupling import RunningMean, gather_values
+from trueup.recipes.entropy import EntropyGauge
 from trueup.recipes.objective import add_up, merged_metrics, terms_of
 from trueup.recipes.pairs import kl_to_reference, without_dropout
 from trueup.recipes.references import References
@@ -41,9 +42,10 @@ class FeedbackLesson:
         references: References | None,
         backend: Backend,
         steps_per_epoch: int,
+        entropy: EntropyGauge,
     ) -> None:
         assert references is not None
-        self.policy, self.datasets, self.references = policy, datasets, references
+        self.policy, self.datasets, self.references, self.entropy = policy, datasets, references, entropy
         self.beta, self.cutoff = cfg.objective.pref_beta, cfg.data.cutoff_len
         self.seed = cfg.train.seed if cfg.train.data_seed is None else cfg.train.data_seed
         self.terms = terms_of(cfg)
@@ -51,7 +53,8 @@ class FeedbackLesson:
         self.needs_mismatched = any(term.objective.needs_mismatched for term in self.terms)
         self.shift = RunningMean(backend) if any(term.objective.needs_shift for term in self.terms) else None
         self.mismatched: Tensor | None = None  # [M] log-ratios over the whole step
-        self.prompts: dict[str, np.ndarray] = {}  # split → a number for each row's prompt
+        self._partners: dict[str, tuple[int, np.ndarray]] = {}  # split → epoch, and each row's partner in it
+        self._prompts: dict[str, np.ndarray] = {}  # split → a number for each row's prompt
 
     def counts(self, batch: Batch) -> dict[str, float]:
         wanted = sum(is_wanted(example) for example in self._examples(batch))
@@ -61,7 +64,8 @@ class FeedbackLesson:
         examples = self._examples(batch)
         with phase("data"):
             forest = build_forest(examples).to(self.policy.device)
-        logps = self.policy.token_logps(forest)
+        hidden = self.policy.hidden(forest)
+        logps = token_logps(hidden, self.policy.head, forest.target)
         reference = self.references.token_logps(batch, forest).to(logps.device)
         count = len(examples)
 
@@ -72,7 +76,8 @@ class FeedbackLesson:
         given = FeedbackLogps(sums(logps), sums(torch.ones_like(logps)), wanted, sums(reference))
         results = [term.objective.function(given, **self._arguments(term, given)) for term in self.terms]
         metrics = merged_metrics(self.terms, results, float(count))
-        metrics["kl"] = kl_to_reference(logps.detach(), reference, count)
+        metrics |= kl_to_reference(logps.detach(), reference, count, wanted[forest.owner], wanted.sum().float())
+        metrics |= self.entropy.read(self.policy, hidden)
         return add_up(self.terms, results, totals), metrics
 
     def _arguments(self, term, given: FeedbackLogps) -> dict[str, Any]:
@@ -102,13 +107,19 @@ class FeedbackLesson:
         dataset = self.datasets[batch.split]
         if len(dataset) < 2:
             return torch.zeros(0)
-        if batch.split not in self.prompts:
-            self.prompts[batch.split] = numbered_prompts(dataset)
-        others = partners(self.prompts[batch.split], self.seed, epoch)
+        others = self._partners_of(batch.split, epoch)
         forest = build_forest([crossed(dataset[i], dataset[int(others[i])], self.cutoff) for i in batch.indices])
         forest = forest.to(self.policy.device)
         gap = self.policy.token_logps(forest) - self.references.live_token_logps(forest)
         return sum_by_sequence(gap, forest.owner, len(batch.indices))
+
+    def _partners_of(self, split: str, epoch: int) -> np.ndarray:
+        """Drawn once an epoch, from the seed and the epoch alone: a run that is resumed draws the same."""
+        if split not in self._prompts:
+            self._prompts[split] = numbered_prompts(self.datasets[split])
+        if self._partners.get(split, (-1,))[0] != epoch:
+            self._partners[split] = epoch, partners(self._prompts[split], self.seed, epoch)
+        return self._partners[split][1]
 
     def _examples(self, batch: Batch) -> list[Encoded]:
         dataset = self.datasets[batch.split]

@@ -32,6 +32,7 @@ from trueup.recipes.learners import Learner, MicroBatch
 from trueup.rollout.completions import CompletionsLog
 from trueup.rollout.rollout import Rollout
 from trueup.training.backend import Backend
+from trueup.training.profile import phase
 from trueup.types import Forest, Metrics
 
 log = logging.getLogger("trueup")
@@ -175,8 +176,10 @@ class OnlineProgram:
         """A rollout with everything in it, and (on the first process) its metrics."""
         rows = self.schedule.rows(epoch, index)
         collected = self.collector.collect(self.datasets["train"], rows, epoch, index)
-        self._compute(collected.rollout, epoch, index)
-        metrics = {**collected.metrics, **self.learner.appraise(collected)}
+        with phase("look-ahead"):
+            self._compute(collected.rollout, epoch, index)
+        with phase("rewards"):  # a judge is asked here
+            metrics = {**collected.metrics, **self.learner.appraise(collected)}
         self._write_down(collected, epoch * self.steps_per_epoch + step + 1)
         return collected.rollout, {} if self.backend.rank else metrics
 
@@ -210,7 +213,7 @@ class OnlineProgram:
             if self.value_head is not None:
                 found["values"] = self.value_head(hidden)
         if self.reference is not None:
-            with self.reference.switch():
+            with phase("reference"), self.reference.switch():
                 live = self.reference.policy
                 found["reference"] = self._logps(live, live.hidden(forest), forest)
         return {name: values.float().cpu().numpy() for name, values in found.items()}
@@ -282,7 +285,8 @@ class OnlineProgram:
         """This micro-batch's share of the step's loss; of an evaluation, minus its share of the mean reward."""
         if batch.rollout is None:
             return self._evaluate(batch, totals)
-        forest = build_forest(self._examples(batch)).to(self.policy.device)
+        with phase("data"):
+            forest = build_forest(self._examples(batch)).to(self.policy.device)
         hidden = self.policy.hidden(forest)
         seen = MicroBatch(
             batch.rollout,

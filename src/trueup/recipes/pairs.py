@@ -20,6 +20,7 @@ from trueup.models.policy import Policy
 from trueup.objectives import OBJECTIVES, pairwise
 from trueup.recipes.batches import Batch
 from trueup.recipes.coupling import RunningMean, gather_values
+from trueup.recipes.entropy import EntropyGauge
 from trueup.recipes.objective import add_up, merged_metrics, terms_of
 from trueup.recipes.references import References
 from trueup.training.backend import Backend
@@ -37,8 +38,9 @@ class PairLesson:
         datasets: Mapping[str, EncodedDataset],
         references: References | None,
         backend: Backend,
+        entropy: EntropyGauge,
     ) -> None:
-        self.policy, self.datasets, self.references = policy, datasets, references
+        self.policy, self.datasets, self.references, self.entropy = policy, datasets, references, entropy
         self.objective = cfg.objective
         self.terms = terms_of(cfg)
         self.surveyed = [term for term in self.terms if term.objective.survey]
@@ -58,10 +60,8 @@ class PairLesson:
         examples = self._examples(batch, pairs)
         with phase("data"):
             forest = build_forest([*examples, *self._examples(batch, others)]).to(self.policy.device)
-        hidden = self.policy.hidden(forest) if self._looks_at_distributions else None
-        logps = (
-            self.policy.token_logps(forest) if hidden is None else token_logps(hidden, self.policy.head, forest.target)
-        )
+        hidden = self.policy.hidden(forest)
+        logps = token_logps(hidden, self.policy.head, forest.target)
         of_pairs = sum(map(num_predictions, examples))
         total, metrics = logps.new_zeros(()), {}
         if pairs.size:
@@ -71,28 +71,23 @@ class PairLesson:
             knowledge, told = self._knowledge(forest, logps[of_pairs:])
             total = total + self.objective.knowledge_weight * knowledge / totals["predictions"]
             metrics |= told
-        return total, metrics
-
-    @property
-    def _looks_at_distributions(self) -> bool:
-        return self.needs_kl or self.objective.use_weighting
+        return total, {**metrics, **self.entropy.read(self.policy, hidden)}
 
     def _pair_losses(
-        self, batch: Batch, forest: Forest, logps: Tensor, hidden: Tensor | None, count: int
+        self, batch: Batch, forest: Forest, logps: Tensor, hidden: Tensor, count: int
     ) -> tuple[list[Loss], Metrics]:
         """Losses of the batch's pairs, which are the forest's first `count` predictions."""
         num_pairs = len(batch.indices)
         owner, logps, metrics = forest.owner[:count], logps[:count], {}
         reference, kl = self._reference(batch, forest, hidden, count)
         if reference is not None:
-            metrics["kl"] = kl_to_reference(logps.detach(), reference, 2 * num_pairs)
+            metrics |= kl_to_reference(logps.detach(), reference, 2 * num_pairs, owner % 2 == 0, float(num_pairs))
         plain = pair_logps(owner, logps, reference, 2 * num_pairs)
         pairs = self._reweighed(plain, owner, logps, reference)
         if kl is not None:
             sums = sum_by_sequence(kl, owner, 2 * num_pairs)
             pairs = replace(pairs, kl_chosen=sums[0::2], kl_rejected=sums[1::2])
         if self.objective.use_weighting:
-            assert hidden is not None
             weight = self._weights(hidden[:count], owner, logps, plain)
             pairs = replace(pairs, weight=weight)
             metrics["weights"] = (weight.sum(), float(num_pairs))
@@ -121,7 +116,7 @@ class PairLesson:
             return self.references.token_logps(batch, own).to(self.policy.device), None
         live = self.references.live
         assert live is not None
-        with live.running():
+        with phase("reference"), live.running():
             other = live.policy.hidden(forest)[:count]
             logps = token_logps(other, live.policy.head, forest.target[:count])
         return logps, vocabulary_kl(other, live.project, hidden[:count], projection(self.policy.head))
@@ -247,10 +242,16 @@ def pair_logps(owner: Tensor, logps: Tensor, reference: Tensor | None, num_seque
     return PairLogps(*sides(logps), *lengths, *sides(reference))
 
 
-def kl_to_reference(logps: Tensor, reference: Tensor, num_sequences: int) -> tuple[Tensor, float]:
-    """(sum, count) of Σ_t (e^d − 1 − d), d = log π_ref − log π, per answer: an estimate on the data, never negative.
+def kl_to_reference(
+    logps: Tensor, reference: Tensor, num_sequences: int, of_chosen: Tensor, num_chosen: float | Tensor
+) -> Metrics:
+    """Σ_t (e^d − 1 − d), d = log π_ref − log π, per answer and per chosen answer: estimates on the data, not negative.
 
-    The k3 estimator (Schulman 2020) evaluated on the data's tokens instead of the policy's own samples.
+    The k3 estimator (Schulman 2020) evaluated on the data's tokens [N] instead of the policy's own samples; `of_chosen`
+    [N] tells those of chosen answers. What a preference pushes away costs e^d: the whole grows without bound in runs
+    that go well, the chosen answers' part does not.
     """
     d = reference - logps
-    return (torch.expm1(d) - d).sum(), float(num_sequences)
+    cost = torch.expm1(d) - d
+    chosen = torch.where(of_chosen, cost, 0.0).sum()
+    return {"kl": (cost.sum(), float(num_sequences)), "kl/chosen": (chosen, num_chosen)}

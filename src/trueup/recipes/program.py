@@ -18,6 +18,7 @@ from trueup.models.load import Loaded
 from trueup.models.policy import Policy
 from trueup.models.reward import RewardModel
 from trueup.recipes.batches import Batch, eval_batches
+from trueup.recipes.entropy import EntropyGauge
 from trueup.recipes.feedback import FeedbackLesson
 from trueup.recipes.pairs import PairLesson
 from trueup.recipes.references import References
@@ -52,17 +53,18 @@ def lesson_of(
     references: References | None,
     backend: Backend,
     steps_per_epoch: int,
+    entropy: EntropyGauge,
 ) -> Lesson:
     """The lesson of the kind of example a stage trains on."""
     if isinstance(policy, RewardModel):
         return RewardLesson(cfg, policy, datasets)
     match stage_kind(cfg):
         case "pair":
-            return PairLesson(cfg, policy, datasets, references, backend)
+            return PairLesson(cfg, policy, datasets, references, backend, entropy)
         case "feedback":
-            return FeedbackLesson(cfg, policy, datasets, references, backend, steps_per_epoch)
+            return FeedbackLesson(cfg, policy, datasets, references, backend, steps_per_epoch, entropy)
         case _:
-            return TextLesson(policy, datasets)
+            return TextLesson(policy, datasets, entropy)
 
 
 class OfflineProgram:
@@ -88,7 +90,9 @@ class OfflineProgram:
                 tidy_generation(loaded.policy.base, prepared.template.stop_ids)
         self.datasets: dict[str, EncodedDataset] = {"train": prepared.train, **prepared.eval}
         self.plan = plan
-        self.lesson = lesson_of(cfg, loaded.policy, self.datasets, references, backend, plan.steps_per_epoch)
+        steps = plan.steps_per_epoch
+        self.entropy = EntropyGauge(cfg.train, steps)
+        self.lesson = lesson_of(cfg, loaded.policy, self.datasets, references, backend, steps, self.entropy)
         self.rank, self.world_size = backend.rank, backend.world_size
         self.trainable: dict[str, nn.Parameter] = loaded.policy.trainable()
         self.masters = self.adapters.masters if self.adapters is not None else {}
@@ -118,6 +122,7 @@ class OfflineProgram:
         return [rows[i] for i in batch.indices]
 
     def look_ahead(self, batches: Sequence[Batch], backend: Backend, steps_done: int | None) -> None:
+        self.entropy.begin(steps_done)
         self.lesson.look_ahead(batches, backend, steps_done)
 
     def loss(self, batch: Batch, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]:

@@ -45,7 +45,8 @@ def metric_names(cfg: RunConfig) -> list[str]:
     terms = terms_of(cfg)
     results = [term.objective.function(_one_example(term.objective), **term.parameters) for term in terms]
     names = ["loss", *merged_metrics(terms, results, 1.0)]
-    names += ["kl"] * needs_reference(cfg)
+    names += ["kl", "kl/chosen"] * needs_reference(cfg)
+    names += ["entropy"] * (cfg.train.log_entropy and cfg.objective.stage != "rm")
     if pref_losses(cfg):
         names += ["weights"] * cfg.objective.use_weighting + ["knowledge_loss"] * bool(cfg.objective.knowledge_weight)
     return names

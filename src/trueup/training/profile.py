@@ -18,13 +18,14 @@ from trueup.training.run_directory import RunDirectory
 
 PROFILE_FILE = "profile.json"
 
-#: What is marked, in the order in which it is shown; "other" is all between the marks.
+#: What is marked, in the order in which it is shown; "other" is all between the marks. A rollout is sampled, its
+#: answers get rewards; a look-ahead is a pass over a step (or a rollout) as a whole before its first loss.
 PHASES: tuple[str, ...] = (
-    "loading", "reference table", "data", "reference", "forward", "backward", "optimizer", "evaluation", "save",
-    "other",
+    "loading", "reference table", "data", "rollout", "rewards", "look-ahead", "reference", "forward", "backward",
+    "optimizer", "evaluation", "save", "other",
 )  # fmt: skip
 
-_IN_STEPS = ("data", "reference", "forward", "backward", "optimizer")
+_IN_STEPS = ("data", "rollout", "rewards", "look-ahead", "reference", "forward", "backward", "optimizer")
 _UNMARKED = nullcontext()
 _active: Profile | None = None
 

@@ -135,7 +135,8 @@ def train_step(
     with phase("data"):
         batches = program.micro_batches(*divmod(steps_done, program.steps_per_epoch))
     if isinstance(program, LooksAhead):
-        program.look_ahead(batches, backend, steps_done)
+        with phase("look-ahead"):
+            program.look_ahead(batches, backend, steps_done)
     totals = step_totals(program, batches, backend)
     loss_of_rank = torch.zeros((), dtype=torch.float32, device=backend.device)
     for batch in batches:

@@ -165,6 +165,8 @@ class TrainSection(Section):
     """Log every so many steps; below 1 a share of all steps."""
     logging_first_step: bool = False
     """Log the first step too."""
+    log_entropy: bool = False
+    """Log how unsure the model is at the answers' tokens (`entropy`, nats): of logged steps and evaluations only."""
     report_to: Annotated[list[Tracker], Split] = []
     """Trackers: tensorboard, wandb, trackio, mlflow, swanlab, or none."""
     project: str = "trueup"
