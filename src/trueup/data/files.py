@@ -80,7 +80,10 @@ class DataFile:
                 return self.path.open("rb")
         with _reaching(self.url or ""):
             fs, path = _file_system(self.url or "")
-            return cast(BinaryIO, io.BufferedReader(_Remote(fs.open(path, "rb"), self.label), _REMOTE_CHUNK))
+            # A web server that does not speak of ranges gives a file once, from its beginning.
+            jumps = not (self.url or "").startswith("http") or bool(fs.info(path).get("partial"))
+            file = fs.open(path, "rb") if jumps else fs.open(path, "rb", block_size=0)
+            return cast(BinaryIO, io.BufferedReader(_Remote(file, self.label, jumps), _REMOTE_CHUNK))
 
     def read(self) -> bytes:
         """All that the file holds, decompressed."""
@@ -212,14 +215,14 @@ def _file_system(url: str) -> tuple[Any, str]:
 class _Remote(io.RawIOBase):
     """A file behind a URL whose complaints, while it is read, say which file it is."""
 
-    def __init__(self, file: Any, url: str) -> None:
-        self._file, self._url = file, url
+    def __init__(self, file: Any, url: str, jumps: bool) -> None:
+        self._file, self._url, self._jumps = file, url, jumps
 
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
-        return self._file.seekable()
+        return self._jumps
 
     def tell(self) -> int:
         return self._file.tell()

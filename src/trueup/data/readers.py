@@ -65,23 +65,26 @@ def _decode(label: str, data: bytes) -> tuple[str, list[str]]:
         data = data[3:]
         notes.append("begins with a byte order mark, which is left out")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError([_not_utf8(label, data, 0, "UTF-16")])
+        raise DataError([not_utf8(label, data, 0, "UTF-16")])
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError([_not_utf8(label, data, error.start)]) from None
+        raise DataError([not_utf8(label, data, error.start)]) from None
     if "\r\n" in text:
         notes.append("has Windows line ends (CRLF), which are read as line ends")
     return text, notes
 
 
-def _not_utf8(label: str, data: bytes, offset: int, encoding: str | None = None) -> Problem:
+def not_utf8(
+    label: str, data: bytes, offset: int, encoding: str | None = None, line: int = 1, base: int = 0
+) -> Problem:
+    """The byte at `offset` of `data` is no UTF-8 (D4); `data` begins at line `line` and byte `base` of its file."""
     encoding = encoding or _guess_encoding(data, offset)
-    line = data.count(b"\n", 0, offset) + 1
+    line += data.count(b"\n", 0, offset)
     path = Path(label)
     target = path.with_name(f"{path.stem}.utf8{path.suffix}")
     return Problem(
-        f"not UTF-8: byte 0x{data[offset]:02x} at offset {offset}"
+        f"not UTF-8: byte 0x{data[offset]:02x} at offset {base + offset}"
         + (f"; it looks like {encoding}" if encoding else ""),
         where=f"{label}:{line}",
         expected="UTF-8",
@@ -119,16 +122,21 @@ def _note_blank(part: Part, blank: int) -> None:
         part.notes.append(f"{blank:,} blank line{'s' * (blank > 1)} left out")
 
 
+def check_header(label: str, header: list[str]) -> None:
+    """Raise DataError if a table gives a column twice."""
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"column {twice[0]!r} is there twice", where=f"{label}:1")
+
+
 def _read_table_of_text(label: str, text: str) -> Part:
     """CSV or TSV with a header. Every cell is text, as written."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if type_of(label) == ".tsv" else ",")
-    faults, part = _Faults(label), Part([])
+    faults, part = Faults(label), Part([])
     try:
         header = next(reader, [])
-        twice = sorted({name for name in header if header.count(name) > 1})
-        if twice:
-            raise DataError(f"column {twice[0]!r} is there twice", where=f"{label}:1")
+        check_header(label, header)
         line = reader.line_num + 1
         for cells in reader:
             if not cells:
@@ -149,7 +157,7 @@ def _read_table_of_text(label: str, text: str) -> Part:
 
 
 @dataclass(slots=True)
-class _Faults:
+class Faults:
     """Faults of one file: the first three with their text, ten with their place, all counted."""
 
     label: str
@@ -180,12 +188,12 @@ def _read_json(label: str, text: str) -> Part:
     start = len(text) - len(text.lstrip())
     if text.startswith("[", start):
         return _collect(label, text, jsontext.array_elements(text, start))
-    if _is_one_object_a_line(text):
+    if is_one_object_a_line(text):
         return _read_jsonl(label, text)
     return _collect(label, text, jsontext.successive_values(text, start))
 
 
-def _is_one_object_a_line(text: str) -> bool:
+def is_one_object_a_line(text: str) -> bool:
     """Whether a line that begins an object also ends it; one faulty line must not decide."""
     first: list[str] = []
     position = 0
@@ -212,31 +220,37 @@ def _is_whole(line: str) -> bool:
 
 
 def _read_jsonl(label: str, text: str) -> Part:
-    faults, part, blank = _Faults(label), Part([]), 0
+    faults, part, blank = Faults(label), Part([]), 0
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         if not line or line.isspace():
             blank += 1
             continue
-        try:
-            value = jsontext.decode_all(line)
-        except JsonFault as fault:
-            excerpt = jsontext.caret(line, fault.offset)
-            faults.add(number, fault.message, fault.offset + 1, excerpt)
-            continue
-        if not isinstance(value, dict):
-            faults.add(number, f"this line holds {_kind(value)}, not an object")
-            continue
-        part.values.append(value)
-        part.lines.append(number)
+        row = object_of_line(line, number, faults)
+        if row is not None:
+            part.values.append(row)
+            part.lines.append(number)
     faults.raise_any(len(part.values))
     _note_blank(part, blank - (not lines[-1]))
     return part
 
 
+def object_of_line(line: str, number: int, faults: Faults) -> Row | None:
+    """The row that a line of JSONL holds; None, and a fault more, if it holds none."""
+    try:
+        value = jsontext.decode_all(line)
+    except JsonFault as fault:
+        faults.add(number, fault.message, fault.offset + 1, jsontext.caret(line, fault.offset))
+        return None
+    if not isinstance(value, dict):
+        faults.add(number, f"this line holds {kind_of_value(value)}, not an object")
+        return None
+    return value
+
+
 def _collect(label: str, text: str, elements: Iterator[tuple[Any, int]]) -> Part:
     """The objects of an array, or of a run of objects. Raises DataError (D1, D2)."""
-    faults, part, line, seen = _Faults(label), Part([]), 1, 0
+    faults, part, line, seen = Faults(label), Part([]), 1, 0
     try:
         for value, offset in elements:
             line += text.count("\n", seen, offset)
@@ -245,7 +259,7 @@ def _collect(label: str, text: str, elements: Iterator[tuple[Any, int]]) -> Part
                 part.values.append(value)
                 part.lines.append(line)
             else:
-                faults.add(line, f"element {len(part.lines)} is {_kind(value)}, not an object with columns")
+                faults.add(line, f"element {len(part.lines)} is {kind_of_value(value)}, not an object with columns")
     except JsonFault as fault:
         number, column = jsontext.line_and_column(text, fault.offset)
         where = f"{label}:{number}:{column}"
@@ -262,7 +276,8 @@ def _collect(label: str, text: str, elements: Iterator[tuple[Any, int]]) -> Part
     return part
 
 
-def _kind(value: Any) -> str:
+def kind_of_value(value: Any) -> str:
+    """What a JSON value is, in a user's words."""
     names = {list: "a list", str: "text", bool: "true/false", type(None): "null"}
     return names.get(type(value), "a number")
 
