@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import yaml
 
 from trueup.config.building import READ_WITH
 from trueup.config.load import load_config
@@ -76,3 +79,17 @@ def test_what_cannot_be_meant_is_refused(keys, what):
 def test_every_key_read_is_a_key():
     assert set(READ_WITH) <= set(FIELDS)
     assert {other for needs in READ_WITH.values() for other in needs} <= set(FIELDS)
+
+
+def test_the_page_on_building_shows_configs_that_load(root, monkeypatch):
+    page = (root / "docs" / "build-preferences.md").read_text(encoding="utf-8")
+    monkeypatch.setenv("JUDGE_API_KEY", "k")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert load_config(yaml.safe_load(block), verb="build").build.rank_by == "judge"
+    first, second = (line.split()[1:] for line in re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1].splitlines())
+    assert first[:2] == ["data", "build"] and load_config(root / first[2], first[3:], verb="build")
+    assert load_config(root / second[1], second[2:]).train.max_steps == 24
+    named = set(
+        re.findall(r"`((?:rule|judge|sample|request|reward|build|min|max|rank|register)_\w+)(?::[^`]*)?`", page)
+    )
+    assert named - {"rule_"} <= set(FIELDS)
