@@ -2,10 +2,12 @@
 
     python -m benchmarks.dpo --peers trl,llamafactory,ms-swift --workload a,b,c,d --shape 0.5b --rounds 3
 
-Every run is a process of its own. Rounds alternate the order, and ratios are taken within a round, so that a machine
-that gets slower slows everyone. The logged log-probabilities of every step are compared: who did other work than
-trueup is marked. `of peak` is the time that the matrix products of the batch's distinct tokens would take at the
-machine's measured bf16 rate, as a share of the time taken; attention and LoRA's own products are left out of it.
+Every run is a process of its own. `s` is the span of transformers' `train_runtime`, which all peers report: from before
+the first step until the last one is done and logged; trueup's is taken from its log in the same way. `in all` is the
+whole process with its imports, loading and tokenising. Rounds alternate the order, and ratios are taken within a round,
+so that a machine that gets slower slows everyone. The logged log-probabilities of every step are compared: who did
+other work than trueup is marked. `of peak` is the time that the matrix products of the batch's distinct tokens would
+take at the machine's measured bf16 rate, as a share of the time taken; attention and LoRA's own products are left out.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.environments import RECIPES, versions_of
-from benchmarks.measure import RESULTS, WORK, Failed, environment, result_path, spread, table, write_result
+from benchmarks.measure import RESULTS, WORK, Failed, argv, environment, result_path, spread, table, write_result
 from benchmarks.models import SHAPES, Shape, model_directory
 from benchmarks.tools import Job, Outcome, Variant, perform, variant
 from benchmarks.workloads import DATA, WORKLOADS, Prepared, as_record, in_words, prepare
 
 OURS = "trueup", "trueup-cached"
+#: What `seconds` are, on every side.
+SPAN = "the trainer's loop: from before the first step until the last is done and logged"
 #: What a bare name stands for, unless `--as-installed`.
 SETS = {"trl": ("trl", "trl-nockpt", "trl-nockpt-malloc"), "ms-swift": ("ms-swift", "ms-swift-nockpt")}
 #: One token more or less in an answer changes the sum by more than this wherever answers have under 200 tokens.
@@ -46,6 +50,8 @@ def main(words: Sequence[str] | None = None) -> None:
         prepared = prepare(key, model, data, options.rows, options.data)
         print(f"\n({key}) {in_words(as_record(prepared))}")
         record = {
+            "argv": argv(words),
+            "span": SPAN,
             "machine": found,
             "versions": versions,
             "shape": options.shape,
@@ -146,6 +152,7 @@ def figures(record: dict[str, Any], done: dict[str, list[dict[str, Any]]]) -> st
             (
                 name,
                 f"{seconds:.1f}",
+                "" if cached else f"{median(run['process_seconds'] for run in runs):.1f}",
                 f"{workload['pairs'] / seconds:.3f}",
                 f"{workload['answers'] / seconds:.0f}",
                 f"{median(memory):.1f}",
@@ -154,7 +161,7 @@ def figures(record: dict[str, Any], done: dict[str, list[dict[str, Any]]]) -> st
                 f"{100 * needed / seconds:.1f} %",
             )
         )
-    return table(("medians", "s", "pairs/s", "tokens/s", "GiB", "user s", "system s", "of peak"), rows)
+    return table(("medians", "s", "in all", "pairs/s", "tokens/s", "GiB", "user", "sys", "of peak"), rows)
 
 
 def needed_tflop(shape: Shape, workload: dict[str, Any], passes: int) -> float:
@@ -178,24 +185,31 @@ def ratios(ours: str, done: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def same_work(done: dict[str, list[dict[str, Any]]]) -> str:
-    """The largest deviation of a step's summed log-probabilities from trueup's, over all steps."""
-    if OURS[0] not in done:
-        return ""
-    ours = done[OURS[0]][0]["steps"]
+    """The largest deviation of a step's summed log-probabilities from trueup's of the same round, over all rounds."""
+    base = {run["round"]: run["steps"] for run in done.get(OURS[0], ())}
     lines = []
     for name, runs in done.items():
         if name == OURS[0] or "cached" in name:  # a second epoch's differ because training goes on
             continue
-        steps = runs[0]["steps"]
-        if len(steps) != len(ours):
-            lines.append(f"{name} made {len(steps)} steps, trueup {len(ours)}: NOT THE SAME WORK")
+        found = [deviation(run["steps"], base[run["round"]]) for run in runs if run["round"] in base]
+        if not found:
             continue
-        worst = max(
-            abs(a[side] / b[side] - 1) for a, b in zip(steps, ours, strict=True) for side in _KEPT if "logps" in side
-        )
-        verdict = "" if worst <= TOLERANCE else ": NOT THE SAME WORK"
+        others = [words for words in found if isinstance(words, str)]
+        worst = max((value for value in found if not isinstance(value, str)), default=0.0)
+        verdict = f": NOT THE SAME WORK in {len(others)} of {len(found)} rounds: {others[0]}" if others else ""
+        verdict = verdict or ("" if worst <= TOLERANCE else ": NOT THE SAME WORK")
         lines.append(f"{name} {100 * worst:.3f} %{verdict}")
-    return "largest deviation of a step's log-probabilities from trueup's:\n  " + "\n  ".join(lines) if lines else ""
+    rounds = f" in {len(base)} rounds" if len(base) > 1 else ""
+    title = f"largest deviation of a step's log-probabilities from trueup's{rounds}:\n  "
+    return title + "\n  ".join(lines) if lines else ""
+
+
+def deviation(steps: list[dict[str, float]], ours: list[dict[str, float]]) -> float | str:
+    """The largest one of two logs of the same steps, or why they cannot be compared."""
+    if len(steps) != len(ours):
+        return f"{len(steps)} steps for {len(ours)}"
+    sides = [side for side in _KEPT if "logps" in side]
+    return max(abs(a[side] / b[side] - 1) for a, b in zip(steps, ours, strict=True) for side in sides)
 
 
 if __name__ == "__main__":

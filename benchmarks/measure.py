@@ -125,6 +125,11 @@ def ask(module: str, *arguments: str, env: Mapping[str, str] | None = None) -> A
     return json.loads(answer.stdout.splitlines()[-1])
 
 
+def argv(words: Sequence[str] | None) -> list[str]:
+    """The options that a benchmark was given, for its result: `words`, or those of the command line."""
+    return list(sys.argv[1:] if words is None else words)
+
+
 def result_path(name: str, directory: Path = RESULTS) -> Path:
     """Where a result that is made now is kept."""
     return directory / f"{datetime.now(UTC):%Y-%m-%d-%H%M}-{name}.json"

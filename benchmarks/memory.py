@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.measure import HOME, RESULTS, ask, environment, result_path, table, write_result
+from benchmarks.measure import HOME, RESULTS, argv, ask, environment, result_path, table, write_result
 from benchmarks.models import SHAPES, model_directory
 
 VOCABULARIES = (32_768, 65_536, 131_072, 262_144)
@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> None:
             peak = ask("benchmarks.memory", "--cell", f"{vocabulary},{answers}", env=env)
             cells.append({"vocabulary": vocabulary, "answers": answers, "peak_mb": peak})
         shutil.rmtree(directory_of(vocabulary))
-    record = {"machine": found, "prompt": PROMPT, "answer": ANSWER, "cells": cells}
+    record = {"argv": argv(words), "machine": found, "prompt": PROMPT, "answer": ANSWER, "cells": cells}
     print(f"\n{summary(record)}")
     path = result_path("memory", options.results)
     write_result(path, "memory", record)

@@ -26,6 +26,7 @@ from benchmarks.measure import (
     RESULTS,
     WORK,
     Failed,
+    argv,
     environment,
     read_json,
     read_json_lines,
@@ -53,7 +54,8 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     env = environment(threads=options.threads)
     record: dict[str, Any] = {
-        "machine": machine.describe(env), "versions": versions_of("trl"), "threads": options.threads,
+        "argv": argv(words), "machine": machine.describe(env), "versions": {"trl": versions_of("trl")},
+        "threads": options.threads,
         "work": {"prompts": PROMPTS, "answers": ANSWERS, "longest": LONGEST}, "runs": [],
     }  # fmt: skip
     print(machine.in_words(record["machine"]))
@@ -71,7 +73,7 @@ def main(words: Sequence[str] | None = None) -> None:
             print(f"{found['seconds']:.2f} s a step, {found['length']:.1f} tokens an answer")
             record["runs"].append({"round": number, "tool": tool, "method": method, **found})
             write_result(path, "online", record)
-    print(f"\n{summary(record['runs'])}\n\n{path}")
+    print(f"\n{summary(record)}\n\n{path}")
 
 
 def ours(method: str, steps: int, env: dict[str, str]) -> dict[str, Any]:
@@ -132,9 +134,9 @@ def measured(rows: Sequence[dict[str, Any]], peak_gb: float) -> dict[str, Any]:
     return {"seconds": median(gaps), "steps": gaps, "length": length, "peak_gb": peak_gb}
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> str:
+def summary(record: dict[str, Any]) -> str:
     """A line for every method and tool: medians over rounds, and TRL's time as a multiple of ours."""
-    lines = []
+    runs, lines = record["runs"], []
     for tool, method in dict.fromkeys((r["tool"], r["method"]) for r in runs):
         mine = [r for r in runs if (r["tool"], r["method"]) == (tool, method)]
         other = {r["round"]: r for r in runs if r["tool"] == "trueup" and r["method"] == method}

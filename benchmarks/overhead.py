@@ -21,6 +21,7 @@ from benchmarks import machine
 from benchmarks.measure import (
     RESULTS,
     WORK,
+    argv,
     ask,
     environment,
     read_json,
@@ -55,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> None:
         times["bare loop"].append(ask("benchmarks.overhead", "--bare", str(config), env=env))
         times["trueup train"].append(whole(config, env))
         print("  " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in times.items()), flush=True)
-    record = {"machine": found, "steps": options.steps, "seconds": times}
+    record = {"argv": argv(words), "machine": found, "steps": options.steps, "seconds": times}
     print(f"\n{summary(record)}")
     path = result_path("overhead", options.results)
     write_result(path, "overhead", record)

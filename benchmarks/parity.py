@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.environments import versions_of
-from benchmarks.measure import RESULTS, WORK, ask, environment, result_path, table, write_result
+from benchmarks.measure import RESULTS, WORK, argv, ask, environment, result_path, table, write_result
 from benchmarks.models import model_directory
 from benchmarks.tools import LORA, Job, perform, variant
 from benchmarks.workloads import DATA, prepare
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     found = machine.describe(environment(threads=options.threads))
     print(machine.in_words(found))
-    record: dict[str, Any] = {"machine": found, "versions": {"trl": versions_of("trl")}}
+    record: dict[str, Any] = {"argv": argv(words), "machine": found, "versions": {"trl": versions_of("trl")}}
     path = result_path("parity", options.results)
     record["fp32"] = [fp32(*case, options.steps, options.threads) for case in CASES]
     write_result(path, "parity", record)

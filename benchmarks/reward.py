@@ -25,6 +25,7 @@ from benchmarks.measure import (
     RESULTS,
     WORK,
     Failed,
+    argv,
     environment,
     read_json,
     read_json_lines,
@@ -35,7 +36,7 @@ from benchmarks.measure import (
 )
 from benchmarks.measure import table as as_table
 from benchmarks.models import SHAPES, model_directory
-from benchmarks.tools import COMMON, LORA
+from benchmarks.tools import COMMON, LORA, whole_loop
 from benchmarks.workloads import DATA, WORKLOADS, Prepared, as_record, in_words, prepare
 
 PEERS = ("trl", "trl-nockpt")
@@ -49,7 +50,8 @@ def main(words: Sequence[str] | None = None) -> None:
         options.workload, model, HOME / "data" / f"{options.shape}-{options.workload}", options.rows, options.data
     )
     record: dict[str, Any] = {
-        "machine": machine.describe(env), "versions": versions_of("trl") if options.peers else {},
+        "argv": argv(words), "machine": machine.describe(env),
+        "versions": {"trl": versions_of("trl")} if options.peers else {},
         "shape": options.shape, "threads": options.threads,
         "workload": {"key": options.workload, **as_record(prepared)}, "runs": [],
     }  # fmt: skip
@@ -68,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> None:
             print(f"{found['seconds']:.1f} s, {found['peak_gb']:.1f} GiB")
             record["runs"].append({"round": number, "tool": tool, **found})
             write_result(path, name, record)  # what is there already survives an interruption
-    print(f"\n{summary(record['runs'])}\n\n{path}")
+    print(f"\n{summary(record)}\n\n{path}")
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -100,9 +102,8 @@ def ours(name: str, model: Path, prepared: Prepared, env: dict[str, str]) -> dic
     }  # fmt: skip
     (directory / "rm.json").write_text(json.dumps(config), encoding="utf-8")
     usage = run([sys.executable, "-m", "trueup", "train", directory / "rm.json"], directory / "log.txt", env)
-    seconds = read_json(directory / "out" / "train_results.json")["train_runtime"]
     rows = [row for row in read_json_lines(directory / "out" / "metrics.jsonl") if "loss" in row]
-    return measured(seconds, rows, usage.peak_gb)
+    return measured(whole_loop(rows), rows, usage.peak_gb)
 
 
 def trl(name: str, model: Path, prepared: Prepared, env: dict[str, str]) -> dict[str, Any]:
@@ -136,8 +137,9 @@ def measured(seconds: float, rows: Sequence[dict[str, Any]], peak_gb: float) -> 
     return {"seconds": seconds, "steps": len(rows), "losses": losses, "peak_gb": peak_gb}
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> str:
+def summary(record: dict[str, Any]) -> str:
     """A line for every tool: medians over rounds, and its time as a multiple of ours within a round."""
+    runs = record["runs"]
     base = {r["round"]: r["seconds"] for r in runs if r["tool"] == "trueup"}
     lines = []
     for tool in dict.fromkeys(r["tool"] for r in runs):

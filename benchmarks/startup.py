@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.measure import RESULTS, WORK, environment, result_path, run, spread, table, write_result
+from benchmarks.measure import RESULTS, WORK, argv, environment, result_path, run, spread, table, write_result
 from benchmarks.models import SHAPES, model_directory
 from benchmarks.workloads import DATA, prepare
 
@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 times[name].append(seconds)
         if number >= 0:
             print("  " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in times.items()), flush=True)
-    record = {"machine": found, "shape": options.shape, "seconds": times}
+    record = {"argv": argv(words), "machine": found, "shape": options.shape, "seconds": times}
     print(f"\n{summary(record)}")
     path = result_path(f"startup-{options.shape}", options.results)
     write_result(path, "startup", record)

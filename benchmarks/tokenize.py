@@ -20,7 +20,18 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.environments import python_of, versions_of
-from benchmarks.measure import RESULTS, WORK, environment, read_json, result_path, run, spread, table, write_result
+from benchmarks.measure import (
+    RESULTS,
+    WORK,
+    argv,
+    environment,
+    read_json,
+    result_path,
+    run,
+    spread,
+    table,
+    write_result,
+)
 from benchmarks.models import model_directory
 from benchmarks.workloads import DATA, Pair, dialogues, write
 
@@ -43,7 +54,13 @@ def main(words: Sequence[str] | None = None) -> None:
     model = model_directory("0.5b")
     write(unique(options.data, options.pairs), WORK)
     seconds = compare(model, options.rounds)
-    record = {"machine": found, "versions": {"trl": versions_of("trl")}, "pairs": options.pairs, "seconds": seconds}
+    record = {
+        "argv": argv(words),
+        "machine": found,
+        "versions": {"trl": versions_of("trl")},
+        "pairs": options.pairs,
+        "seconds": seconds,
+    }
     path = result_path("tokenize", options.results)
     write_result(path, "tokenize", record)
     print(f"\n{summary(record)}\n\n{path}")

@@ -69,7 +69,7 @@ class Job:
 class Outcome:
     """What a run measured and logged."""
 
-    seconds: float  # of one epoch of training, by the trainer's own clock
+    seconds: float  # of one epoch of training: before its first step to after its last, logging included
     usage: Usage  # of the whole process
     steps: list[dict[str, float]]  # the log of that epoch, one row a step: loss, grad_norm, logps/chosen …
 
@@ -141,8 +141,16 @@ def trueup(who: Variant, job: Job, directory: Path) -> tuple[list, Read]:
 
 
 def _read_trueup(directory: Path) -> tuple[float, list[dict[str, float]]]:
-    results = read_json(directory / "out" / "train_results.json")
-    return results["train_runtime"], [r for r in read_json_lines(directory / "out" / "metrics.jsonl") if "loss" in r]
+    steps = [row for row in read_json_lines(directory / "out" / "metrics.jsonl") if "loss" in row]
+    return whole_loop(steps), steps
+
+
+def whole_loop(steps: list[dict[str, float]]) -> float:
+    """Seconds of trueup's loop as transformers counts its own (`train_runtime`), from a log of every step.
+
+    trueup's `train_runtime` leaves out evaluating and saving, and the writing of the last row.
+    """
+    return steps[-1]["time"] - (steps[0]["time"] - steps[0]["seconds"])
 
 
 def trl(who: Variant, job: Job, directory: Path) -> tuple[list, Read]:

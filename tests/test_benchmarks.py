@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from benchmarks import dpo, memory, overhead, parity, report, startup, tokenize, workloads
-from benchmarks.measure import Failed, environment, read_json, read_json_lines, run, spread, table
+from benchmarks.measure import Failed, argv, environment, read_json, read_json_lines, run, spread, table
 from benchmarks.models import SHAPES
-from benchmarks.tools import variant
+from benchmarks.tools import variant, whole_loop
 from benchmarks.workloads import Pair, bundled, count, cut, fit, prepare, render, turns
 from tokenizers import Tokenizer
 
@@ -160,7 +160,8 @@ def record(seconds: dict[str, list[float]], logps: dict[str, float]) -> dict:
     runs = [
         {
             "round": number, "variant": name, "seconds": value, "user": 1600.0, "system": 1200.0, "peak_gb": 15.5,
-            "gpu_gb": None, "steps": [{"logps/chosen": logps[name], "logps/rejected": -3000.0}],
+            "process_seconds": value + 10, "gpu_gb": None,
+            "steps": [{"logps/chosen": logps[name], "logps/rejected": -3000.0}],
         }
         for name, values in seconds.items()
         for number, value in enumerate(values)
@@ -179,6 +180,57 @@ def test_the_summary_takes_ratios_within_a_round_and_marks_other_work():
     assert "trl 0.025 %\n" in text
     assert "ms-swift failed 1 times of 1" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_every_round_is_compared_with_trueups_of_the_same_round():
+    made = record({"trueup": [50.0, 60.0], "trl": [400.0, 500.0]}, {"trueup": -4000.0, "trl": -4001.0})
+    ours, theirs = made["runs"][:2], made["runs"][2:]
+    theirs[1]["steps"] = [{"logps/chosen": -4000.0, "logps/rejected": -3300.0}]
+    assert "trl 10.000 %: NOT THE SAME WORK" in dpo.summary(made)
+    theirs[1]["steps"] *= 2
+    assert "NOT THE SAME WORK in 1 of 2 rounds: 2 steps for 1" in dpo.summary(made)
+    for mine, other in zip(ours, theirs, strict=True):
+        mine["steps"] = other["steps"] = [{"logps/chosen": -4000.0 - mine["round"], "logps/rejected": -3300.0}]
+    assert "from trueup's in 2 rounds:\n  trl 0.000 %" in dpo.summary(made)
+
+
+def test_our_span_begins_before_the_first_step_and_ends_with_the_last_row():
+    rows = [{"time": 103.0, "seconds": 2.5}, {"time": 106.5, "seconds": 3.0}, {"time": 110.0, "seconds": 3.25}]
+    assert whole_loop(rows) == pytest.approx(9.5)
+
+
+def test_options_are_stored_as_they_were_given_and_shown():
+    assert argv(["--rows", "6"]) == ["--rows", "6"]
+    assert report.command("dpo", {"argv": ["--rows", "6", "--data", "a b"]}) == (
+        "`python -m benchmarks.dpo --rows 6 --data 'a b'`"
+    )
+    old = record({"trueup": [50.0, 60.0]}, {"trueup": -4000.0})
+    assert report.command("dpo", old) == (
+        "`python -m benchmarks.dpo --shape 0.5b --workload a` … (its other options were not stored: "
+        "it holds 2 rounds, 15 pairs)"
+    )
+    assert report.command("overhead", {"steps": 40, "seconds": {"a": [1.0], "b": [2.0]}}) == (
+        "`python -m benchmarks.overhead --steps 40` … (its other options were not stored: it holds 1 round)"
+    )
+
+
+def test_every_benchmark_that_is_stored_has_a_place_on_the_page():
+    modules = {module for _, _, module, _ in report.sections()}
+    measuring = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "write_result(" in path.read_text("utf-8")}
+    assert measuring - {"measure"} == modules
+    common = {"machine": MACHINE, "file": "f.json", "argv": []}
+    answers = [{"round": 0, "tool": tool, "method": "grpo", "seconds": s, "length": 9.0, "peak_gb": 1.0}
+               for tool, s in (("trueup", 1.0), ("trl", 3.0))]  # fmt: skip
+    rewards = [{"round": 0, "tool": tool, "seconds": s, "peak_gb": 1.0, "steps": 1, "losses": [0.7]}
+               for tool, s in (("trueup", 1.0), ("trl", 4.0))]  # fmt: skip
+    work = {"key": "a", "title": "rows", "pairs": 2, "batch": 2, "steps": 1, "distinct": 9, "answers": 4,
+            "separate": 12, "padded": 14, "dropped": 0, "rows": 2, "max_length": 9}  # fmt: skip
+    text = report.page({
+        "online": {"here": {**common, "runs": answers}},
+        "reward-0.5b-a": {"here": {**common, "workload": work, "runs": rewards}},
+    })  # fmt: skip
+    assert "## GRPO, RLOO and PPO" in text and "3.00" in text
+    assert "## Reward model, 0.5B shape, workload (a)" in text and "4.00" in text
 
 
 def test_nothing_is_wider_than_a_terminal():

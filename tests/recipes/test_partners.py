@@ -8,6 +8,7 @@ import pytest
 from trueup.data.encode import prepare
 from trueup.models.load import load_policy, load_tokenizer
 from trueup.recipes import feedback
+from trueup.recipes.entropy import EntropyGauge
 from trueup.recipes.feedback import FeedbackLesson, partners
 from trueup.recipes.references import build_references
 from trueup.training.backend import Single
@@ -21,7 +22,7 @@ def lesson(config) -> FeedbackLesson:
     loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer)
     datasets = {"train": prepared.train, "eval": prepared.train}
     references = build_references(cfg, loaded, datasets, {n: [np.arange(24)] for n in datasets}, Single("cpu"))
-    return FeedbackLesson(cfg, loaded.policy, datasets, references, Single("cpu"), 6)
+    return FeedbackLesson(cfg, loaded.policy, datasets, references, Single("cpu"), 6, EntropyGauge(cfg.train, 6))
 
 
 def test_partners_are_drawn_once_an_epoch_and_split(lesson: FeedbackLesson, monkeypatch) -> None:
