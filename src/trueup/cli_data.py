@@ -161,8 +161,8 @@ def build(session: Session, words: tuple[str, ...]) -> None:
     them. The same command goes on after an interruption, and tries again what failed.
 
     \b
-    trueup data build examples/build_preferences.yaml
-    trueup data build --model_name_or_path MODEL --dataset prompts.jsonl --judge_model http://HOST/v1#JUDGE
+    trueup data build examples/builtin_build.yaml
+    trueup data build --model_name_or_path MODEL --dataset prompts.jsonl --judge_model URL#JUDGE
     """
     cfg = read_config(words, verb="build")
     from trueup.recipes.preferences import build as build_pairs
