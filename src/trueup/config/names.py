@@ -77,6 +77,7 @@ _SAME: dict[str, str] = {
     "max_new_tokens": "max_completion_length generation_max_length response_length",
     "num_beams": "generation_num_beams",
     "torch_compile_backend": "torchdynamo",
+    "register_as": "register",
 }
 SYNONYMS: dict[str, str] = {other: key for key, others in _SAME.items() for other in others.split()}
 
