@@ -107,9 +107,7 @@ def encode_examples(
         workers = min(cores(), len(examples) // ROWS_WORTH_A_WORKER)
 
     def encoded(number: int) -> tuple[Block, Tally]:
-        tally = Tally()
-        encoder = _Encoder(template, policy, tally)
-        return Block.of(encoder.chunk(examples[number * chunk : (number + 1) * chunk])), tally
+        return encode_block(examples[number * chunk : (number + 1) * chunk], template, policy)
 
     blocks: list[Block] = []
     tally = Tally()
@@ -121,6 +119,12 @@ def encode_examples(
     dataset = EncodedDataset.joined(blocks)
     say(tally, template, policy)
     return dataset, tally
+
+
+def encode_block(examples: Sequence[Example], template: ChatTemplate, policy: Policy) -> tuple[Block, Tally]:
+    """Encode examples here and now, in one call of the tokenizer and without a word to the user."""
+    tally = Tally()
+    return Block.of(_Encoder(template, policy, tally).chunk(examples)), tally
 
 
 class _Encoder:

@@ -20,6 +20,7 @@ from trueup.data.examples import Chat, Example, Kind
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
 from trueup.data.layout import Layout, choose_layout
 from trueup.data.mixing import mix, sample_indices
+from trueup.data.readers import Row
 from trueup.data.registry import DatasetSpec, resolve_datasets
 from trueup.data.report import DataReport, number
 from trueup.data.sources import Rows, read_rows
@@ -159,7 +160,7 @@ def _parse(
     entry.read = len(chosen)
     if not chosen:
         return result  # `require_usable` says so
-    layout = _layout(spec, rows, *kinds)
+    layout = layout_for(spec, rows.values, *kinds)
     faults: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     with waiting(f"reading {spec.name}", len(chosen), "rows") as tell:
         for done, index in enumerate(chosen, 1):
@@ -167,7 +168,7 @@ def _parse(
             try:
                 result.examples[index] = parse_with(layout, row, rows[index])
             except RowProblem as problem:
-                report.dropped(row, problem.reason, problem.detail or _excerpt(rows[index]))
+                report.dropped(row, problem.reason, problem.detail or excerpt(rows[index]))
             except ShapeProblem as problem:
                 faults[problem.column, problem.found, problem.expected].append(index)
             tell(done)
@@ -177,27 +178,22 @@ def _parse(
     return result
 
 
-def _layout(spec: DatasetSpec, rows: Rows, kind: Kind, beside: Kind | None) -> Layout:
+def layout_for(spec: DatasetSpec, rows: Sequence[Row], kind: Kind, beside: Kind | None) -> Layout:
     """How to read the rows as one kind, or else as the other; what is wrong is told of the first."""
     try:
-        return choose_layout(spec, rows.values, kind)
+        return choose_layout(spec, rows, kind)
     except DataError as error:
         if beside is None:
             raise
         try:
-            return choose_layout(spec, rows.values, beside)
+            return choose_layout(spec, rows, beside)
         except DataError:
             raise error from None
 
 
 def _tell_placeholders(data: _Dataset, report: DataReport) -> None:
     """`identity` sets are handed around as forms; a model learns blanks as they stand."""
-    blanks = [
-        example.row
-        for example in data.examples.values()
-        if isinstance(example, Chat)
-        and any("{{" in m.content and _PLACEHOLDER.search(m.content) for m in example.messages)
-    ]
+    blanks = [example.row for example in data.examples.values() if has_placeholder(example)]
     if blanks:
         note = (
             f"{data.name}: {number(len(blanks))} rows hold a placeholder such as {{{{name}}}} "
@@ -205,6 +201,13 @@ def _tell_placeholders(data: _Dataset, report: DataReport) -> None:
         )
         log.warning(note)
         report.note(note)
+
+
+def has_placeholder(example: Example) -> bool:
+    """Whether a form was never filled in."""
+    return isinstance(example, Chat) and any(
+        "{{" in m.content and _PLACEHOLDER.search(m.content) is not None for m in example.messages
+    )
 
 
 def _shape_problems(
@@ -231,7 +234,7 @@ def _shape_problems(
     return problems
 
 
-def _excerpt(row: dict) -> str:
+def excerpt(row: dict) -> str:
     """Something to recognise a row by: its last text, wherever it is."""
     texts: list[str] = []
     pending = list(row.values())
@@ -301,13 +304,16 @@ def _name_splits(evaluation: dict[str, list[Example]], each: bool) -> dict[str, 
 
 def load_examples_for(cfg: RunConfig, kind: Kind | None = None) -> LoadedData:
     """`load_examples` with what a run's configuration says; `kind` is its stage's unless it is given."""
-    model = cfg.model
     return load_examples(
         **{**load_settings(cfg), "kind": kind or stage_kind(cfg)},
-        hub_token=getattr(model, _TOKENS[model.hub]),
-        cache_dir=model.cache_dir,
+        **hub_settings(cfg),
         on_bad_rows=cfg.data.on_bad_rows,
     )
+
+
+def hub_settings(cfg: RunConfig) -> dict[str, Any]:
+    """Of the arguments of `load_examples`, those that say how to reach a hub."""
+    return {"hub_token": getattr(cfg.model, _TOKENS[cfg.model.hub]), "cache_dir": cfg.model.cache_dir}
 
 
 def load_settings(cfg: RunConfig) -> dict[str, Any]:
