@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from trueup.cli import main
-from trueup.cli_data import data
+from trueup.cli_data import TARGETS, data, split_names
 
 
 def run(*words: str, **how) -> Result:
@@ -28,7 +28,7 @@ def test_every_verb_has_help_with_examples(name: str):
     result = run(name, "--help")
     assert result.exit_code == 0
     assert f"trueup data {name}" in result.output.partition("\n")[2]
-    assert all(len(line) <= 100 for line in result.output.splitlines())
+    assert all(len(line) <= 120 for line in result.output.splitlines())
 
 
 def test_a_mistyped_verb_is_told_the_near_one():
@@ -62,3 +62,115 @@ def test_get_without_a_name_says_where_names_are():
     result = run("get")
     assert result.exit_code == 2
     assert "trueup data list" in result.stderr
+
+
+# --- verbs that take a run's config ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a.json"], (["a.json"], None, [])),
+        (["a", "b", "dpo.yaml", "x=1"], (["a", "b"], "dpo.yaml", ["x=1"])),
+        (["dpo.yaml", "--cutoff_len", "9"], ([], "dpo.yaml", ["--cutoff_len", "9"])),
+        (["data/x=1/a.jsonl", "stage=dpo"], (["data/x=1/a.jsonl"], None, ["stage=dpo"])),
+        ([], ([], None, [])),
+    ],
+)
+def test_names_come_first_then_the_config(words, expected):
+    assert split_names(words) == expected
+
+
+def test_preview_takes_a_config_and_its_overrides(folder: Path):
+    (folder / "dpo.yaml").write_text("stage: dpo\nmodel_name_or_path: builtin:sql-tiny\ndataset: dpo_en_demo\n")
+    result = run("preview", "dpo.yaml", "--rows", "2", "--cutoff_len", "60")
+    assert result.exit_code == 0
+    assert "⟦" in result.output and "⟪" in result.output and "dpo_en_demo:1" in result.output
+    assert "stop token '<|im_end|>' trained: yes" in result.output
+    assert "dpo_en_demo:2" not in result.output
+
+
+def test_preview_writes_a_page_and_never_over_another(folder: Path):
+    assert run("preview", "kto_en_demo", "--html", "row.html").exit_code == 0
+    assert "<html" in (folder / "row.html").read_text(encoding="utf-8")
+    assert run("preview", "kto_en_demo", "--html", "row.html").exit_code == 2
+    assert run("preview", "kto_en_demo", "--html", "row.html", "--force").exit_code == 0
+
+
+def test_preview_of_nothing_says_what_to_name():
+    result = run("preview")
+    assert result.exit_code == 2 and "no dataset is named" in result.stderr
+
+
+def test_check_exits_as_a_training_would(folder: Path):
+    (folder / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    (folder / "broken.jsonl").write_text('{"prompt": "a"\n')
+    assert run("check", "dpo_en_demo").exit_code == 0
+    assert run("check", "bad.jsonl").exit_code == 3
+    assert run("check", "broken.jsonl").exit_code == 3
+    assert run("check", "missing.jsonl").exit_code == 3
+    assert run("check", "missing").exit_code == 2
+
+
+def test_check_speaks_json_and_writes_a_page(folder: Path):
+    result = run("check", "dpo_en_demo", "--html", "report.html", "--json")
+    found = json.loads(result.stdout)["result"]
+    assert found["datasets"]["dpo_en_demo"]["kept"] == 24 and found["file"] == "report.html"
+    assert "Data report" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_stats_in_a_table():
+    result = run("stats", "dpo_en_demo", "kto_en_demo")
+    assert result.exit_code == 0
+    assert "characters" in result.output and "14 desirable, 12 undesirable" in result.output
+
+
+# --- verbs that write ------------------------------------------------------------------------------
+
+
+def test_convert_prints_the_entry_or_makes_it(folder: Path):
+    shown = run("convert", "dpo_en_demo", "--to", "alpaca", "--output", "a.jsonl")
+    assert shown.exit_code == 0 and '"ranking": true' in shown.output
+    made = run("convert", "dpo_en_demo", "--to", "openai", "--output", "data/b.json", "--register", "mine")
+    assert made.exit_code == 0, made.stderr
+    entry = json.loads((folder / "data" / "dataset_info.json").read_text(encoding="utf-8"))["mine"]
+    assert entry["file_name"] == "b.json"
+    assert run("check", "mine").exit_code == 0
+    again = run("convert", "kto_en_demo", "--to", "openai", "--output", "data/c.json", "--register", "mine")
+    assert again.exit_code == 2 and not (folder / "data" / "c.json").exists()
+
+
+def test_a_report_names_every_dropped_row(folder: Path):
+    rows = [{"prompt": "a", "chosen": str(n % 2), "rejected": "1"} for n in range(60)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("unpair", "rows.jsonl", "--output", "kto.jsonl", "--report", "left.json", "--json")
+    told = json.loads((folder / "left.json").read_text(encoding="utf-8"))
+    assert told == json.loads(result.stdout)["result"]
+    assert (told["read"], told["kept"], told["dropped"]) == (60, 30, 30)
+    assert [row["row"] for row in told["dropped_rows"]] == [f"rows:{n}" for n in range(1, 60, 2)]
+
+
+def test_files_that_exist_are_kept(folder: Path):
+    for words in (
+        ("dedup", "dpo_en_demo", "--output", "x.jsonl"),
+        ("convert", "dpo_en_demo", "--to", "trl", "--output", "x.jsonl"),
+        ("unpair", "dpo_en_demo", "--output", "x.jsonl"),
+    ):
+        (folder / "x.jsonl").write_text("mine")
+        assert run(*words).exit_code == 2
+        assert (folder / "x.jsonl").read_text() == "mine"
+        assert run(*words, "--force").exit_code == 0
+
+
+def test_split_makes_two_files_and_registers_them(folder: Path):
+    result = run("split", "dpo_en_demo", "--val_size", "5", "--output", "data", "--register")
+    assert result.exit_code == 0, result.stderr
+    names = json.loads((folder / "data" / "dataset_info.json").read_text(encoding="utf-8"))
+    assert list(names) == ["dpo_en_demo_train", "dpo_en_demo_eval"]
+    assert run("check", "dpo_en_demo_eval").exit_code == 0
+
+
+def test_convert_offers_what_there_is():
+    from trueup.data.convert import TARGETS as there
+
+    assert list(there) == TARGETS

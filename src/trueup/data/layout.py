@@ -72,7 +72,8 @@ _NEEDED: dict[Kind, tuple[str, ...]] = {
     "feedback": ("prompt", "response", "kto_tag"),
     "prompt": ("prompt",),
 }
-_NOUNS = {
+#: What rows of a kind are, in words.
+NOUNS: dict[str, str] = {
     "text": "plain text (pre-training)",
     "chat": "prompts with one answer (SFT)",
     "pair": "preference pairs",
@@ -135,7 +136,7 @@ def choose_layout(spec: DatasetSpec, rows: Sequence[Mapping[str, Any]], want: Ki
         tags=Tags.from_registry(spec.tags),
         conversational=conversational,
         transcript=gives == "pair" and is_transcript(sample.first("chosen")),
-        plain=spec.formatting == "trl" and not conversational,
+        plain=spec.formatting == "trl" and not conversational and not sample.has_turns(),
     )
 
 
@@ -143,11 +144,22 @@ def kind_of(spec: DatasetSpec, rows: Sequence[Mapping[str, Any]]) -> Kind:
     """The kind of example that rows hold, for verbs that want none in particular. Raises DataError."""
     for want in ("pair", "ranking", "feedback", "chat", "text"):
         try:
-            return cast(Kind, choose_layout(spec, rows, want).gives)
+            layout = choose_layout(spec, rows, want)
         except DataError:
             continue
+        asks = layout.gives == "chat" and layout.conversational and _only_asks(layout, rows)
+        return "prompt" if asks else cast(Kind, layout.gives)
     choose_layout(spec, rows, "prompt")
     return "prompt"
+
+
+def _only_asks(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no conversation ends with an answer."""
+    talks = [row.get(layout.columns["messages"]) for row in rows[:200]]
+    ends = [talk[-1] for talk in talks if isinstance(talk, list) and talk and isinstance(talk[-1], dict)]
+    tags = layout.tags
+    names = [end.get(tags.role or ("from" if "from" in end else "role")) for end in ends]
+    return bool(names) and all(tags.roles.get(name) == "user" for name in names if isinstance(name, str))
 
 
 # ---- columns -------------------------------------------------------------------------------------
@@ -192,6 +204,10 @@ class _Sample:
         """The first value of a role that is not empty."""
         column = self.columns.get(role)
         return next((row[column] for row in self.rows if row.get(column)), None) if column else None
+
+    def has_turns(self) -> bool:
+        """Whether prompts or answers are lists of turns, as in TRL's conversational sets."""
+        return any(isinstance(self.first(role), list) for role in ("prompt", "chosen", "response"))
 
 
 def _is_conversational(spec: DatasetSpec, columns: Mapping[str, str], want: Kind) -> bool:
@@ -276,13 +292,13 @@ def _say_what_was_guessed(spec: DatasetSpec, columns: Mapping[str, str], convers
 
 
 def _wrong_kind(spec: DatasetSpec, want: Kind, have: str) -> Problem:
-    fix = f"use it with {_STAGES[have]}, or choose a dataset of {_NOUNS[want]}"
+    fix = f"use it with {_STAGES[have]}, or choose a dataset of {NOUNS[want]}"
     if want == "feedback" and have in ("pair", "ranking"):
         fix += "; or write each pair as two rows: chosen with label true, rejected with false"
     if want == "text":
         fix += '; to train on one column as text, register `columns: {"text": …}`'
     return Problem(
-        f"dataset {spec.name!r} holds {_NOUNS[have]}, but this stage learns from {_NOUNS[want]}",
+        f"dataset {spec.name!r} holds {NOUNS[have]}, but this stage learns from {NOUNS[want]}",
         where=spec.origin,
         fix=fix,
     )
@@ -302,7 +318,7 @@ def _missing_columns(spec: DatasetSpec, found: Sequence[str], columns: Mapping[s
         )
     if not missing:
         return Problem(
-            f"dataset {spec.name!r}: its columns ({', '.join(found)}) do not hold {_NOUNS[want]}",
+            f"dataset {spec.name!r}: its columns ({', '.join(found)}) do not hold {NOUNS[want]}",
             where=spec.origin,
             fix=f"say which column is which: `columns: {{…}}` {_place_of_columns(spec)}",
         )
@@ -318,7 +334,7 @@ def _missing_columns(spec: DatasetSpec, found: Sequence[str], columns: Mapping[s
     return Problem(
         f"dataset {spec.name!r}: no column {listed}; found: {', '.join(found) or 'none'}",
         where=spec.origin,
-        expected=f"{_NOUNS[want]}",
+        expected=f"{NOUNS[want]}",
         fix=fix,
     )
 

@@ -12,7 +12,7 @@ import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Any
 
@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text as RichText
 
 from trueup.data.examples import Chat, Example, Feedback, Messages, Pair, Prompt, Ranking, Text
+from trueup.data.report_page import report_page
 from trueup.errors import DataError, Problem
 
 log = logging.getLogger("trueup")
@@ -65,6 +66,7 @@ class DatasetReport:
     dropped: dict[str, Rows] = field(default_factory=dict)
     truncated: dict[str, Rows] = field(default_factory=dict)  # by part: prompt, answer, chosen …
     labels: Counter[str] = field(default_factory=Counter)
+    cut: int = 0  # rows of which some part was truncated
 
     @property
     def kept(self) -> int:
@@ -91,6 +93,11 @@ class DatasetReport:
         }
 
 
+def _fields(part: Rows | DatasetReport) -> dict[str, Any]:
+    """One level of a part; `asdict` would count the items of a Counter (before Python 3.12)."""
+    return {field.name: getattr(part, field.name) for field in fields(part)}
+
+
 class DataReport:
     """Collects what reading and encoding find out; nothing in here decides anything.
 
@@ -108,7 +115,8 @@ class DataReport:
         self._dropped: set[str] = set()
         self._truncated: set[tuple[str, str]] = set()
         self._measured: set[str] = set()
-        self._lengths: dict[str, list[int]] = defaultdict(list)
+        self._cut: set[str] = set()
+        self._lengths: dict[str, Counter[int]] = defaultdict(Counter)  # part → how many rows have so many tokens
 
     # ---- keeping ----
 
@@ -116,8 +124,9 @@ class DataReport:
         """What reading found out, as JSON for `restored`; encoding's part is in its tallies."""
         kept = ("splits", "duplicates", "reversed_pairs", "overlap", "notes")
         found = {name: getattr(self, name) for name in kept}
+        found["lengths"] = {part: sorted(counts.items()) for part, counts in self._lengths.items()}
         found |= {"dropped_rows": sorted(self._dropped), "datasets": list(self.datasets.values())}
-        return json.loads(json.dumps(found, default=asdict))
+        return json.loads(json.dumps(found, default=_fields))
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> DataReport:
@@ -127,6 +136,8 @@ class DataReport:
         for name in ("duplicates", "reversed_pairs", "overlap"):
             setattr(report, name, Rows(**state[name]))
         report._dropped = set(state["dropped_rows"])
+        for part, counts in state.get("lengths", {}).items():
+            report._lengths[part] = Counter(dict(counts))
         for entry in state["datasets"]:
             losses = {
                 part: {reason: Rows(**rows) for reason, rows in entry[part].items()}
@@ -158,6 +169,8 @@ class DataReport:
         if (row, part) not in self._truncated:
             self._truncated.add((row, part))
             self.of_row(row).truncated.setdefault(part, Rows()).add(row, excerpt)
+            self.of_row(row).cut += row not in self._cut
+            self._cut.add(row)
 
     def lengths(self, row: str, **tokens: int) -> None:
         """Token counts of a row's parts, e.g. `lengths(row, prompt=12, chosen=40, rejected=33,
@@ -166,12 +179,37 @@ class DataReport:
         if row not in self._measured:
             self._measured.add(row)
             for part, count in tokens.items():
-                self._lengths[part].append(count)
+                self._lengths[part][count] += 1
+
+    def forget_rows(self) -> None:
+        """Keep the counts, not which rows they count: none of the rows told of so far will be told of again."""
+        for rows in (self._dropped, self._truncated, self._measured, self._cut):
+            rows.clear()
 
     def note(self, text: str) -> None:
         """Something a reader of the report should know, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def include(self, other: DataReport) -> None:
+        """Take over what is known of other datasets."""
+        self.datasets |= other.datasets
+        self.splits |= {name: self.splits.get(name, 0) + count for name, count in other.splits.items()}
+        for mine, theirs in (
+            (self.duplicates, other.duplicates),
+            (self.reversed_pairs, other.reversed_pairs),
+            (self.overlap, other.overlap),
+        ):
+            mine.count, mine.ids = mine.count + theirs.count, [*mine.ids, *theirs.ids][:_KEPT_IDS]
+            mine.excerpt = mine.excerpt or theirs.excerpt
+        for note in other.notes:
+            self.note(note)
+        self._dropped |= other._dropped
+        self._truncated |= other._truncated
+        self._measured |= other._measured
+        self._cut |= other._cut
+        for part, lengths in other._lengths.items():
+            self._lengths[part].update(lengths)
 
     def compare_rows(self, examples: Iterable[Example]) -> None:
         """Count duplicates and reversed pairs among distinct rows (D9, D10)."""
@@ -236,12 +274,12 @@ class DataReport:
         """part → p50, p95, max, mean of its token counts; empty before encoding."""
         return {
             part: {
-                "p50": float(np.percentile(values, 50)),
-                "p95": float(np.percentile(values, 95)),
-                "max": int(max(values)),
-                "mean": float(np.mean(values)),
+                "p50": percentile(counts, 0.5),
+                "p95": percentile(counts, 0.95),
+                "max": max(counts),
+                "mean": sum(value * count for value, count in counts.items()) / counts.total(),
             }
-            for part, values in self._lengths.items()
+            for part, counts in self._lengths.items()
         }
 
     def warnings(self) -> Iterator[str]:
@@ -288,6 +326,10 @@ class DataReport:
         console.print(self)
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines()) + "\n"
 
+    def page(self) -> str:
+        """The report as a self-contained HTML page, with histograms of the lengths."""
+        return report_page(self.to_dict(), self._lengths)
+
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._table_of_datasets()]
         if any(d.dropped for d in self.datasets.values()):
@@ -305,12 +347,11 @@ class DataReport:
     def _table_of_datasets(self) -> Table:
         table = _table("dataset", *(">" + h for h in ("rows", "read", "kept", "dropped", "cut")))
         for d in self.datasets.values():
-            cut = len({row for row, _ in self._truncated if row.rpartition(":")[0] == d.name})
             table.add_row(
                 RichText(d.name),
                 *(number(n) for n in (d.available, d.read, d.kept)),
                 _flag(d.num_dropped),
-                _flag(cut),
+                _flag(d.cut),
             )
         if self.splits:
             table.caption = "  ".join(f"{name} {number(n)}" for name, n in self.splits.items())
@@ -348,6 +389,15 @@ class DataReport:
         ):
             if rows.count:
                 yield f"{number(rows.count)} {what}: {some_ids(rows)}"
+
+
+def percentile(counts: Mapping[int, int], share: float) -> float:
+    """Of numbers given by how often each occurs; between two of them as numpy does it."""
+    values = np.array(sorted(counts), dtype=np.float64)
+    ends = np.cumsum([counts[value] for value in sorted(counts)])
+    place = share * (int(ends[-1]) - 1)
+    below, above = (values[np.searchsorted(ends, rank, side="right")] for rank in (int(place), int(np.ceil(place))))
+    return float(below + (above - below) * (place - int(place)))
 
 
 def number(value: float) -> str:

@@ -17,7 +17,7 @@ WRITTEN_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 def check_target(path: Path, force: bool, key: str = "--output") -> None:
     """Refuse a name that cannot be written, before any work is done. Raises ConfigError."""
     if path.suffix.lower() not in WRITTEN_SUFFIXES:
-        raise ConfigError(f"{path} has no ending that tells its type", key, expected=" | ".join(WRITTEN_SUFFIXES))
+        raise ConfigError(f"{path} has no ending that tells its type", where=key, expected=" | ".join(WRITTEN_SUFFIXES))
     check_free(path, force, key)
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trueup.builtin import BUILTIN_MODELS
 from trueup.config.load import given, load_config
+from trueup.config.methods import stage_kind
 from trueup.config.schema import RunConfig
-from trueup.data.encode import run_template
-from trueup.data.encoder import Policy
+from trueup.data.encode import prepare, run_template
+from trueup.data.encoder import Policy, encode_examples
 from trueup.data.examples import Kind
 from trueup.data.layout import kind_of
 from trueup.data.load import LoadedData, load_examples_for
 from trueup.data.mixing import sample_indices
 from trueup.data.preview import Preview, preview
 from trueup.data.registry import resolve_datasets
+from trueup.data.report import DataReport
 from trueup.data.sources import read_rows
+from trueup.data.stats import DatasetStats, Stats, measure
 from trueup.data.write import check_free, write_text
 from trueup.errors import ConfigError
 from trueup.models.load import load_tokenizer
@@ -26,6 +30,7 @@ from trueup.models.load import load_tokenizer
 log = logging.getLogger("trueup")
 
 _STAGES: dict[Kind, str] = {"text": "pt", "chat": "sft", "pair": "dpo", "ranking": "rm", "feedback": "kto"}
+_UNLIMITED = 1 << 30  # tokens
 #: A dataset looked at by itself: nothing held out, mixed, streamed or kept.
 _ALONE: dict[str, Any] = {
     "eval_dataset": [],
@@ -50,9 +55,7 @@ def dataset_config(names: Sequence[str], source: str | None, words: Sequence[str
         ConfigError, DataError: whatever keeps such a run from reading its data.
     """
     known = given(source, words)
-    names = list(names) or _listed(known.get("dataset"))
-    if not names:
-        raise ConfigError("no dataset is named", fix="give a name of `trueup data list`, a file, or a config")
+    names = _named(names, known)
     extra = [f"dataset={names[0]}"]
     kind: Kind | None = None
     if "stage" not in known:
@@ -137,6 +140,69 @@ def _index(row: str, name: str) -> int:
 
 def _no_row(row: str | None, name: str, expected: str) -> ConfigError:
     return ConfigError(f"there is no row {row!r} in {name}", where="--row", expected=expected)
+
+
+def check_datasets(names: Sequence[str], source: str | None, words: Sequence[str]) -> DataReport:
+    """The data report of datasets, each read as the kind its rows are; of a config's data if none is named.
+
+    With a model, its tokens are counted and cut as in training; without one, rows are only read.
+
+    Raises:
+        ConfigError, DataError, ModelError: what would stop a run; with `on_bad_rows: error` every bad row.
+    """
+    known = given(source, words)
+    if not names and "stage" in known and names_model(source, words):
+        cfg = load_config(source, words)
+        return prepare(cfg, load_tokenizer(cfg.model)).report
+    report = DataReport()
+    for name in _named(names, known):
+        cfg, kind = dataset_config([name], source, words)
+        cfg = cfg.replace(**{**_ALONE, "max_samples": cfg.data.max_samples, "on_bad_rows": cfg.data.on_bad_rows})
+        cfg = cfg.replace(dataset=[name])
+        if names_model(source, words) and (kind is None or kind in _STAGES):
+            part = prepare(cfg, load_tokenizer(cfg.model)).report
+        else:
+            part = load_examples_for(cfg, kind).report
+        report.include(part)
+    if not names_model(source, words):
+        report.note("no model is named, so nothing is tokenised: model_name_or_path=… shows lengths and cuts")
+    return report
+
+
+def measure_datasets(names: Sequence[str], source: str | None, words: Sequence[str]) -> Stats:
+    """The numbers of datasets: in tokens with a model, else in characters."""
+    known = given(source, words)
+    found: list[DatasetStats] = []
+    for name in _named(names, known):
+        cfg, kind = dataset_config([name], source, words)
+        cfg = cfg.replace(**{**_ALONE, "max_samples": cfg.data.max_samples}, dataset=[name])
+        loaded = load_examples_for(cfg, kind)
+        lengths, counts = measure(loaded.train)
+        unit = "characters"
+        if names_model(source, words):
+            lengths, unit = _token_lengths(cfg, loaded), "tokens"
+        (entry,) = loaded.report.datasets.values()
+        words_for = kind or stage_kind(cfg)
+        found.append(DatasetStats(entry.name, words_for, entry.read, entry.kept, unit, lengths, **counts))
+    return Stats(found)
+
+
+def _named(names: Sequence[str], known: dict[str, Any]) -> list[str]:
+    found = list(names) or _listed(known.get("dataset"))
+    if not found:
+        raise ConfigError("no dataset is named", fix="give a name of `trueup data list`, a file, or a config")
+    return list(dict.fromkeys(found))
+
+
+def _token_lengths(cfg: RunConfig, loaded: LoadedData) -> dict[str, list[int]]:
+    """Tokens of each part of each row, before anything is cut."""
+    template = run_template(cfg, load_tokenizer(cfg.model))
+    _, tally = encode_examples(loaded.train, template, Policy(_UNLIMITED))
+    lengths: dict[str, list[int]] = defaultdict(list)
+    for _, parts in tally.lengths:
+        for part, tokens in parts.items():
+            lengths[part].append(tokens)
+    return dict(lengths)
 
 
 def write_page(path: Path, html: str, force: bool) -> None:

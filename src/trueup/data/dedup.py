@@ -1,0 +1,145 @@
+"""`trueup data dedup`: rows that say what an earlier row says, exactly or nearly, left out.
+
+Exact duplicates are the data report's: the same texts in the same roles, white space at the ends
+aside. Near ones share most of their runs of three words (of characters, where a script puts no
+spaces); candidates come from MinHash, and each is then compared in full.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from trueup.data.examples import Chat, Example, Feedback, Messages, Pair, Prompt, Ranking, Text
+from trueup.data.report import fingerprint, prompt_fingerprint
+from trueup.data.rowset import Outcome, RowSet, entry_of, read_set
+from trueup.data.write import write_rows
+from trueup.errors import ModelError
+from trueup.waiting import waiting
+
+By = Literal["row", "prompt"]
+_PERMUTATIONS = 128
+_WIDEST = 0.9  # the library finds no bands for thresholds near 1
+_WORDS = 3  # in a shingle
+#: Words, and single characters of scripts written without spaces.
+_WORD = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]|[^\W\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
+
+
+def dedup(
+    name: str,
+    output: Path,
+    near: float | None = None,
+    by: By = "row",
+    dataset_dir: str | Path = "data",
+    hub: str = "huggingface",
+) -> Outcome:
+    """Write the rows of `name` without duplicates to `output`, each as it was; the first of equals stays.
+
+    Args:
+        near: also drop rows whose similarity (Jaccard, of runs of three words) to a kept one is at least this.
+        by: "prompt" compares questions only, so that each is asked once.
+
+    Raises:
+        ModelError: `near` without the library it needs. ConfigError, DataError: from reading.
+    """
+    lsh = _index(near) if near else None
+    source = read_set(name, dataset_dir, hub)
+    seen: dict[bytes, int] = {}
+    shingles: dict[int, frozenset[int]] = {}
+    kept: list[int] = []
+    dropped: list[tuple[str, str, str]] = []
+    with waiting("comparing", len(source.rows), "rows") as tell:
+        for index in range(len(source.rows)):
+            tell(index + 1)
+            example = source.examples.get(index)
+            if example is not None:
+                first = seen.setdefault(_key(example, by), index)
+                if first != index:
+                    dropped.append((source.row_id(index), f"same {by}", f"as {source.row_id(first)}"))
+                    continue
+                if lsh is not None and (found := _nearest(lsh, shingles, index, example, by, near or 1.0)):
+                    twin, similarity = found
+                    detail = f"{similarity:.2f} like {source.row_id(twin)}"
+                    dropped.append((source.row_id(index), f"nearly the same {by}", detail))
+                    continue
+            kept.append(index)
+    write_rows(output, [source.rows[index] for index in kept])
+    files, entries = {str(output): len(kept)}, {str(output): entry_of(source.spec)}
+    return Outcome("dedup", len(source.rows), len(kept), dropped, files, _notes(source), entries)
+
+
+def _key(example: Example, by: By) -> bytes:
+    return prompt_fingerprint(example) if by == "prompt" else fingerprint(example)
+
+
+def _notes(source: RowSet) -> list[str]:
+    if not source.unusable:
+        return []
+    return [f"{len(source.unusable)} rows cannot be used in training, and are kept as they are: `trueup data check`"]
+
+
+# ---- near duplicates -----------------------------------------------------------------------------
+
+
+def _index(near: float) -> Any:
+    try:
+        from datasketch import MinHashLSH
+    except ImportError as error:
+        raise ModelError(
+            "near duplicates are found with the library datasketch, which is not installed",
+            where="--near",
+            fix="pip install 'trueup[data]'",
+        ) from error
+    # A wider net than asked for, and misses weigh more than idle candidates: each is compared in full.
+    return MinHashLSH(threshold=min(near, _WIDEST), num_perm=_PERMUTATIONS, weights=(0.2, 0.8))
+
+
+def _nearest(
+    lsh: Any, shingles: dict[int, frozenset[int]], index: int, example: Example, by: By, near: float
+) -> tuple[int, float] | None:
+    """The most similar row kept so far and how similar it is, if that is enough; else this one joins the index."""
+    from datasketch import MinHash
+
+    mine = frozenset(_shingles(example, by))
+    sketch = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
+    sketch.update_batch(sorted(mine))
+    similar = [(_similarity(mine, shingles[other]), -other) for other in lsh.query(sketch)]
+    best, other = max(similar, default=(0.0, 0))
+    if best >= near:
+        return -other, best
+    lsh.insert(index, sketch)
+    shingles[index] = mine
+    return None
+
+
+def _similarity(a: frozenset[int], b: frozenset[int]) -> float:
+    return len(a & b) / len(a | b) if a or b else 1.0
+
+
+def _shingles(example: Example, by: By) -> Iterator[int]:
+    """Hashes of every run of three words. The same in every process, unlike Python's own."""
+    for part in _texts(example, by):
+        words = _WORD.findall(part.lower())
+        for start in range(max(1, len(words) - _WORDS + 1)):
+            yield zlib.crc32(" ".join(words[start : start + _WORDS]).encode("utf-8", "replace"))
+
+
+def _texts(example: Example, by: By) -> Iterator[str]:
+    match example:
+        case Text():
+            yield example.text
+            return
+        case Chat(messages):
+            turns: list[Messages] = [messages[:-1] if by == "prompt" else messages]
+        case Prompt(messages):
+            turns = [messages]
+        case Pair():
+            turns = [example.prompt, *((example.chosen, example.rejected) if by == "row" else ())]
+        case Ranking():
+            turns = [example.prompt, *(example.answers if by == "row" else ())]
+        case Feedback():
+            turns = [example.prompt, *((example.answer,) if by == "row" else ())]
+    yield from (message.content for messages in turns for message in messages)

@@ -1,0 +1,153 @@
+"""Rows of a dataset taken as a whole, by the verbs that write new files: read, parsed, accounted for.
+
+read = kept + dropped, always; a row that is dropped has its id and a reason in the outcome.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trueup.data.examples import Example, Kind
+from trueup.data.express import TYPE_OF
+from trueup.data.formats import RowProblem, ShapeProblem, parse_with
+from trueup.data.layout import Layout, choose_layout, kind_of
+from trueup.data.register import enter
+from trueup.data.registry import DatasetSpec, resolve_datasets
+from trueup.data.report import number, shorten
+from trueup.data.sources import Rows, read_rows
+from trueup.data.write import write_text
+from trueup.errors import DataError, Problem
+
+_SHOWN = 10
+_SHOWN_IDS = 4
+
+
+@dataclass(slots=True)
+class RowSet:
+    """A dataset's rows, and those that could be read as examples of `kind`, by index."""
+
+    spec: DatasetSpec
+    rows: Rows
+    kind: Kind
+    layout: Layout
+    examples: dict[int, Example] = field(default_factory=dict)
+    unusable: dict[int, RowProblem] = field(default_factory=dict)
+
+    def row_id(self, index: int) -> str:
+        return f"{self.spec.name}:{index}"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a verb made of a dataset's rows.
+
+    dropped: (row, reason, detail). notes: what else a user should know. entries: how each file is registered.
+    """
+
+    verb: str
+    read: int
+    kept: int
+    dropped: list[tuple[str, str, str]] = field(default_factory=list)
+    files: dict[str, int] = field(default_factory=dict)  # file → its rows
+    notes: list[str] = field(default_factory=list)
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)  # file → registry entry
+    registered: dict[str, str] = field(default_factory=dict)  # name → registry
+
+    def __post_init__(self) -> None:
+        assert self.read == self.kept + len(self.dropped), (self.read, self.kept, len(self.dropped))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "verb": self.verb,
+            "read": self.read,
+            "kept": self.kept,
+            "dropped": len(self.dropped),
+            "files": self.files,
+            "dropped_rows": [dict(zip(("row", "reason", "detail"), row, strict=True)) for row in self.dropped],
+            "notes": self.notes,
+            "entries": self.entries,
+            "registered": self.registered,
+        }
+
+    def render(self) -> str:
+        lines = [f"{number(self.read)} rows read, {number(self.kept)} kept, {number(len(self.dropped))} dropped"]
+        for reason, count in Counter(reason for _, reason, _ in self.dropped).most_common():
+            rows = [row for row, why, _ in self.dropped if why == reason]
+            more = " …" if count > _SHOWN_IDS else ""
+            lines.append(f"  {number(count)} {reason}: {', '.join(rows[:_SHOWN_IDS])}{more}")
+        lines += [f"  {note}" for note in self.notes]
+        lines += [f"wrote {file}: {number(rows)} rows" for file, rows in self.files.items()]
+        lines += [f"registered in {registry}: dataset: {name}" for name, registry in self.registered.items()]
+        if not self.registered:
+            lines.append("its entry for dataset_info.json, which --register makes:")
+            lines += [f"  {_entry_line(Path(file), entry)}" for file, entry in self.entries.items()]
+        return "\n".join(lines)
+
+    def register(self, names: Sequence[str], dataset_dir: str | Path) -> None:
+        """Enter the files in a registry, under these names. Raises ConfigError if one is taken."""
+        for name, (file, entry) in zip(names, self.entries.items(), strict=True):
+            self.registered[name] = str(enter(name, Path(file), entry, dataset_dir))
+
+    def write_report(self, path: Path) -> None:
+        """All of it as JSON, every dropped row with its id."""
+        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+
+def _entry_line(file: Path, entry: dict[str, Any]) -> str:
+    return f"{json.dumps(file.stem)}: {json.dumps({'file_name': str(file), **entry}, ensure_ascii=False)}"
+
+
+def read_set(name: str, dataset_dir: str | Path = "data", hub: str = "huggingface", want: Kind | None = None) -> RowSet:
+    """Read a dataset, as examples of the kind its rows are unless `want` says another.
+
+    Raises:
+        ConfigError, DataError, ModelError: as reading it for a training would.
+    """
+    (spec,) = resolve_datasets([name], dataset_dir, hub)
+    rows = read_rows(spec)
+    if not len(rows):
+        raise DataError(f"dataset {spec.name!r} has no rows", where=spec.origin)
+    kind = want or kind_of(spec, rows.values)
+    found = RowSet(spec, rows, kind, choose_layout(spec, rows.values, kind))
+    faults: dict[tuple[str, str, str], list[int]] = {}
+    for index, row in enumerate(rows):
+        try:
+            found.examples[index] = parse_with(found.layout, found.row_id(index), row)
+        except RowProblem as problem:
+            found.unusable[index] = problem
+        except ShapeProblem as problem:
+            faults.setdefault((problem.column, problem.found, problem.expected), []).append(index)
+    if faults:
+        raise DataError([_shape_problem(found, fault, where) for fault, where in [*faults.items()][:_SHOWN]])
+    return found
+
+
+def _shape_problem(rows: RowSet, fault: tuple[str, str, str], indices: Sequence[int]) -> Problem:
+    column, holds, expected = fault
+    which = ", ".join(map(str, indices[:_SHOWN])) + (" …" if len(indices) > _SHOWN else "")
+    return Problem(
+        f"dataset {rows.spec.name!r}: column `{column}` holds {holds} in {number(len(indices))} rows (row {which})",
+        rows.rows.where(indices[0]),
+        f"{expected}, in every row",
+        "mend or remove these rows; nothing is converted by guessing",
+    )
+
+
+def entry_of(spec: DatasetSpec) -> dict[str, Any]:
+    """The registry entry, without a source, of rows as `spec` describes them."""
+    entry: dict[str, Any] = {"type": TYPE_OF[spec.kind]} if spec.kind in TYPE_OF else {}
+    if spec.ranking is not None:
+        entry["ranking"] = spec.ranking
+    if spec.formatting != "auto":
+        entry["formatting"] = spec.formatting
+    return entry | {name: dict(value) for name, value in (("columns", spec.columns), ("tags", spec.tags)) if value}
+
+
+def dropped_rows(rows: RowSet) -> list[tuple[str, str, str]]:
+    """The rows that could not be read, as an outcome tells them."""
+    return [(rows.row_id(i), problem.reason, shorten(problem.detail)) for i, problem in rows.unusable.items()]
