@@ -23,7 +23,7 @@ from trueup.training.events import (
     Started,
     Stepped,
 )
-from trueup.training.health import Health
+from trueup.training.health import Health, Thresholds
 from trueup.training.plots import smooth, write_plots
 from trueup.training.progress import LiveDisplay, PlainLines
 
@@ -216,9 +216,9 @@ def test_no_color_is_respected(monkeypatch):
 # --- health -----------------------------------------------------------------------------------
 
 
-def warnings_of(rows, evaluations=()):
+def warnings_of(rows, evaluations=(), limits=None):
     said = []
-    health = Health(lambda text, step: said.append(text))
+    health = Health(lambda text, step: said.append(text), limits)
     evaluations = dict(evaluations)
     for row in rows:
         health.observe(Logged(row["step"], row))
@@ -267,6 +267,40 @@ def test_rewards_without_a_reference_are_below_zero_and_no_alarm():
     assert warnings_of(falling) == []
     own_answers = [{**row, "completions/mean_length": 20.0} for row in falling]
     assert any("chosen reward falls below zero" in text for text in warnings_of(own_answers))
+
+
+def thresholds(**config) -> Thresholds:
+    return Thresholds.of({"stage": "dpo", "pref_loss": "sigmoid", "pref_beta": 0.1, **config})
+
+
+def test_thresholds_are_of_log_ratios_whatever_beta_makes_of_them():
+    assert thresholds() == thresholds(pref_beta=0.5) == Thresholds(compares=True)
+    bold = thresholds(pref_beta=0.01)
+    assert (bold.collapse_margin, bold.fallen) == pytest.approx((0.1, -0.03))
+    rows = list(trajectory(300, 0.9, -0.124, peak=0.03))  # the trial's fifth row at a tenth of its beta
+    assert warnings_of(rows) == []
+    assert len(warnings_of(rows, limits=bold)) == 1
+    assert thresholds(pref_loss="ipo").collapse_margin == pytest.approx(0.025)  # nats a token
+    assert thresholds(stage="kto", pref_loss="kto").compares
+    assert Thresholds.of({"stage": "online_dpo", "pref_loss": "sigmoid", "pref_beta": 0.1}).compares
+    assert Thresholds.of({"stage": "sft", "pref_loss": "sigmoid", "pref_beta": 0.1}) == Thresholds()
+
+
+def test_in_a_sum_of_losses_the_first_says_what_rewards_are():
+    """CPO's rewards are likelihoods; the KL is that of the sigmoid loss beside it."""
+    collapsing = [
+        {**row, "rewards/rejected": -row["rewards/margins"]} for row in trajectory(300, 10.2, -1.24, peak=0.3)
+    ]
+    alarms = {("cpo", "sigmoid"): 0, ("sft", "cpo"): 0, ("sft", "sigmoid"): 1, ("sigmoid", "cpo"): 1, ("apo_down",): 0}
+    for losses, count in alarms.items():
+        assert len(warnings_of(collapsing, limits=thresholds(pref_loss=list(losses)))) == count, losses
+
+
+def test_what_a_preference_pushes_away_may_be_far():
+    rows = [{"step": s, "kl": 10.0**s, "kl/chosen": 2.0 + 30.0 * (s == 9)} for s in range(1, 20)]
+    assert warnings_of(rows) == []
+    said = warnings_of([{**row, "kl/chosen": 12.0} for row in rows])
+    assert len(said) == 1 and "12.0 on chosen answers" in said[0]
 
 
 def test_noise_of_the_first_steps_is_no_collapse():

@@ -92,7 +92,7 @@ def _evaluation(cfg: RunConfig) -> dict[str, Any]:
         metric = train.metric_for_best_model or "loss"
         changes["metric_for_best_model"] = metric
         if train.greater_is_better is None:
-            changes["greater_is_better"] = not metric.endswith(("loss", "perplexity", "kl"))
+            changes["greater_is_better"] = not metric.endswith(("loss", "perplexity", "kl", "kl/chosen"))
     return changes
 
 

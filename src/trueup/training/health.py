@@ -3,15 +3,18 @@
 A preference loss can reach accuracy 1 and a beautiful margin while the model forgets how to speak:
 then the chosen answers have become less likely than the reference finds them, i.e. their reward is
 below zero. Without a reference (SimPO, ORPO, CPO) a reward is a likelihood, below zero from the start, and says no such
-thing.
+thing; where several losses are added up, rewards are those of the first.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
+from trueup.config.losses import PREF_LOSSES, STAGE_LOSSES
 from trueup.training.events import Evaluated, Event, Logged, Row
 
 
@@ -20,11 +23,12 @@ class Thresholds:
     """When to speak. Means are over the last `window` logged rows."""
 
     window: int = 3
+    compares: bool | None = None  # whether rewards are against a reference; None: a KL in the rows says so
     collapse_margin: float = 1.0  # a smaller margin is still noise of the first steps
     stuck_rows: int = 20  # logged rows with accuracy around one half …
     stuck_steps: int = 50  # … over at least so many steps
     stuck_width: float = 0.05
-    kl: float = 10.0
+    kl: float = 10.0  # of chosen answers, or of the model's own
     overfit: float = 0.1  # held-out accuracy below its best, while the training accuracy rose
     gap: float = 0.25  # between training and held-out accuracy, beyond what it was at the first evaluation
     fallen: float = -0.3  # the chosen reward, when both rewards have fallen for three windows
@@ -32,6 +36,28 @@ class Thresholds:
     length: float = 0.1  # … more often than chosen ones, by this much
     longer: float = 1.5  # the model's own answers, against those of the first rows
     same_rewards: float = 0.8  # share of groups whose answers all have one reward
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Thresholds:
+        """For a run's flat config. Rewards are β times log-ratios: with a small β, small rewards mean as much."""
+        stage = config.get("stage")
+        if stage not in STAGE_LOSSES and stage != "online_dpo":
+            return cls()
+        named = config.get("pref_loss") if stage in STAGE_LOSSES else "sigmoid"
+        first = next((n for n in (named if isinstance(named, list) else [named]) if n != "sft"), "sft")
+        loss, beta = PREF_LOSSES[first], config["pref_beta"]
+        margin, fallen = _NATS_A_TOKEN if loss.per_token else _NATS
+        return cls(
+            compares=loss.reference and first not in _FALL_BY_DESIGN,
+            collapse_margin=min(cls.collapse_margin, margin * beta),
+            fallen=-min(-cls.fallen, fallen * beta),
+        )
+
+
+#: log-ratios that are no noise any more: the margin of a pair, and the fall of its chosen answer.
+_NATS = 10.0, 3.0
+_NATS_A_TOKEN = 0.25, 0.075
+_FALL_BY_DESIGN = ("apo_down",)
 
 
 class Health:
@@ -71,7 +97,9 @@ class Health:
         return sum(values) / len(values) if values else None
 
     def _has_reference(self) -> bool:
-        """A KL is logged, or the rewards are of the model's own answers (online DPO), which always have one."""
+        """As the config says; else a KL is logged, or the rewards are of the model's own answers (online DPO)."""
+        if self.limits.compares is not None:
+            return self.limits.compares
         signs = ("kl", "completions/mean_length")
         return any(row.get(sign) is not None for row in self.rows for sign in signs)
 
@@ -108,13 +136,17 @@ class Health:
             )
 
     def _far(self, step: int) -> None:
-        kl = self._mean("kl")
-        if kl is not None and kl > self.limits.kl:
+        pairs = any(row.get("kl/chosen") is not None for row in self.rows)
+        name = "kl/chosen" if pairs else "kl"  # what a preference pushes away is to be far
+        values = [row[name] for row in self.rows if row.get(name) is not None][-self.limits.window :]
+        kl = median(values) if values else 0.0  # e^d makes a single odd token the mean of many
+        if kl > self.limits.kl:
+            where = " on chosen answers" if pairs else ""
             self._once(
                 "kl",
                 step,
-                f"the KL to the reference is {kl:.1f} (healthy: below {self.limits.kl:g}): the "
-                "model drifts away from where it started. Raise pref_beta or lower learning_rate",
+                f"the KL to the reference is {kl:.1f}{where} (healthy: below {self.limits.kl:g}): the model drifts "
+                "away from where it started. Raise pref_beta or lower learning_rate",
             )
 
     def _falling(self, step: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trueup.training.events import Observer
-from trueup.training.health import Health
+from trueup.training.health import Health, Thresholds
 from trueup.training.model_card import ModelCard
 from trueup.training.plots import Plots
 from trueup.training.profile import ProfileReport
@@ -25,7 +25,7 @@ def standard_observers(settings: Any, run: RunDirectory, *, quiet: bool = False)
         return []
     return [
         *make_display(quiet, plain=bool(settings.disable_tqdm)),
-        Health(lambda text, step: run.warn(text, step)),
+        Health(lambda text, step: run.warn(text, step), Thresholds.of(run.config)),
         TrainerLog(run),
         *make_trackers(settings.report_to, settings.project),
         *([Plots(run)] if settings.plot_loss else []),
