@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,9 @@ def test_convert_offers_what_there_is():
     from trueup.data.convert import TARGETS as there
 
     assert list(there) == TARGETS
+
+
+def test_the_page_about_data_names_every_verb_and_only_those(root: Path):
+    text = (root / "docs" / "data.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"trueup data (\w+)", text)) | set(re.findall(r"^\*\*`(\w+)", text, re.MULTILINE))
+    assert named == set(data.commands)

@@ -294,7 +294,7 @@ def _say_what_was_guessed(spec: DatasetSpec, columns: Mapping[str, str], convers
 def _wrong_kind(spec: DatasetSpec, want: Kind, have: str) -> Problem:
     fix = f"use it with {_STAGES[have]}, or choose a dataset of {NOUNS[want]}"
     if want == "feedback" and have in ("pair", "ranking"):
-        fix += "; or write each pair as two rows: chosen with label true, rejected with false"
+        fix += "; or make two labelled answers of each pair: `trueup data unpair`"
     if want == "text":
         fix += '; to train on one column as text, register `columns: {"text": …}`'
     return Problem(
