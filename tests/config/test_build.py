@@ -70,6 +70,8 @@ def test_unused_keys_can_be_let_pass(caplog):
         ({"rule_sql_schema": "s.sql"}, "has no effect with no `rule_format`"),
         ({"max_length_ratio": 0.5}, "at least 1"),
         ({"quantization_bit": 4}, "not supported yet"),
+        ({"model_name_or_path": None, "sample_from": "http://h#m", "template": "qwen"}, "only endpoints are asked"),
+        ({"judge_model": "http://me:secret@h/v1#m", "rule_min_chars": None}, "a name or a password"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(keys, what):

@@ -6,8 +6,10 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from tests.rollout.judge_server import Raw, Silence, Status, serving
 from trueup.config.load import load_config
 from trueup.errors import ConfigError, ResourceError
 from trueup.recipes.preferences import BuildReport, build
+from trueup.recipes.run import run
+from trueup.recipes.scoring import score
 from trueup.rollout import endpoint
 
 Build = Callable[..., BuildReport]
@@ -157,14 +161,14 @@ def test_a_finished_build_is_not_done_again(made, monkeypatch):
     assert made(rule_keywords="a").reasons != first.reasons  # another rule, the same answers
 
 
-KILLED = "import sys; from trueup.cli import main; main(sys.argv[1:])"
+CLI = "import sys; from trueup.cli import main; main(sys.argv[1:])"
 
 
 def run_cli(keys: dict, fault: str | None = None) -> subprocess.CompletedProcess:
     words = ["data", "build", *(f"{k}={json.dumps(v) if isinstance(v, list) else v}" for k, v in keys.items())]
     environment = {**os.environ, "PYTHONPATH": str(Path(trueup.__file__).parents[1])}
     environment |= {"TRUEUP_FAULT_AT": fault} if fault else {}
-    return subprocess.run([sys.executable, "-c", KILLED, *words], env=environment, capture_output=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", CLI, *words], env=environment, capture_output=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -207,11 +211,11 @@ def test_a_judge_that_goes_by_place_decides_nothing(made):
 
 
 def test_a_judge_that_gives_scores(made):
-    def score(request, number):
+    def scored(request, number):
         answer = re.search(r"<answer>\n(.*?)\n</answer>", request["messages"][-1]["content"], re.DOTALL)[1]
         return json.dumps({"score": 1 + min(answer.count("e"), 9)})
 
-    with serving(score) as server:
+    with serving(scored) as server:
         report = made(**JUDGED, judge_model=server.url, judge_mode="scores")
         assert all(1 <= r["score_rejected"] < r["score_chosen"] <= 10 for r in rows_of(report))
         assert len(server.requests) <= 63
@@ -315,9 +319,7 @@ def test_endpoints_answer_with_seeds_and_what_fails_waits(made, keys):
     path = Path(keys["dataset_dir"]) / "pairs.jsonl"
     first_word = json.loads(path.read_text(encoding="utf-8").splitlines()[0])["instruction"].split()[0]
     with serving(answer, model="weak") as server:
-        report = made(
-            model_name_or_path=None, sample_from=server.url, template=None, rule_regex="ee", rule_keywords=None
-        )
+        report = made(model_name_or_path=None, sample_from=server.url, rule_regex="ee", rule_keywords=None)
         assert adds_up(report) and report.reasons["no answer"] > 0 and report.kept > 0
         seeds = [request["seed"] for request in server.requests]
         assert len(set(seeds)) == len(seeds) and max(seeds) < 2**31
@@ -362,3 +364,46 @@ def test_a_build_keeps_out_of_a_runs_directory(made, tmp_path):
     (tmp_path / "run" / "run.yaml").write_text("stage: dpo\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="training run"):
         made(output_dir=str(tmp_path / "run"))
+
+
+def test_a_reward_model_ranks_as_it_scores(made, config, tmp_path):
+    """What `trueup score` says of the pairs is what they were ranked by."""
+    model = str(run(config(stage="rm", max_steps=2, output_dir=str(tmp_path / "rm"))).output_dir)
+    report = made(rule_keywords=None, reward_model=model)
+    assert adds_up(report) and report.kept > 15
+    cfg = load_config(
+        {"model_name_or_path": model, "dataset": report.output, "device": "cpu", "bf16": False}, verb="infer"
+    )
+    _, lines = score(cfg, None)
+    found = [pytest.approx(line["rewards"], abs=1e-5) for line in lines]
+    assert [[row["score_chosen"], row["score_rejected"]] for row in rows_of(report)] == found
+
+
+def test_an_adapter_answers_by_its_directory(made, config, keys, tmp_path):
+    adapter = str(run(config(max_steps=2, learning_rate=1e-2, output_dir=str(tmp_path / "dpo"))).output_dir)
+    base = keys["model_name_or_path"]
+    report = made(model_name_or_path=None, sample_from=f"{base},{adapter}", build_format="rankings")
+    sources = {source["model"] for row in rows_of(report) for source in row["provenance"]["answers"]}
+    assert sources == {base, adapter}
+    listed = made(adapter_name_or_path=adapter, build_format="rankings", output_dir=str(tmp_path / "listed"))
+    assert rows_of(listed)[0]["provenance"]["answers"][0]["adapters"] == [adapter]
+
+
+def test_an_interrupt_ends_soon_and_keeps_what_there_is(keys, tmp_path):
+    """Also while a judge is silent."""
+    keys = {**keys, "max_samples": 4, "rule_keywords": None}
+    with serving(lambda request, number: Silence() if number > 5 else verdict(request)) as server:
+        keys |= {"judge_model": server.url, "requests_at_once": 1}
+        words = [f"{key}={value}" for key, value in keys.items() if value is not None]
+        environment = {**os.environ, "PYTHONPATH": str(Path(trueup.__file__).parents[1])}
+        command = [sys.executable, "-c", CLI, "data", "build", *words]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        while len(server.requests) < 6 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and time.monotonic() - started < 10
+    assert "the same command goes on from there" in said
+    journal = (tmp_path / "built" / "journal.jsonl").read_text(encoding="utf-8")
+    assert journal.count('"better"') == 5

@@ -40,6 +40,7 @@ class Server:
     url: str
     requests: list[dict] = field(default_factory=list)
     headers: list[dict] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     most_at_once: int = 0
 
 
@@ -54,6 +55,7 @@ def serving(answer: Answer, model: str = "judge", port: int = 0) -> Iterator[Ser
             with lock:
                 server.requests.append(request)
                 server.headers.append(dict(self.headers))
+                server.paths.append(self.path)
                 number = len(server.requests)
                 under_way[0] += 1
                 server.most_at_once = max(server.most_at_once, under_way[0])

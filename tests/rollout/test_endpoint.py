@@ -103,6 +103,13 @@ def test_a_redirect_is_not_followed():
         assert not other.requests
 
 
+def test_a_query_is_sent_and_not_told():
+    with serving(in_turn("hi")) as server:
+        asked = Endpoint(server.url.replace("#", "?version=1&secret=s#"))
+        assert asked.chat(HELLO, text) == "hi"
+        assert server.paths == ["/v1/chat/completions?version=1&secret=s"] and "secret" not in str(asked.identity)
+
+
 def test_a_reply_has_a_limit_in_size(monkeypatch):
     monkeypatch.setattr(endpoint, "MOST_BYTES", 1000)
     with serving(in_turn("x" * 2000)) as server, pytest.raises(Unanswered, match="more than 1,000 bytes"):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.methods import OTHER_VERBS, SET, holds
@@ -40,6 +41,8 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("ref_model_adapters", {"ref_model": SET}),
     ("sample_key_env", {"sample_from": SET}),
 ]
+#: keys that say what models of this machine see: idle where endpoints do everything.
+_LOCAL_KEYS = frozenset(words("cutoff_len template tool_format enable_thinking preserve_thinking"))
 READ_WITH: dict[str, Mapping[str, Any]] = {key: needs for row, needs in _ROWS for key in words(row)}
 
 
@@ -89,6 +92,10 @@ def _without_effect(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem
         if key not in READ_WITH:
             found.append(Problem(f"`{key}` does nothing in `trueup data build`", place(key), fix="drop it"))
             continue
+        if key in _LOCAL_KEYS and not _asks_models(cfg):
+            what = f"`{key}` has no effect: only endpoints are asked, and no model of this machine"
+            found.append(Problem(what, place(key), fix="drop it"))
+            continue
         for other, allowed in READ_WITH[key].items():
             if other not in bad and not holds(cfg[other], allowed):
                 now = f"`{other}: {cfg[other]}`" if cfg[other] not in (None, []) else f"no `{other}`"
@@ -98,6 +105,14 @@ def _without_effect(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem
                 )
                 break
     return found
+
+
+def _asks_models(cfg: RunConfig) -> bool:
+    """Whether a model of this machine answers or ranks."""
+    build = cfg.build
+    ranks = {"judge": build.judge_model, "scores": cfg.online.reward_model, "logps": cfg.model.model_name_or_path}
+    ranker = ranks.get(build.rank_by or "")
+    return not all(map(is_url, build.sample_from)) or not build.sample_from or bool(ranker and not is_url(ranker))
 
 
 def _asks_endpoints(c: Any) -> bool:
@@ -173,6 +188,12 @@ RULES = [
         lambda c: c.sample_from and c.model_name_or_path and c.rank_by != "logps" and not c.reward_model,
         "`model_name_or_path` has no effect with `sample_from`",
         "name it in sample_from too, or drop it",
+    ),
+    Rule(
+        ("sample_from", "judge_model"),
+        lambda c: any("@" in urlsplit(n).netloc for n in [*c.sample_from, c.judge_model or ""] if is_url(n)),
+        "a URL holds a name or a password, which would be written into the result",
+        "put the key into a variable: sample_key_env, judge_key_env",
     ),
     Rule(
         ("sample_from",),

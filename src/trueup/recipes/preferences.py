@@ -282,4 +282,6 @@ def _tell(report: BuildReport) -> None:
 def _way_out(report: BuildReport) -> str:
     if not report.complete:
         return "see that the endpoint answers, then run the same command again"
+    if "no room for an answer" in report.dropped:
+        return "lower max_new_tokens: prompt and answer have to fit the model's context"
     return "raise temperature or num_generations for answers that differ more, or loosen rules and filters"

@@ -52,7 +52,6 @@ from trueup.rollout.rewards import Answered, Workers
 from trueup.rollout.rules import Rules, is_sql
 from trueup.waiting import waiting
 
-_GROUP = 32  # contests scored together
 _JUNK_TEMPERATURE = 0.7  # of a judge that is asked again: at 0 it would say the same
 _LOCAL_TRIES = 3
 
@@ -129,20 +128,15 @@ class ScoreRanker:
     def find_out(self, contests: Sequence[Contest]) -> None:
         if not self.rewarded:
             return
-        groups = grouped(contests, lambda c: c.question.key, _GROUP)
-        todo = [g for g in groups if any(key not in self.journal for c in g for key in self._keys(c))]
-        done = 0
-        with waiting("scoring", sum(map(len, todo)), "prompts") as tell:
-            for group in todo:
-                answered = [self._answered(c.question, a) for c in group for a in c.answers]
+        todo = [c for c in contests if any(key not in self.journal for key in self._keys(c))]
+        with waiting("scoring", len(todo), "prompts") as tell:
+            for done, contest in enumerate(todo, 1):  # each by itself: a neighbour could change a reward's last bits
                 judges = self._loaded()
-                scores = judges.score(answered)
-                total = judges.combine(scores)
-                for key, row, score in zip([k for c in group for k in self._keys(c)], scores, total, strict=True):
+                scores = judges.score([self._answered(contest.question, answer) for answer in contest.answers])
+                for key, row, score in zip(self._keys(contest), scores, judges.combine(scores), strict=True):
                     if np.isfinite(score) and key not in self.journal:
                         each = {n: float(v) for n, v in zip(judges.names, row, strict=True) if np.isfinite(v)}
                         self.journal.put(key, {"score": float(score), "each": each})
-                done += len(group)
                 tell(done)
 
     def ranked(self, contest: Contest) -> Ranked:

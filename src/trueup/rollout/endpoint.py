@@ -94,6 +94,7 @@ class Endpoint:
         where: str = "judge_model",
     ) -> None:
         url, _, self.model = name.partition("#")
+        url, _, self._query = url.partition("?")  # some want a version there; it may hold what is not to be told
         self.url = url.rstrip("/")
         if not self.url.endswith("/chat/completions"):
             self.url += "/chat/completions"
@@ -148,7 +149,8 @@ class Endpoint:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key_env:
             headers["Authorization"] = f"Bearer {os.environ.get(self.key_env, '')}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        target = f"{self.url}?{self._query}" if self._query else self.url
+        request = urllib.request.Request(target, json.dumps(body).encode(), headers)
         self.spent.add(requests=1)
         try:
             with self._opener.open(request, timeout=self.seconds) as response:
