@@ -80,10 +80,10 @@ def test_long_words_are_forgotten_and_the_memory_is_bounded(monkeypatch):
     monkeypatch.setattr("trueup.data.words._MOST", 10)
     words = words_of(tokenizer_with())
     before = words.ids(["x" * 100 + " " + "y" * 100])
-    assert not words._first and not words._later
+    assert not words._known
     for number in range(20):
         words.ids([f"{number} a{number} b{number}"])
-    assert len(words._first) + len(words._later) <= 13
+    assert len(words._known) <= 13
     assert words.ids(["x" * 100 + " " + "y" * 100])[0].tolist() == before[0].tolist()
 
 

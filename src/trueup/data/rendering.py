@@ -14,11 +14,13 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 from trueup.data.examples import Json
 from trueup.data.time_limit import OutOfTime, time_limit
 from trueup.data.turns import RowProblem
+from trueup.data.unseen import Frame, frame, may_be_blind
 from trueup.errors import ModelError
 
 MAX_SOURCE_CHARS = 64 * 1024
 MAX_RENDERED_CHARS = 8 * 1024 * 1024
 MAX_SECONDS = 10.0
+_MOST_FRAMES = 4096
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*[\"']([^\"']*)[\"']\s*\)")
@@ -60,6 +62,7 @@ class Renderer:
         self.marks_answers = bool(_GENERATION_TAG.search(source))
         self._program = _frozen_days(source) + source
         self._globals: dict[str, Any] | None = None
+        self._frames: dict[tuple[Any, ...], Frame | None] = {}
         self._plain = all(type(value) in _SCALARS for value in variables.values())
 
     def wrapped(self, before: str = "", after: str = "") -> Renderer:
@@ -94,10 +97,13 @@ class Renderer:
         marked: bool = False,
     ) -> tuple[list[str], list[Any]]:
         asked = {} if thinking is None else {"enable_thinking": thinking}
+        plain = not tools and not marked and self._plain and not any("tool_calls" in m for m in messages)
+        if plain and (around := self._frames.get(_frame_key(messages, header, thinking))):
+            return [_bounded(around.filled(messages))], []
         try:
             with time_limit(MAX_SECONDS):
-                if not tools and not marked and self._plain and not any("tool_calls" in m for m in messages):
-                    texts, marks = [self._direct(messages, header, asked)], []
+                if plain:
+                    texts, marks = [self._direct(messages, header, thinking)], []
                 else:
                     texts, marks = render_jinja_template(
                         conversations=[messages],
@@ -113,19 +119,41 @@ class Renderer:
             raise ModelError(what, fix=_OTHER_TEMPLATE) from None
         except _FAULTS as fault:
             raise TemplateRefusal("the chat template refuses the conversation", str(fault)) from fault
-        if len(texts[0]) > MAX_RENDERED_CHARS:
-            raise TemplateRefusal("the rendered conversation is too long", f"{len(texts[0])} characters")
-        return texts, marks
+        return [_bounded(texts[0])], marks
 
-    def _direct(self, messages: list[Json], header: bool, asked: dict[str, Any]) -> str:
+    def _direct(self, messages: list[Json], header: bool, thinking: bool | None) -> str:
         """What `render_jinja_template` makes of messages that are plain texts, without its copy of every value."""
-        program = _compile_jinja_template(self._program)
+        key = _frame_key(messages, header, thinking)
+        if key not in self._frames:
+            if len(self._frames) >= _MOST_FRAMES:
+                self._frames.clear()
+            blind = may_be_blind(self._compiled.environment.parse(self._program), self._program)
+            self._frames[key] = frame(lambda unseen: self._run(unseen, header, thinking), key[0]) if blind else None
+        return self._run(messages, header, thinking)
+
+    def _run(self, messages: list[Json], header: bool, thinking: bool | None) -> str:
+        program = self._compiled
         if self._globals is None:
             self._globals = dict(program.globals)
-        known = {**self._globals, **self.variables, **asked, **_ABSENT, "messages": messages}
-        known["add_generation_prompt"] = header
+        known = {**self._globals, **self.variables, **_ABSENT, "messages": messages, "add_generation_prompt": header}
+        if thinking is not None:
+            known["enable_thinking"] = thinking
         # As `program.render` does it, without gathering the globals anew for every conversation.
         return "".join(program.root_render_func(program.new_context(known, shared=True)))
+
+    @property
+    def _compiled(self) -> jinja2.Template:
+        return _compile_jinja_template(self._program)
+
+
+def _frame_key(messages: list[Json], header: bool, thinking: bool | None) -> tuple[tuple[str, ...], bool, bool | None]:
+    return tuple([message["role"] for message in messages]), header, thinking
+
+
+def _bounded(text: str) -> str:
+    if len(text) > MAX_RENDERED_CHARS:
+        raise TemplateRefusal("the rendered conversation is too long", f"{len(text)} characters")
+    return text
 
 
 def quoted(text: str) -> str:

@@ -45,7 +45,7 @@ class SpanTokenizer:
         self._tail = re.compile(f"(?:{any_of(added).pattern})\\s*$")
         swallows = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
         self._needs_context = swallows or self._opens_with_space()
-        self._words = Words(self._by_tokenizer, added) if cuts_at_spaces(tokenizer) else None
+        self._words = Words(self._by_backend, added) if cuts_at_spaces(tokenizer) else None
 
     def protect(self, text: str) -> str:
         """`text` with the control tokens written in it broken up, so that they stay text (fault
@@ -120,6 +120,13 @@ class SpanTokenizer:
             verbose=False,
         )
         return encoded["input_ids"]
+
+    def _by_backend(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same, past transformers' account of every text; for tokenizers that `cuts_at_spaces` knows."""
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation or backend.padding or backend.encode_special_tokens:  # left by another call
+            return self._by_tokenizer(texts)
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _opens_with_space(self) -> bool:
         bare, newline, both = self._by_tokenizer(["a", "\n", "\na"])

@@ -34,6 +34,7 @@ PATTERNS = {
 }
 
 _LONE_SPACE = re.compile(r" (?=\S)(?<=\S )")
+_OPENS = "\n"
 _MOST = 400_000  # words remembered: some 100 MB
 _LONGEST = 48  # characters of a word worth remembering; text without spaces is one long word
 
@@ -52,40 +53,39 @@ class Words:
         self._tokenise = tokenise
         longest_first = sorted(added, key=len, reverse=True)
         self._added = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
-        self._first: dict[str, bytes] = {}  # as they stand: what opens a stretch of text
-        self._later: dict[str, bytes] = {}  # behind a space, which the key does not have
+        #: What stands behind a lone space, by the word without that space; what opens a stretch of text, by _OPENS and
+        #: that. No word behind a lone space begins with white space, so the two never meet.
+        self._known: dict[str, bytes] = {}
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text, read-only."""
-        split, cut = self._added.split, _LONE_SPACE.split
-        stretches = [[cut(part) for part in split(text) if part] for text in texts]
-        passing = self._learn(stretches)
-        first, later = self._first, self._later.__getitem__
-
-        def joined(words: list[list[str]]) -> bytes:
-            return b"".join([tokens for one in words for tokens in (first[one[0]], *map(later, one[1:]))])
-
-        found = [np.frombuffer(joined(words), dtype=np.int32) for words in stretches]
-        for table, words in passing:
-            for word in words:
-                del table[word]
+        words = [self._words(text) for text in texts]
+        passing = self._learn(words)
+        known = self._known.__getitem__
+        found = [np.frombuffer(b"".join(map(known, one)), dtype=np.int32) for one in words]
+        for word in passing:
+            del self._known[word]
         return found
 
-    def _learn(self, stretches: list[list[list[str]]]) -> list[tuple[dict[str, bytes], list[str]]]:
+    def _words(self, text: str) -> list[str]:
+        words: list[str] = []
+        for stretch in self._added.split(text):
+            if stretch:
+                opening = len(words)
+                words += _LONE_SPACE.split(stretch)
+                words[opening] = _OPENS + words[opening]
+        return words
+
+    def _learn(self, words: list[list[str]]) -> list[str]:
         """Ask for every word that is new; which of them are not to stay."""
-        if len(self._first) + len(self._later) > _MOST:
-            self._first.clear()
-            self._later.clear()
-        first = {one[0] for words in stretches for one in words} - self._first.keys()
-        later = set(chain.from_iterable(one[1:] for words in stretches for one in words)) - self._later.keys()
-        new = [*first, *(f" {word}" for word in later)]
-        ids = iter([np.asarray(ids, dtype=np.int32).tobytes() for ids in self._tokenise(new)] if new else [])
-        self._first.update(zip(first, ids, strict=False))
-        self._later.update(zip(later, ids, strict=True))
-        return [
-            (self._first, [word for word in first if len(word) > _LONGEST]),
-            (self._later, [word for word in later if len(word) > _LONGEST]),
-        ]
+        if len(self._known) > _MOST:
+            self._known.clear()
+        new = list(set(chain.from_iterable(words)) - self._known.keys())
+        asked = [word.removeprefix(_OPENS) if word.startswith(_OPENS) else f" {word}" for word in new]
+        if asked:
+            ids = [np.asarray(ids, dtype=np.int32).tobytes() for ids in self._tokenise(asked)]
+            self._known.update(zip(new, ids, strict=True))
+        return [word for word in new if len(word) > _LONGEST]
 
 
 def cuts_at_spaces(tokenizer: Any) -> bool:
