@@ -130,7 +130,8 @@ def _compare(template: ChatTemplate, own: str | None) -> tuple[str, tuple[str, .
         return "same", ()
     before, after = (text.splitlines(keepends=True) for text in (theirs, ours))
     lines = list(difflib.unified_diff(before, after, "the tokenizer's own", template.name, n=1))
-    return "different", tuple(line.replace("\n", "↵") if line[:3] not in ("---", "+++") else line for line in lines)
+    headers = [line.rstrip("\n") for line in lines[:2]]
+    return "different", (*headers, *(line.replace("\n", "↵") for line in lines[2:]))
 
 
 def _yes(value: bool) -> str:
