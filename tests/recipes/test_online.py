@@ -36,7 +36,7 @@ from trueup.rollout.rollout import Rollout
 from trueup.rollout.sampler import Sampled
 from trueup.training.backend import Single
 from trueup.training.loop import WALL_CLOCK
-from trueup.training.run_directory import read_metrics
+from trueup.training.run_directory import read_metrics, read_status
 from trueup.training.step import step_totals
 
 Config = Callable[..., RunConfig]
@@ -372,6 +372,15 @@ def test_what_is_not_there_is_said_before_the_run(online: Config, tmp_path: Path
     with pytest.raises(ConfigError, match="there is no file"):
         check(online("grpo", reward_funcs="nowhere.py:f"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["grpo", "rloo"])
+def test_groups_without_variance_are_told_once(online: Config, tmp_path: Path, caplog, stage: str):
+    (tmp_path / "same.py").write_text("def one(completions): return [1.0] * len(completions)", encoding="utf-8")
+    result = run(online(stage, reward_funcs=f"{tmp_path}/same.py:one"))
+    words = "in 100% of the groups all answers have the same reward"
+    assert caplog.text.count(words) == 1
+    assert [words in found["text"] for found in read_status(result.output_dir)["warnings"]] == [True]
 
 
 def test_an_adapter_is_no_whole_reward_model(online: Config, tmp_path: Path, tiny_dir: Path):

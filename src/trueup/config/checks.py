@@ -85,7 +85,8 @@ def _evaluation(cfg: RunConfig) -> dict[str, Any]:
     if train.eval_strategy == "steps" and train.eval_steps is None:
         changes["eval_steps"] = train.logging_steps
     judged = cfg.objective.stage == "online_dpo" and cfg.online.judge  # it compares answers; an evaluation has one
-    held_out = (cfg.data.eval_dataset or cfg.data.val_size) and not judged
+    only_predicts = train.do_predict and not train.do_train
+    held_out = (cfg.data.eval_dataset or cfg.data.val_size) and not judged and not only_predicts
     if train.eval_strategy != "no" or (held_out and "do_eval" not in cfg.explicit):
         changes["do_eval"] = True
     if _seeks_best(cfg):

@@ -86,9 +86,7 @@ LATER: dict[str, str] = {
     "vllm_config": "infer_backend: huggingface",
     # data
     "streaming": "max_samples, or smaller files",
-    "predict_with_generate": "do_eval, and trueup chat for answers",
-    "eval_num_beams": "do_eval, and trueup chat for answers",
-    "do_predict": "do_eval, and trueup chat for answers",
+    "eval_num_beams": "temperature: 0, which takes the likeliest token",
     # tuning
     "pure_bf16": "bf16: true, which keeps fp32 masters of the trained weights",
     "use_dora": _ADAPTERS,
@@ -317,6 +315,8 @@ OTHER_VERBS: dict[str, str] = {
 }
 #: keys of `chat` that a stage reads which answers prompts itself.
 SAMPLED = frozenset(words("temperature top_p top_k max_new_tokens"))
+#: the same for a run that predicts.
+PREDICTED = SAMPLED.union(words("do_sample repetition_penalty skip_special_tokens"))
 #: keys of the steps of a training, which a run that only evaluates has none of.
 STEPS = frozenset(
     words(
@@ -351,8 +351,9 @@ def stage_kind(cfg: RunConfig) -> str:
 
 
 def other_verb(key: str, cfg: RunConfig) -> str | None:
-    """The verb a key belongs to if a training by `cfg` does not read it."""
-    reads = cfg.objective.stage in ONLINE and key in SAMPLED
+    """The verb a key belongs to if a run by `cfg` does not read it."""
+    predicts = cfg.train.do_predict or cfg.train.predict_with_generate
+    reads = (cfg.objective.stage in ONLINE and key in SAMPLED) or (predicts and key in PREDICTED)
     return None if reads else OTHER_VERBS.get(key)
 
 

@@ -169,7 +169,11 @@ RULES = [
     ),
     Rule(
         ("stage", "reward_funcs", "reward_model", "judge"),
-        lambda c: c.stage in _ONLINE and not (_count_rewards(c) or (c.stage == "online_dpo" and c.judge)),
+        lambda c: (
+            c.stage in _ONLINE
+            and (c.do_train or c.do_eval)
+            and not (_count_rewards(c) or (c.stage == "online_dpo" and c.judge))
+        ),
         "nobody says what a good answer is: this stage learns from rewards",
         "set reward_funcs: FILE.py:NAME, or reward_model: DIR (online_dpo also takes judge: FILE.py:NAME)",
     ),
@@ -373,6 +377,24 @@ RULES = [
         lambda c: not (c.do_train or c.do_eval or c.do_predict),
         "nothing to do: `do_train`, `do_eval` and `do_predict` are all false",
         "set one of them",
+    ),
+    Rule(
+        ("stage", "do_predict"),
+        lambda c: c.do_predict and c.stage in ("pt", "rm"),
+        "`do_predict` writes answers to prompts, which this stage has none of, or scores",
+        "drop it; do_eval measures the model, and trueup score applies a reward model",
+    ),
+    Rule(
+        ("predict_with_generate", "do_eval", "do_predict"),
+        lambda c: c.predict_with_generate and not (c.do_eval or c.do_predict),
+        "`predict_with_generate` has no effect: nothing is evaluated or predicted",
+        "set do_eval or do_predict, or drop it",
+    ),
+    Rule(
+        ("do_predict", "predict_with_generate", "train_on_prompt"),
+        lambda c: c.stage == "sft" and c.train_on_prompt and (c.do_predict or c.predict_with_generate),
+        "with `train_on_prompt` the tokens of a row do not say where its answer begins",
+        "predict in a run of its own, without train_on_prompt",
     ),
     Rule(
         ("streaming", "max_steps"),

@@ -331,6 +331,6 @@ def load_settings(cfg: RunConfig) -> dict[str, Any]:
         "mix_strategy": data.mix_strategy,
         "interleave_probs": data.interleave_probs or None,
         "seed": train.seed if train.data_seed is None else train.data_seed,
-        "eval_wanted": train.do_eval or train.eval_strategy != "no",
+        "eval_wanted": train.do_eval or train.do_predict or train.eval_strategy != "no",
         "eval_on_each_dataset": data.eval_on_each_dataset,
     }

@@ -29,6 +29,7 @@ from trueup.models.reward import RewardModel, check_trained
 from trueup.recipes.batches import Tokens, count_tokens, eval_batches, in_layout, plan_batches, train_batches
 from trueup.recipes.feedback import tell_balance
 from trueup.recipes.header import evaluation_header, header
+from trueup.recipes.predict import make_predictor, predict
 from trueup.recipes.program import OfflineProgram
 from trueup.recipes.references import References, build_references, check_reference, reference_bytes
 from trueup.recipes.reported import check_metric
@@ -98,6 +99,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         plan = in_layout(plan, prepared.train, loaded.policy.shared)
         tokens = count_tokens(prepared.train, plan, arithmetic.epochs)
         fit_activations(cfg, loaded, tokens)
+        predictor = make_predictor(cfg, loaded, tokenizer, prepared)
     console.print(prepared.report.render(), markup=False, highlight=False)
     console.print(header(cfg, loaded, prepared, arithmetic, tokens), markup=False, highlight=False)
     fingerprint = prepared.train.fingerprint
@@ -106,15 +108,17 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         batches = {"train": train_batches(plan, arithmetic), **_eval_batches(cfg, prepared)}
         datasets = {"train": prepared.train, **prepared.eval}
         references = _references(cfg, loaded, datasets, batches, backend, directory)
-        program = OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, backend)
+        asked = predictor if cfg.train.predict_with_generate else None
+        program = OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, backend, asked)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
         torch.manual_seed(cfg.train.seed + backend.rank)  # processes drop different entries; a resume restores its own
         result = fit(program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint)
-        return RunResult(directory.path, {**result.train, **result.evaluation})
+        predicted = predict(predictor, directory, backend, console) if predictor and cfg.train.do_predict else {}
+        return RunResult(directory.path, {**result.train, **result.evaluation, **predicted})
 
 
 def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
-    """A run that only evaluates a model, or a model with its adapters, on held-out data."""
+    """A run that only evaluates a model, or a model with its adapters, on held-out data, or answers such data."""
     with stop_at_warnings(cfg.train.strict):
         tokenizer = load_tokenizer(cfg.model)
         check_reference(cfg, tokenizer)
@@ -124,6 +128,7 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         loaded = load_for_evaluation(cfg.model, cfg.train, tokenizer, backend.device, kind_of(cfg))
         if isinstance(loaded.policy, RewardModel):
             check_trained(loaded.policy, loaded.base_name)
+        predictor = make_predictor(cfg, loaded, tokenizer, prepared)
     if not prepared.eval:
         raise ConfigError(
             "there is nothing to evaluate on", where="eval_dataset", fix="set eval_dataset, or dataset with val_size"
@@ -131,11 +136,17 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     console.print(prepared.report.render(), markup=False, highlight=False)
     console.print(evaluation_header(cfg, loaded, prepared), markup=False, highlight=False)
     with open_directory(cfg, backend, prepared) as directory:
-        references = _references(cfg, loaded, prepared.eval, _eval_batches(cfg, prepared), backend, directory)
-        no_steps = BatchPlan(np.zeros(0, dtype=np.int64), 1, 1, cfg.train.seed)
-        program = OfflineProgram(cfg, loaded, tokenizer, prepared, no_steps, references, backend)
-        observers = standard_observers(cfg.train, directory, quiet=console.quiet)
-        return RunResult(directory.path, evaluate_run(program, directory, backend, observers))
+        metrics: dict[str, float] = {}
+        if cfg.train.do_eval:
+            references = _references(cfg, loaded, prepared.eval, _eval_batches(cfg, prepared), backend, directory)
+            no_steps = BatchPlan(np.zeros(0, dtype=np.int64), 1, 1, cfg.train.seed)
+            asked = predictor if cfg.train.predict_with_generate else None
+            program = OfflineProgram(cfg, loaded, tokenizer, prepared, no_steps, references, backend, asked)
+            observers = standard_observers(cfg.train, directory, quiet=console.quiet)
+            metrics = evaluate_run(program, directory, backend, observers)
+        if predictor and cfg.train.do_predict:
+            metrics |= predict(predictor, directory, backend, console)
+        return RunResult(directory.path, metrics)
 
 
 def fit_activations(cfg: RunConfig, loaded: Loaded, tokens: Tokens) -> None:

@@ -23,6 +23,7 @@ from trueup.recipes.judges import Judges, check_files, load_judges
 from trueup.recipes.learners import make_learner
 from trueup.recipes.offline import RunResult, fit_activations, open_directory, running, stop_at_warnings
 from trueup.recipes.online_program import OnlineProgram
+from trueup.recipes.predict import make_predictor, predict
 from trueup.recipes.program import tidy_generation
 from trueup.recipes.prompts import PromptRows, check_prompts
 from trueup.recipes.references import check_reference
@@ -62,10 +63,11 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device)
         rows = PromptRows(cfg)
-        judges = load_judges(cfg, prepared.template, rows, loaded.device, loaded.dtype)
         plan = in_layout(plan, prepared.train, loaded.policy.shared)
         tokens = answered_tokens(cfg, prepared.train, plan, arithmetic.epochs)
         fit_activations(cfg, loaded, tokens)
+        predictor = make_predictor(cfg, loaded, tokenizer, prepared)
+        judges = load_judges(cfg, prepared.template, rows, loaded.device, loaded.dtype)
     try:
         console.print(prepared.report.render(), markup=False, highlight=False)
         console.print(header(cfg, loaded, prepared, arithmetic, tokens), markup=False, highlight=False)
@@ -76,7 +78,8 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
             observers = standard_observers(cfg.train, directory, quiet=console.quiet)
             torch.manual_seed(cfg.train.seed + backend.rank)
             result = fit(program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint)
-            return RunResult(directory.path, {**result.train, **result.evaluation})
+            predicted = predict(predictor, directory, backend, console) if predictor else {}
+            return RunResult(directory.path, {**result.train, **result.evaluation, **predicted})
     finally:
         judges.close()
 
@@ -89,6 +92,7 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         prepared = prepare(cfg, tokenizer)
         loaded = load_for_evaluation(cfg.model, cfg.train, tokenizer, backend.device)
         rows = PromptRows(cfg)
+        predictor = make_predictor(cfg, loaded, tokenizer, prepared)
         judges = load_judges(cfg, prepared.template, rows, loaded.device, loaded.dtype)
     if not prepared.eval or not judges.rewards:
         raise ConfigError(
@@ -102,7 +106,10 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
             no_steps = BatchPlan(np.zeros(0, dtype=np.int64), 1, 1, cfg.train.seed)
             program = make_program(cfg, loaded, tokenizer, prepared, no_steps, judges, rows, backend, directory)
             observers = standard_observers(cfg.train, directory, quiet=console.quiet)
-            return RunResult(directory.path, evaluate_run(program, directory, backend, observers))
+            metrics = evaluate_run(program, directory, backend, observers)
+            if predictor:
+                metrics |= predict(predictor, directory, backend, console)
+            return RunResult(directory.path, metrics)
     finally:
         judges.close()
 

@@ -21,6 +21,7 @@ from trueup.recipes.batches import Batch, eval_batches
 from trueup.recipes.entropy import EntropyGauge
 from trueup.recipes.feedback import FeedbackLesson
 from trueup.recipes.pairs import PairLesson
+from trueup.recipes.predict import Predictor
 from trueup.recipes.references import References
 from trueup.recipes.reward import RewardLesson
 from trueup.recipes.text import TextLesson
@@ -79,8 +80,10 @@ class OfflineProgram:
         plan: BatchPlan,
         references: References | None,
         backend: Backend,
+        predictor: Predictor | None = None,
     ) -> None:
         self.policy = loaded.policy
+        self.predictor = predictor  # of evaluations that compare generated answers too
         self.adapters = loaded.adapters
         self.tokenizer = tokenizer
         if prepared.template.name != "empty":
@@ -127,7 +130,10 @@ class OfflineProgram:
 
     def loss(self, batch: Batch, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]:
         """This batch's share of the step's loss, and its metrics."""
-        return self.lesson.loss(batch, totals)
+        loss, metrics = self.lesson.loss(batch, totals)
+        if self.predictor is not None and batch.split != "train":
+            metrics = {**metrics, **self.predictor.metrics(batch)}
+        return loss, metrics
 
     def save_model(self, directory: Path, masters: Mapping[str, Tensor]) -> None:
         """Files that transformers and peft load: adapter or full weights, and the tokenizer."""

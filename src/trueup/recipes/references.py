@@ -152,7 +152,7 @@ def check_reference(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         ModelError: `ref_model` or `ref_model_adapters` is not there, or was made for fewer tokens.
         ConfigError: an evaluation has nothing to compare the model with.
     """
-    if not needs_reference(cfg):
+    if not needs_reference(cfg) or not (cfg.train.do_train or cfg.train.do_eval):
         return
     access = hub_access(cfg.model)
     if cfg.objective.ref_model:

@@ -15,6 +15,7 @@ from trueup.errors import ConfigError
 from trueup.objectives import Objective
 from trueup.recipes.objective import merged_metrics, terms_of
 from trueup.recipes.online_words import online_metric_names
+from trueup.rollout.similarity import NAMES as SIMILARITY
 from trueup.training.evaluation import metric_name
 from trueup.types import FeedbackLogps, PairLogps, Rankings, TokenLogps
 
@@ -45,6 +46,7 @@ def metric_names(cfg: RunConfig) -> list[str]:
     terms = terms_of(cfg)
     results = [term.objective.function(_one_example(term.objective), **term.parameters) for term in terms]
     names = ["loss", *merged_metrics(terms, results, 1.0)]
+    names += SIMILARITY * cfg.train.predict_with_generate
     names += ["kl", "kl/chosen"] * needs_reference(cfg)
     names += ["entropy"] * (cfg.train.log_entropy and cfg.objective.stage != "rm")
     if pref_losses(cfg):

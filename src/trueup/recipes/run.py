@@ -10,8 +10,8 @@ from trueup.recipes.offline import RunResult
 
 
 def run(cfg: RunConfig, console: Console | None = None) -> RunResult:
-    """Train, or only evaluate, as a config says. Raises what the recipes raise."""
-    if cfg.objective.stage in ONLINE:
+    """Train, evaluate or predict, as a config says. Raises what the recipes raise."""
+    if cfg.objective.stage in ONLINE and (cfg.train.do_train or cfg.train.do_eval):
         from trueup.recipes import online
 
         return online.run(cfg, console)

@@ -60,9 +60,9 @@ class TrainSection(Section):
     do_eval: bool = False
     """Evaluate (at the end when training too)."""
     do_predict: bool = False
-    """Generate answers for eval_dataset."""
+    """Answer the rows of eval_dataset, with BLEU and ROUGE against their own answers."""
     predict_with_generate: bool = False
-    """Evaluate SFT by generated answers too."""
+    """Evaluate SFT by generated answers too, with BLEU and ROUGE; do_predict always generates."""
     resume_from_checkpoint: Resume = None
     """Go on from a checkpoint: a path, or auto for the newest valid one (start afresh when there
     is none)."""
