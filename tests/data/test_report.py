@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 from rich.cells import cell_len
@@ -122,3 +123,28 @@ def test_every_unusable_dataset_is_named_with_its_arithmetic():
 def test_shorten_gives_one_printable_line():
     assert shorten("a\n\tb " * 50, 20) == "a b a b a b a b a b…"
     assert len(shorten("x" * 100_000)) == 60
+
+
+def test_percentiles_of_counts_are_those_of_the_numbers():
+    import numpy as np
+
+    from trueup.data.report import percentile
+
+    random = np.random.default_rng(0)
+    for size in (1, 2, 3, 10, 997):
+        numbers = random.integers(0, 40, size).tolist()
+        for share in (0, 0.5, 0.95, 1):
+            assert percentile(Counter(numbers), share) == pytest.approx(np.percentile(numbers, 100 * share), abs=1e-9)
+
+
+def test_rows_may_be_forgotten_and_the_counts_kept():
+    report = DataReport()
+    report.dataset("a").read = 3
+    report.dropped("a:0", "empty")
+    for part in ("prompt", "answer"):
+        report.truncated("a:1", part)
+    report.lengths("a:1", total=7)
+    before = report.to_dict()
+    report.forget_rows()
+    assert report.to_dict() == before == DataReport.restored(report.state()).to_dict()
+    assert report.dataset("a").cut == 1

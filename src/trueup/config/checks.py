@@ -54,6 +54,8 @@ def derive(cfg: RunConfig) -> RunConfig:
         changes |= {"warmup_steps": 0, "warmup_ratio": cfg.train.warmup_steps}
     elif cfg.train.warmup_steps >= 1:
         changes["warmup_steps"] = int(cfg.train.warmup_steps)
+    if cfg.data.streaming and "precompute_ref_log_probs" not in cfg.explicit:
+        changes["precompute_ref_log_probs"] = False  # nobody knows yet of which rows
     if cfg.train.output_dir is None and cfg.model.model_name_or_path:
         model, method = str(cfg.model.model_name_or_path), cfg.tuning.finetuning_type
         changes["output_dir"] = default_output_dir(model, method, cfg.objective.stage)

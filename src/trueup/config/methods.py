@@ -85,7 +85,6 @@ LATER: dict[str, str] = {
     "infer_dtype": "bf16: true, or fp16: true on a GPU",
     "vllm_config": "infer_backend: huggingface",
     # data
-    "streaming": "max_samples, or smaller files",
     "eval_num_beams": "temperature: 0, which takes the likeliest token",
     # tuning
     "pure_bf16": "bf16: true, which keeps fp32 masters of the trained weights",

@@ -403,6 +403,36 @@ RULES = [
         "set max_steps",
     ),
     Rule(
+        ("streaming", "stage"),
+        lambda c: c.streaming and c.stage in _ONLINE,
+        "`streaming` reads answers to learn from; this stage answers prompts itself",
+        "drop streaming: prompts alone are small",
+    ),
+    Rule(
+        ("streaming", "val_size"),
+        lambda c: c.streaming and 0 < c.val_size < 1,
+        "`val_size` is a share, and nobody knows how many rows `streaming` will read",
+        "hold out a number of rows, as in val_size: 500; they are taken from the beginning",
+    ),
+    Rule(
+        ("streaming", "eval_strategy"),
+        lambda c: c.streaming and (c.do_eval or c.eval_strategy != "no") and not (c.val_size or c.eval_dataset),
+        "an evaluation is asked for, and with `streaming` there is no share of rows to hold out",
+        "set val_size to a number of rows, or an eval_dataset",
+    ),
+    Rule(
+        ("streaming", "precompute_ref_log_probs"),
+        lambda c: c.streaming and c.precompute_ref_log_probs and "precompute_ref_log_probs" in c.explicit,
+        "`precompute_ref_log_probs: true` asks about every row before the first step; `streaming` reads them later",
+        "drop precompute_ref_log_probs: the reference runs beside the model",
+    ),
+    Rule(
+        ("streaming", "tokenized_path"),
+        lambda c: c.streaming and c.tokenized_path,
+        "`tokenized_path` keeps all tokens, and `streaming` never has all of them",
+        "drop one of the two",
+    ),
+    Rule(
         ("freeze_trainable_layers", "finetuning_type"),
         lambda c: c.finetuning_type == "freeze" and c.freeze_trainable_layers == 0 and not c.freeze_extra_modules,
         "`freeze_trainable_layers: 0` trains nothing",

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from trueup.data.encoder import (
 from trueup.data.examples import Example
 from trueup.data.load import LoadedData, load_examples_for
 from trueup.data.report import DataReport, number
+from trueup.data.streaming import TokenStream, open_stream
 from trueup.data.templates import ChatTemplate, load_template, own_source
 from trueup.data.tokenized import (
     CachedCopy,
@@ -64,6 +66,7 @@ class Prepared:
     eval: dict[str, EncodedDataset]  # "eval", or "eval_<dataset>" each
     report: DataReport
     template: ChatTemplate
+    stream: TokenStream | None = None  # with streaming, `train` is only its first buffer
 
 
 def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
@@ -74,6 +77,8 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     """
     template = run_template(cfg, tokenizer)
     policy = Policy(cfg.data.cutoff_len, cfg.data.truncation, cfg.data.train_on_prompt, cfg.data.mask_history)
+    if cfg.data.streaming:
+        return _prepare_stream(cfg, template, policy)
     copy, data = _copy_of(cfg, template, policy, tokenizer)
     found = copy.find() if copy else None
     if found:
@@ -97,6 +102,26 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     report.splits = {name: len(dataset) for name, dataset in found.datasets.items()}
     evaluation = {name: dataset for name, dataset in found.datasets.items() if name != "train"}
     return Prepared(found.datasets["train"], evaluation, report, template)
+
+
+def _prepare_stream(cfg: RunConfig, template: ChatTemplate, policy: Policy) -> Prepared:
+    """The same with `streaming`: what trains is read while it trains; what evaluates is read now."""
+
+    def refused(report: DataReport, tallies: Sequence[Tally]) -> None:
+        refuse(report, tallies, cfg.data.on_bad_rows, cfg.data.truncation)
+
+    # The stream's thread has a tokenizer of its own: two threads must not use one at the same time.
+    begin, examples, report = open_stream(cfg, deepcopy(template), policy, refused)
+    evaluation = {}
+    for name, of_split in examples.items():
+        evaluation[name], tally = encode_examples(of_split, template, policy)
+        tell(report, tally)
+        refused(report, [tally])
+        report.splits[name] = len(evaluation[name])
+    if not cfg.train.do_train:
+        return Prepared(EncodedDataset.of([]), evaluation, report, template)
+    stream = begin()
+    return Prepared(stream.dataset, evaluation, report, template, stream)
 
 
 def _copy_of(

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trueup.data.files import first_line
 from trueup.data.registry import DatasetSpec
-from trueup.errors import DataError, ModelError
+from trueup.errors import ConfigError, DataError, ModelError
 
 
-def load_from_hub(spec: DatasetSpec, token: str | None = None, cache_dir: str | Path | None = None) -> Any:
-    """A hub's dataset, as a `datasets.Dataset`. `subset: a+b` is both, one after the other.
+def load_from_hub(
+    spec: DatasetSpec, token: str | None = None, cache_dir: str | Path | None = None, streaming: bool = False
+) -> Any:
+    """A hub's dataset, as a `datasets.Dataset` (or `IterableDataset`). `subset: a+b` is both, one after the other.
 
     Raises:
         DataError: no such split or subset. ModelError: whatever else keeps it from coming (C17).
     """
     loader = {"modelscope": _load_modelscope, "modelers": _load_modelers}.get(spec.hub, _load_huggingface)
     subsets = (spec.subset or "").split("+")
+    options = {"streaming": True} if streaming else {}
     try:
-        parts = [loader(replace(spec, subset=subset or None), token, cache_dir) for subset in subsets]
+        parts = [loader(replace(spec, subset=subset or None), token, cache_dir, **options) for subset in subsets]
         if len(parts) == 1:
             return parts[0]
         from datasets import concatenate_datasets
@@ -37,7 +41,45 @@ def load_from_hub(spec: DatasetSpec, token: str | None = None, cache_dir: str | 
         raise _hub_problem(spec, error) from error
 
 
-def _load_huggingface(spec: DatasetSpec, token: str | None, cache_dir):
+class HubRows:
+    """Rows of a streamed dataset of a hub: iterate for (row, None); `place` is where the next row begins."""
+
+    def __init__(self, dataset: Any, name: str, place: Any = None) -> None:
+        self._dataset, self._name = dataset, name
+        if place is not None:
+            dataset.load_state_dict(place)
+        self._rows = iter(dataset)
+
+    @property
+    def place(self) -> Any:
+        return self._dataset.state_dict()
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], None]]:
+        return self
+
+    def __next__(self) -> tuple[dict[str, Any], None]:
+        return dict(next(self._rows)), None
+
+    def where(self, line: int | None) -> str:
+        return self._name
+
+    def close(self) -> None:
+        """Nothing is held open between rows."""
+
+
+def stream_from_hub(
+    spec: DatasetSpec, token: str | None = None, cache_dir: str | Path | None = None, place: Any = None
+) -> HubRows:
+    """A hub's dataset, fetched while it is read, from a place of an earlier reading. Raises as `load_from_hub`."""
+    if "+" in (spec.subset or ""):
+        raise ConfigError(
+            f"dataset {spec.name!r}: several subsets cannot be streamed as one", where=spec.origin,
+            fix="list each subset as a dataset of its own, or set streaming: false",
+        )  # fmt: skip
+    return HubRows(load_from_hub(spec, token, cache_dir, streaming=True), f"{spec.hub}: {spec.hub_id}", place)
+
+
+def _load_huggingface(spec: DatasetSpec, token: str | None, cache_dir, **options):
     from datasets import load_dataset
 
     return load_dataset(
@@ -47,10 +89,11 @@ def _load_huggingface(spec: DatasetSpec, token: str | None, cache_dir):
         split=spec.split,
         token=token,
         cache_dir=str(cache_dir) if cache_dir else None,
+        **options,
     )
 
 
-def _load_modelscope(spec: DatasetSpec, token: str | None, cache_dir):
+def _load_modelscope(spec: DatasetSpec, token: str | None, cache_dir, streaming: bool = False):
     from modelscope import MsDataset  # pyright: ignore[reportMissingImports]
 
     dataset = MsDataset.load(
@@ -60,11 +103,12 @@ def _load_modelscope(spec: DatasetSpec, token: str | None, cache_dir):
         split=spec.split,
         token=token,
         cache_dir=str(cache_dir) if cache_dir else None,
+        **({"use_streaming": True} if streaming else {}),
     )
     return dataset.to_hf_dataset() if hasattr(dataset, "to_hf_dataset") else dataset
 
 
-def _load_modelers(spec: DatasetSpec, token: str | None, cache_dir):
+def _load_modelers(spec: DatasetSpec, token: str | None, cache_dir, **options):
     """Modelers' own dataset class needs a numpy from before 2: its files are fetched, and read like local ones."""
     from datasets import load_dataset
     from openmind_hub import snapshot_download  # pyright: ignore[reportMissingImports]
@@ -72,7 +116,7 @@ def _load_modelers(spec: DatasetSpec, token: str | None, cache_dir):
     directory = snapshot_download(
         spec.hub_id, repo_type="dataset", token=token, cache_dir=str(cache_dir) if cache_dir else None
     )
-    return load_dataset(directory, name=spec.subset, data_dir=spec.folder, split=spec.split)
+    return load_dataset(directory, name=spec.subset, data_dir=spec.folder, split=spec.split, **options)
 
 
 def _hub_problem(spec: DatasetSpec, error: Exception) -> Exception:

@@ -108,7 +108,7 @@ def load_examples(
     for data in loaded.values():
         if data.name in held_out:
             evaluation[data.name] = [data.examples[i] for i in sorted(held_out[data.name])]
-    splits = _name_splits(evaluation, eval_on_each_dataset)
+    splits = name_splits(evaluation, eval_on_each_dataset)
     report.compare_rows(e for d in loaded.values() for e in d.examples.values())
     report.compare_splits(train, (e for examples in splits.values() for e in examples))
     report.splits = {"train": len(train), **{name: len(e) for name, e in splits.items()}}
@@ -295,7 +295,8 @@ def _mixed(parts: Sequence[list[Example]], strategy: str, probs: Sequence[float]
     return [parts[d][i] for d, i in mix([len(p) for p in parts], strategy, probs, seed)]
 
 
-def _name_splits(evaluation: dict[str, list[Example]], each: bool) -> dict[str, list[Example]]:
+def name_splits(evaluation: dict[str, list[Example]], each: bool) -> dict[str, list[Example]]:
+    """Evaluation sets of datasets by the names that metrics go by."""
     if each:
         return {f"eval_{name}": examples for name, examples in evaluation.items()}
     together = [example for examples in evaluation.values() for example in examples]

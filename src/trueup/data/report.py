@@ -146,6 +146,10 @@ class DataReport:
             report.datasets[entry["name"]] = DatasetReport(**{**entry, **losses, "labels": Counter(entry["labels"])})
         return report
 
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Be as when `state` was taken, but for what has been said to the user."""
+        vars(self).update({**vars(DataReport.restored(state)), "_said": self._said})
+
     # ---- recording ----
 
     def dataset(self, name: str) -> DatasetReport:
@@ -156,11 +160,13 @@ class DataReport:
         """The dataset report that a row id belongs to."""
         return self.dataset(row.rpartition(":")[0])
 
-    def dropped(self, row: str, reason: str, excerpt: str = "") -> None:
-        """A row will not be learnt from. Said twice of one row, the first reason stands."""
-        if row not in self._dropped:
-            self._dropped.add(row)
-            self.of_row(row).dropped.setdefault(reason, Rows()).add(row, excerpt)
+    def dropped(self, row: str, reason: str, excerpt: str = "") -> bool:
+        """A row will not be learnt from. Said twice of one row, the first reason stands; True if it is news."""
+        if row in self._dropped:
+            return False
+        self._dropped.add(row)
+        self.of_row(row).dropped.setdefault(reason, Rows()).add(row, excerpt)
+        return True
 
     def truncated(self, row: str, part: str, excerpt: str = "") -> None:
         """A part of a row ("prompt", "answer", "chosen", "rejected", "text") was cut to the length
@@ -180,6 +186,10 @@ class DataReport:
             self._measured.add(row)
             for part, count in tokens.items():
                 self._lengths[part][count] += 1
+
+    def told_before(self, rows: Iterable[str]) -> None:
+        """Of these rows nothing more is counted as left out."""
+        self._dropped.update(rows)
 
     def forget_rows(self) -> None:
         """Keep the counts, not which rows they count: none of the rows told of so far will be told of again."""

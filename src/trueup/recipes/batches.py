@@ -37,6 +37,7 @@ class Arithmetic:
     packs: int | None = None  # what a "row" of the three counts above is when rows are packed
     tokens_per_micro_batch: int | None = None  # a budget in place of rows_per_micro_batch
     passes: int = 1  # over each batch, where the model answers prompts itself and learns from the answers
+    streamed: bool = False  # the examples are those of the first buffer only
 
     @property
     def rows_per_step(self) -> int:
@@ -133,7 +134,7 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
         shuffle=not data.disable_shuffling,
         micro_batch_tokens=data.batch_tokens,
         pack_tokens=data.cutoff_len if packing or data.neat_packing else None,
-        drop_last=train.dataloader_drop_last,
+        drop_last=train.dataloader_drop_last and not data.streaming,  # a stream has no last step
     )
     steps_per_epoch = plan.steps_per_epoch
     if steps_per_epoch == 0:
@@ -146,7 +147,7 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
             fix="lower per_device_train_batch_size or gradient_accumulation_steps, or set dataloader_drop_last: false",
         )
     passes = (cfg.online.ppo_epochs or 1) if cfg.objective.stage in ONLINE else 1
-    steps_per_epoch *= passes
+    steps_per_epoch = train.max_steps if data.streaming else steps_per_epoch * passes
     if train.max_steps > 0:
         total = train.max_steps
         epochs = math.ceil(total / steps_per_epoch)
@@ -155,7 +156,7 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
         epochs = math.ceil(train.num_train_epochs)
     sizes = (train.per_device_train_batch_size, train.gradient_accumulation_steps, world_size)
     packs = len(plan.units) if plan.pack_tokens else None
-    counts = steps_per_epoch, epochs, total, packs, plan.micro_batch_tokens, passes
+    counts = steps_per_epoch, epochs, total, packs, plan.micro_batch_tokens, passes, data.streaming
     return plan, Arithmetic(len(lengths), *sizes, *counts)
 
 

@@ -112,6 +112,7 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
         count = functools.partial(answered_tokens, cfg) if cfg.objective.stage in ONLINE else count_tokens
         tokens = count(prepared.train, plan, arithmetic.epochs)
         largest = tokens.largest
+        tokens = None if arithmetic.streamed else tokens
     else:  # an evaluation has no steps and saves nothing
         arithmetic = Arithmetic(0, cfg.train.per_device_eval_batch_size, 1, world_size, 0, 0, 0)
         tokens = None

@@ -41,7 +41,7 @@ class FeedbackLesson:
         datasets: Mapping[str, EncodedDataset],
         references: References | None,
         backend: Backend,
-        steps_per_epoch: int,
+        dataset_lasts: int,
         entropy: EntropyGauge,
     ) -> None:
         assert references is not None
@@ -49,12 +49,12 @@ class FeedbackLesson:
         self.beta, self.cutoff = cfg.objective.pref_beta, cfg.data.cutoff_len
         self.seed = cfg.train.seed if cfg.train.data_seed is None else cfg.train.data_seed
         self.terms = terms_of(cfg)
-        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.dataset_lasts = max(1, dataset_lasts)  # steps: an epoch, or one where rows are streamed
         self.needs_mismatched = any(term.objective.needs_mismatched for term in self.terms)
         self.shift = RunningMean(backend) if any(term.objective.needs_shift for term in self.terms) else None
         self.mismatched: Tensor | None = None  # [M] log-ratios over the whole step
         self._partners: dict[str, tuple[int, np.ndarray]] = {}  # split → epoch, and each row's partner in it
-        self._prompts: dict[str, np.ndarray] = {}  # split → a number for each row's prompt
+        self._prompts: dict[str, tuple[str, np.ndarray]] = {}  # split → its fingerprint, a number for each row's prompt
 
     def counts(self, batch: Batch) -> dict[str, float]:
         wanted = sum(is_wanted(example) for example in self._examples(batch))
@@ -97,7 +97,7 @@ class FeedbackLesson:
         if self.shift is not None and steps_done is not None:
             self.shift.fold()
         if self.needs_mismatched:
-            epoch = 0 if steps_done is None else steps_done // self.steps_per_epoch
+            epoch = 0 if steps_done is None else steps_done // self.dataset_lasts
             with without_dropout(self.policy):
                 ratios = [{"ratio": self._log_ratios(batch, epoch)} for batch in batches]
             values, _ = gather_values(ratios, backend)
@@ -115,10 +115,11 @@ class FeedbackLesson:
 
     def _partners_of(self, split: str, epoch: int) -> np.ndarray:
         """Drawn once an epoch, from the seed and the epoch alone: a run that is resumed draws the same."""
-        if split not in self._prompts:
-            self._prompts[split] = numbered_prompts(self.datasets[split])
+        dataset = self.datasets[split]
+        if self._prompts.get(split, ("",))[0] != dataset.fingerprint:
+            self._prompts[split] = dataset.fingerprint, numbered_prompts(dataset)
         if self._partners.get(split, (-1,))[0] != epoch:
-            self._partners[split] = epoch, partners(self._prompts[split], self.seed, epoch)
+            self._partners[split] = epoch, partners(self._prompts[split][1], self.seed, epoch)
         return self._partners[split][1]
 
     def _examples(self, batch: Batch) -> list[Encoded]:

@@ -51,6 +51,9 @@ def batch_words(a: Arithmetic) -> str:
 
 def steps_words(a: Arithmetic) -> str:
     """How many steps there are, and why."""
+    if a.streamed:
+        unit = "row" if a.packs is None else "pack"
+        return f"{a.total_steps:,} in all, of {counted(a.total_steps * a.rows_per_step, unit)} read while training"
     packed = "" if a.packs is None else f" in {counted(a.packs, 'pack')}"
     passes = "" if a.passes == 1 else f" × {counted(a.passes, 'pass')}"
     epochs = f"{a.total_steps / a.steps_per_epoch:.3g}"

@@ -27,6 +27,7 @@ from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_to
 from trueup.models.memory import fit_to_memory
 from trueup.models.reward import RewardModel, check_trained
 from trueup.recipes.batches import Tokens, count_tokens, eval_batches, in_layout, plan_batches, train_batches
+from trueup.recipes.feed import watched
 from trueup.recipes.feedback import tell_balance
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.predict import make_predictor, predict
@@ -101,8 +102,9 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         fit_activations(cfg, loaded, tokens)
         predictor = make_predictor(cfg, loaded, tokenizer, prepared)
     console.print(prepared.report.render(), markup=False, highlight=False)
-    console.print(header(cfg, loaded, prepared, arithmetic, tokens), markup=False, highlight=False)
-    fingerprint = prepared.train.fingerprint
+    told = None if arithmetic.streamed else tokens
+    console.print(header(cfg, loaded, prepared, arithmetic, told), markup=False, highlight=False)
+    fingerprint = prepared.stream.fingerprint if prepared.stream else prepared.train.fingerprint
     identity = {"data_fingerprint": fingerprint, "effective_batch": plan.rows_per_step}
     with open_directory(cfg, backend, prepared, identity) as directory:
         batches = {"train": train_batches(plan, arithmetic), **_eval_batches(cfg, prepared)}
@@ -112,7 +114,9 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         program = OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, backend, asked)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
         torch.manual_seed(cfg.train.seed + backend.rank)  # processes drop different entries; a resume restores its own
-        result = fit(program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint)
+        with watched(prepared, directory) as watchers:
+            observers += watchers
+            result = fit(program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint)
         predicted = predict(predictor, directory, backend, console) if predictor and cfg.train.do_predict else {}
         return RunResult(directory.path, {**result.train, **result.evaluation, **predicted})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from trueup.models.policy import Policy
 from trueup.models.reward import RewardModel
 from trueup.recipes.batches import Batch, eval_batches
 from trueup.recipes.entropy import EntropyGauge
+from trueup.recipes.feed import make_feed
 from trueup.recipes.feedback import FeedbackLesson
 from trueup.recipes.pairs import PairLesson
 from trueup.recipes.predict import Predictor
@@ -53,7 +53,7 @@ def lesson_of(
     datasets: Mapping[str, EncodedDataset],
     references: References | None,
     backend: Backend,
-    steps_per_epoch: int,
+    dataset_lasts: int,
     entropy: EntropyGauge,
 ) -> Lesson:
     """The lesson of the kind of example a stage trains on."""
@@ -63,7 +63,7 @@ def lesson_of(
         case "pair":
             return PairLesson(cfg, policy, datasets, references, backend, entropy)
         case "feedback":
-            return FeedbackLesson(cfg, policy, datasets, references, backend, steps_per_epoch, entropy)
+            return FeedbackLesson(cfg, policy, datasets, references, backend, dataset_lasts, entropy)
         case _:
             return TextLesson(policy, datasets, entropy)
 
@@ -91,28 +91,26 @@ class OfflineProgram:
             prepared.template.attach(tokenizer)
             if loaded.policy.base.can_generate():
                 tidy_generation(loaded.policy.base, prepared.template.stop_ids)
-        self.datasets: dict[str, EncodedDataset] = {"train": prepared.train, **prepared.eval}
-        self.plan = plan
-        steps = plan.steps_per_epoch
-        self.entropy = EntropyGauge(cfg.train, steps)
-        self.lesson = lesson_of(cfg, loaded.policy, self.datasets, references, backend, steps, self.entropy)
+        self.feed = make_feed(cfg, prepared, plan, loaded.policy.shared, backend)
+        self.datasets: dict[str, EncodedDataset] = {"train": self.feed.dataset, **prepared.eval}
+        self.entropy = EntropyGauge(cfg.train, self.feed.steps_per_epoch)
+        lasts = self.feed.dataset_lasts
+        self.lesson = lesson_of(cfg, loaded.policy, self.datasets, references, backend, lasts, self.entropy)
         self.rank, self.world_size = backend.rank, backend.world_size
         self.trainable: dict[str, nn.Parameter] = loaded.policy.trainable()
         self.masters = self.adapters.masters if self.adapters is not None else {}
         self.examples_per_step = plan.rows_per_step
-        self.steps_per_epoch = plan.steps_per_epoch
+        self.steps_per_epoch = self.feed.steps_per_epoch
         self.eval_sets = {
             name: [Batch(name, group) for group in eval_batches(cfg, dataset)[self.rank :: self.world_size]]
             for name, dataset in prepared.eval.items()
         }
-        self._steps = functools.lru_cache(maxsize=2)(plan.steps)
 
     def train(self, mode: bool = True) -> None:
         self.policy.model.train(mode)
 
     def micro_batches(self, epoch: int, step: int) -> list[Batch]:
-        units = self._steps(epoch)[step]
-        return [Batch("train", group) for group in self.plan.micro_batches(units, self.rank, self.world_size)]
+        return [Batch("train", group) for group in self.feed.micro_batches(epoch, step)]
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return self.lesson.counts(batch)
@@ -145,10 +143,11 @@ class OfflineProgram:
         self.tokenizer.save_pretrained(directory)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.lesson.state_dict()
+        return {**self.lesson.state_dict(), **self.feed.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.lesson.load_state_dict(state)
+        self.feed.load_state_dict(state)
+        self.lesson.load_state_dict({key: value for key, value in state.items() if key != "stream"})
 
 
 def tidy_generation(base: PreTrainedModel, stop_ids: Sequence[int]) -> None:

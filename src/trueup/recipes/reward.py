@@ -100,6 +100,10 @@ def teachable(cfg: RunConfig, prepared: Prepared) -> Prepared:
         DataError: scores are missing, or are no probabilities where probabilities are meant.
         ConfigError: `score_margin` has no scores to go by.
     """
+    if stream := prepared.stream:
+        of_buffer = replace(prepared, eval={}, stream=None)
+        stream.screened_by(lambda rows: teachable(cfg, replace(of_buffer, train=rows)).train)
+        prepared = replace(prepared, train=stream.dataset)
     sets = {"train": prepared.train, **prepared.eval}
     if cfg.reward.reward_loss not in COMPARING:
         _require_scores(cfg, sets)
@@ -115,7 +119,8 @@ def teachable(cfg: RunConfig, prepared: Prepared) -> Prepared:
     if cfg.data.on_bad_rows == "error":
         prepared.report.refuse_bad_rows()
     prepared.report.require_usable()
-    prepared.report.splits = {name: len(rows) for name, rows in kept.items()}
+    for name, rows in sets.items():
+        prepared.report.splits[name] -= len(rows) - len(kept[name])
     return replace(prepared, train=kept.pop("train"), eval=kept)
 
 
@@ -123,12 +128,12 @@ def _without_ties(rows: EncodedDataset, prepared: Prepared) -> EncodedDataset:
     tied = [example.row for example in rows if len(set(standing(example))) == 1]
     if not tied:
         return rows
-    for row in tied:
-        prepared.report.dropped(row, "all answers tie", "equal scores")
-    log.warning(
-        "%s rows are left out because all their answers have the same score (first: %s); on_bad_rows: error refuses "
-        "them instead, reward_loss: pointwise learns from them", f"{len(tied):,}", tied[0],
-    )  # fmt: skip
+    news = [row for row in tied if prepared.report.dropped(row, "all answers tie", "equal scores")]
+    if news:
+        log.warning(
+            "%s rows are left out because all their answers have the same score (first: %s); on_bad_rows: error "
+            "refuses them instead, reward_loss: pointwise learns from them", f"{len(news):,}", news[0],
+        )  # fmt: skip
     return EncodedDataset.of(example for example in rows if len(set(standing(example))) > 1)
 
 

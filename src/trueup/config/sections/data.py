@@ -32,7 +32,8 @@ class DataSection(Section):
     interleave_probs: Numbers = []
     """How often each dataset is drawn from when interleaving."""
     streaming: bool = False
-    """Read the data while training instead of before it."""
+    """Read the data while training instead of before it, in flat memory. Needs max_steps; val_size is then a number of
+    rows, taken from the beginning."""
     buffer_size: Positive = 16384
     """Rows kept in memory to shuffle a stream."""
     disable_shuffling: bool = False
