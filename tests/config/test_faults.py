@@ -202,6 +202,7 @@ def test_the_way_out_names_only_what_there_is():
     assert fix(kto_chosen_weight=2.0).startswith("drop it; it acts with `stage: kto`")
     assert fix(simpo_gamma=1.0, stage="dpo").endswith("`pref_loss: simpo | alphapo`")
     assert fix(use_galore=True, galore_rank=8).startswith("use optim: adamw_torch")
+    assert fix(push_to_hub=True) == "upload output_dir with the hub's own tool"
 
 
 @pytest.mark.parametrize(

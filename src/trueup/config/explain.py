@@ -21,6 +21,8 @@ REASONS: dict[str, str] = {
     "device": "auto, cpu, cuda, cuda:N or mps",
 }
 _MOST_CHOICES = 5
+#: what `LATER`'s texts begin with when they name something to do, not something to use.
+_DOES = ("drop", "convert", "export", "upload")
 _LIMITS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -122,7 +124,7 @@ def condition_words(other: str, allowed: Any) -> str:
 
 def alternative(instead: str) -> str:
     """What to do in place of something not supported yet."""
-    return instead if instead.startswith("drop it") else f"use {instead}"
+    return instead if instead.partition(" ")[0] in _DOES else f"use {instead}"
 
 
 def explain(key: str) -> str:

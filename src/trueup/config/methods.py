@@ -63,7 +63,7 @@ _DDP = "one process per device with torchrun"
 
 LATER: dict[str, str] = {
     # model
-    "allow_pickle_weights": "safetensors: convert once with transformers' save_pretrained",
+    "allow_pickle_weights": "convert once with transformers' save_pretrained, which writes safetensors",
     "resize_vocab": "a model saved after transformers' resize_token_embeddings",
     "adapter_folder": "full paths in adapter_name_or_path",
     "train_from_scratch": "a directory that holds a freshly initialised model",
@@ -112,14 +112,14 @@ LATER: dict[str, str] = {
     "compute_accuracy": "the evaluation loss",
     "optim_args": "the adam_… keys",
     "num_beams": "num_beams: 1 with sampling",
-    "push_to_hub": "uploading output_dir with the hub's own tool",
+    "push_to_hub": "upload output_dir with the hub's own tool",
     "deepspeed": _DDP,
     "fsdp": _DDP,
     "fsdp_config": _DDP,
     "ray_init_kwargs": _DDP,
     # export and benchmarks
-    "export_quantization_bit": "exporting without it",
-    "export_hub_model_id": "uploading export_dir with the hub's own tool",
+    "export_quantization_bit": "export without it",
+    "export_hub_model_id": "upload export_dir with the hub's own tool",
     "task": "do_eval on a held-out dataset",
 }
 

@@ -43,7 +43,7 @@ class Thresholds:
         stage = config.get("stage")
         if stage not in STAGE_LOSSES and stage != "online_dpo":
             return cls()
-        named = config.get("pref_loss") if stage in STAGE_LOSSES else "sigmoid"
+        named = config["pref_loss"] if stage in STAGE_LOSSES else "sigmoid"
         first = next((n for n in (named if isinstance(named, list) else [named]) if n != "sft"), "sft")
         loss, beta = PREF_LOSSES[first], config["pref_beta"]
         margin, fallen = _NATS_A_TOKEN if loss.per_token else _NATS
