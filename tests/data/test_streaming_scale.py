@@ -1,0 +1,66 @@
+"""Memory stays flat however much is streamed: on gigabytes, and on millions of rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORDS = ("Saturday", "because", "rain", "a", "of", "preference", "the", "answers", "people", "better", "why", "is")
+#: Reads one pass through a file, in a process of its own; prints a line of (rows read, MB resident) a buffer.
+READER = """
+import resource, sys, time
+import psutil
+from tests.data.tiny_tokenizers import make_tokenizer
+from trueup.config.load import load_config
+from trueup.data.encode import prepare
+
+path, output, size = sys.argv[1:]
+cfg = load_config({"model_name_or_path": "builtin:sql-tiny", "stage": "dpo", "dataset": path, "output_dir": output,
+                   "streaming": True, "max_steps": 1, "template": "qwen", "buffer_size": int(size)})
+begun = time.monotonic()
+prepared = prepare(cfg, make_tokenizer("qwen"))
+stream, report = prepared.stream, prepared.report
+while stream.state()["begins"]["place"]["pass"] == 0:
+    (entry,) = report.datasets.values()
+    seconds = time.monotonic() - begun
+    print(entry.read, entry.kept, psutil.Process().memory_info().rss >> 20, round(entry.read / seconds), flush=True)
+    stream.advance()
+stream.close()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def write_pairs(path: Path, size: int, words: int) -> int:
+    """At least `size` bytes of pairs, each side of about `words` words, no two alike; their number."""
+    draw, count = random.Random(0), 0
+    text = [" ".join(draw.choices(WORDS, k=max(1, draw.randint(words // 2, words * 3 // 2)))) for _ in range(2000)]
+    with path.open("w", encoding="utf-8") as file:
+        while file.tell() < size:
+            lines = []
+            for _ in range(1000):
+                prompt, chosen, rejected = draw.choices(text, k=3)
+                row = {"prompt": f"{count} {prompt}", "chosen": chosen, "rejected": f"{rejected} {count}"}
+                lines.append(json.dumps(row) + "\n")
+                count += 1
+            file.writelines(lines)
+    return count
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(("size", "words"), [(2 * 2**30, 90), (550 * 2**20, 3)], ids=["2 GB", "5 million rows"])
+def test_memory_is_flat(tmp_path: Path, size: int, words: int):
+    count = write_pairs(tmp_path / "pairs.jsonl", size, words)
+    command = [sys.executable, "-c", READER, str(tmp_path / "pairs.jsonl"), str(tmp_path / "out"), "16384"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *lines, peak = done.stdout.splitlines()
+    table = [tuple(map(int, line.split())) for line in lines]
+    settled = max(megabytes for _, _, megabytes, _ in table[: len(table) // 10])
+    print(f"{count:,} rows, {size >> 20:,} MB: {table[-1][3]:,} rows/s; resident after a tenth {settled} MB, "
+          f"at the end {table[-1][2]} MB, peak {peak} MB")  # fmt: skip
+    assert table[-1][0] == table[-1][1] == count
+    assert int(peak) < 1.1 * settled + 64
