@@ -29,6 +29,7 @@ from trueup.data.examples import (
     Prompt,
     Ranking,
     Text,
+    texts_of,
 )
 from trueup.data.report import DataReport, number
 from trueup.data.spans import Span
@@ -60,6 +61,10 @@ class Tally:
     control_tokens: list[str] = field(default_factory=list)
     #: rows with an answer that the template gave an empty thought
     empty_thoughts: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, list]:
+        """Its own lists by name, not copies: `asdict` would visit every value."""
+        return {kind.name: getattr(self, kind.name) for kind in fields(self)}
 
     def add(self, other: Tally) -> None:
         """What happened to further rows."""
@@ -293,7 +298,7 @@ class _Encoder:
 
     def _look_at(self, example: Example) -> None:
         """Count what a user should know of and the ids would not show."""
-        if self.template.has_control_tokens(_contents(example)):
+        if self.template.has_control_tokens(texts_of(example)):
             self.tally.control_tokens.append(example.row)
         answers = [] if isinstance(example, Text) or example.plain else _answers(example)
         empty = self.template.enable_thinking and self.template.ends.adds_empty_thought
@@ -399,20 +404,6 @@ def _answers(example: Chat | Shared) -> list[Messages]:
         case Feedback():
             return [example.answer]
     return []
-
-
-def _contents(example: Example) -> Iterator[str]:
-    match example:
-        case Text():
-            yield example.text
-            return
-        case Chat():
-            messages = [example.messages]
-        case Prompt():
-            messages = [example.messages]
-        case _:
-            messages = [example.prompt, *_answers(example)]
-    yield from (message.content for turns in messages for message in turns)
 
 
 # --- telling ----------------------------------------------------------------------------

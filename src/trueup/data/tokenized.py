@@ -33,8 +33,7 @@ from trueup.data.encoder import Policy, Tally
 from trueup.data.load import load_settings
 from trueup.data.registry import DatasetSpec, resolve_datasets
 from trueup.data.report import DataReport
-from trueup.data.sources import list_files
-from trueup.data.store import find_copy
+from trueup.data.sources import files_of
 from trueup.errors import ConfigError, CorruptStateError
 
 log = logging.getLogger("trueup")
@@ -77,18 +76,16 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def local_files(cfg: RunConfig) -> list[tuple[DatasetSpec, list[Path]]] | None:
-    """The files that a run's data are read from; None if some come from a hub or an address."""
+    """The files that a run's data are read from; None if some come from a hub, an address or memory."""
     names = list(dict.fromkeys([*cfg.data.dataset, *cfg.data.eval_dataset]))
     found = []
     for spec in resolve_datasets(names, cfg.data.dataset_dir, cfg.model.hub):
-        copy = find_copy(spec)
-        is_folder = spec.hub_id and Path(spec.hub_id).is_dir()
-        if spec.url or (spec.hub_id and not is_folder and not copy):
+        if spec.url:
             return None
-        if copy and not is_folder:
-            found.append((spec, [copy.file]))
-        else:
-            found.append((spec, list_files(spec.source or Path(spec.hub_id or ""), spec)))
+        paths = [file.path for file in files_of(spec) if file.path]
+        if not paths:
+            return None
+        found.append((spec, paths))
     return found
 
 
@@ -116,12 +113,12 @@ def write(folder: Path, tokenised: Tokenised, facts: Mapping[str, Any]) -> None:
     note = {
         "facts": facts,
         "splits": {name: dataset.fingerprint for name, dataset in tokenised.datasets.items()},
-        "tallies": {name: asdict(tally) for name, tally in tokenised.tallies.items()},
+        "tallies": {name: tally.to_dict() for name, tally in tokenised.tallies.items()},
         "report": tokenised.report,
     }
     staged = folder / f".{NOTE}-{uuid.uuid4().hex}"
     with staged.open("w", encoding="utf-8") as file:
-        json.dump(note, file, ensure_ascii=False)
+        file.write(json.dumps(note, ensure_ascii=False))  # `dump` would be in Python, and slow
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, folder / NOTE)
