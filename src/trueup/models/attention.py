@@ -56,6 +56,7 @@ def forest_attention(
     """
     if unknown := [name for name in _CHANGES_SCORES if others.get(name) is not None]:
         raise NotImplementedError(f"its attention has {', '.join(unknown)}")
+    forest.calls += 1
     if sliding_window is not None:
         forest.windows.add(sliding_window)
     if forest.gathered and not dropout and softcap is None:

@@ -40,6 +40,7 @@ class ForestLayout:
             before = self.paths[segment.parent] if segment.parent >= 0 else []
             self.paths.append([*before, index])
         self.windows: set[int] = set()  # sliding windows that the model passed with this layout
+        self.calls = 0  # attention layers that asked for the forest's kernel
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     @cached_property

@@ -177,7 +177,8 @@ class Policy:
             self.shared = True
             gap = _gap(self._read(forest), expected)
             assert self._layout is not None
-            if reason := _unseen_window(self.base.config.get_text_config(), self._layout.windows):
+            config = self.base.config.get_text_config()
+            if reason := _unseen_window(config, self._layout.windows) or _unasked(config, self._layout.calls):
                 return reason
             # Kernels round differently, in bf16 by more the surer a model is; what a sibling's tokens would change is
             # the measure of how much is too much. It takes a forward, so it is asked for only where it can matter.
@@ -223,6 +224,14 @@ class Policy:
         """[B, T - first] the same of sequences [B, T] from token `first` on, by the model's own forward."""
         logits = self.base(input_ids=rows, use_cache=False).logits[:, first - 1 : -1].float()
         return torch.log_softmax(logits, -1).gather(2, rows[:, first:, None]).squeeze(2)
+
+
+def _unasked(config, calls: int) -> str | None:
+    """Why a model that has layers of its own kind cannot share prompts. Counted, because the numbers of a model whose
+    weights are new tell no wrong mask from rounding.
+    """
+    layers = int(getattr(config, "num_hidden_layers", 1))
+    return None if calls >= layers else f"{layers - calls} of its {layers} layers do not ask for an attention kernel"
 
 
 def _unseen_window(config, windows: set[int]) -> str | None:
