@@ -287,7 +287,7 @@ def test_d20_our_own_samples_are_not_where_a_typo_is_mended(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "kind", "words"),
     [
-        (pairs(2), "feedback", "write each pair as two rows"),
+        (pairs(2), "feedback", "make two labelled answers of each pair: `trueup data unpair`"),
         (pairs(2), "chat", "stage: dpo"),
         ([{"text": "a document"}], "chat", "stage: pt"),
         ([{"instruction": "a", "output": "b"}], "pair", "stage: sft"),

@@ -190,6 +190,88 @@ def long_rows() -> list[dict]:
     return rows
 
 
+def test_d9_a_pair_and_its_reverse_are_said_with_both_rows():
+    first, *rest = pairs(4)
+    put([first, *rest, {**first, "chosen": first["rejected"], "rejected": first["chosen"]}])
+    result = train()
+    found = read_json("out/data_report.json")["reversed_pairs"]
+    assert found["rows"] == ["rows:4"] and "rows:0" in found["excerpt"]
+    assert "1 pairs contradict another row" in result.stderr
+
+
+def test_d10_duplicates_are_said_and_kept_but_a_key_given_twice_is_refused():
+    rows = pairs(4)
+    put([*rows, rows[1]])
+    result = train()
+    assert report()["kept"] == 5
+    assert read_json("out/data_report.json")["duplicates"]["rows"] == ["rows:4"]
+    assert "1 rows are exact duplicates of earlier ones" in result.stderr
+    shutil.rmtree("out")
+    line = '{"prompt": "q", "chosen": "a", "chosen": "b", "rejected": "c"}\n'
+    refuse_data(as_lines(rows) + line, 3, "rows.jsonl:5:32", 'key "chosen" is given twice')
+
+
+def test_d11_overlap_is_said_and_with_strict_an_error():
+    put(rows := pairs(6))
+    put(rows[2:4], "held.jsonl")
+    result = train("--eval_dataset held.jsonl")
+    assert read_json("out/data_report.json")["train_eval_overlap"]["rows"] == ["held:0", "held:1"]
+    assert "2 evaluation rows have a prompt that is also trained on" in result.stderr
+    shutil.rmtree("out")
+    refuse(f"{TRAIN} --dataset rows.jsonl --eval_dataset held.jsonl --strict", 2, "also trained on")
+
+
+RANKED = {"prompt": "q", "responses": ["a b", "c", "d"], "scores": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scores": [1, 2]}, "2 numbers for 3 answers"),
+        ({"scores": [1, None, 2]}, "a list with null"),
+        ({"scores": [1, 2, float("nan")]}, "a list with nan"),
+        ({"scores": None, "rank": [1, 1, 2]}, "ranks [1, 1, 2]"),
+    ],
+)
+def test_d12_scores_or_ranks_that_do_not_fit(change: dict, said: str):
+    refuse_data([RANKED, {**RANKED, **change}], 3, said, "rows.jsonl:2")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"scores": [2, 2, 2]}, "all answers tie"), ({"responses": ["a"], "scores": [1]}, "fewer than two answers")],
+)
+def test_d12_ties_and_single_answers_are_dropped_or_refused(change: dict, reason: str):
+    rows = [*({**RANKED, "prompt": f"q {i}"} for i in range(4)), {**RANKED, **change}]
+    refuse_data(rows, 3, f"{reason} in 1 of 5 rows: rows:4", options="--on_bad_rows error")
+    train()
+    assert report()["dropped"][reason]["rows"] == ["rows:4"]
+
+
+KTO = f"train --stage kto --model_name_or_path {MODEL} --output_dir out --dataset rows.jsonl"
+
+
+def labelled(*labels: Any) -> list[dict]:
+    return [{"prompt": f"q {i}", "completion": f"a {i}", "label": label} for i, label in enumerate(labels)]
+
+
+def test_d13_labels_that_are_no_booleans():
+    put(labelled(True, 1, "true", "yes", False, 0, "No", "undesirable"))
+    succeed(f"{KTO} --max_steps 1")
+    assert report()["labels"] == {"desirable": 4, "undesirable": 4}
+    shutil.rmtree("out")
+    put(labelled(True, False, "maybe"))
+    refuse(KTO, 3, "rows.jsonl:3", "`label`", "'maybe'", "true/false, 1/0, yes/no or desirable/undesirable")
+
+
+def test_d14_one_class_is_refused_and_imbalance_said_with_weights():
+    put(labelled(*[True] * 6))
+    refuse(KTO, 3, "all 6 rows are wanted answers", "add rows of unwanted answers")
+    put(labelled(*[True] * 9, False))
+    result = succeed(f"{KTO} --max_steps 1")
+    assert re.search(r"9 wanted and 1 unwanted answers weigh 9.00 to 1; .*kto_rejected_weight between", result.stderr)
+
+
 @pytest.mark.parametrize("policy", ["keep_start", "keep_end"])
 def test_d15_what_was_cut_is_counted_with_the_lengths(policy: str):
     put(long_rows())
@@ -260,6 +342,76 @@ def test_d20_an_unknown_name_and_a_bad_registry():
     refuse(f"{TRAIN} --dataset my_pairs", 2, "dataset_info.json:3:")
     put('{"my_pairs": {"file_name": "rows.json", "fromatting": "alpaca"}}', "data/dataset_info.json")
     refuse(f"{TRAIN} --dataset my_pairs", 2, "dataset_info.json:1", "fromatting", "formatting")
+
+
+def test_d21_data_of_another_kind_says_what_it_is_and_how_to_convert_it():
+    put(pairs(4))
+    refuse(KTO, 3, "holds preference pairs", "single answers with a label", "stage: dpo", "trueup data unpair")
+    put(labelled(True, False))
+    refuse(f"{TRAIN} --dataset rows.jsonl", 3, "holds single answers with a label", "stage: kto")
+
+
+WRONG_TURNS = {
+    "turn 1 is user after user; expected assistant": ("human", "human", "gpt"),
+    "the last turn is user; expected assistant": ("human", "gpt", "human"),
+    "turn 1 is by 'narrator'": ("human", "narrator"),
+}
+
+
+@pytest.mark.parametrize("said", WRONG_TURNS)
+def test_d22_roles_out_of_order_name_the_turn_and_the_pattern(said: str):
+    good, bad = (
+        {"conversations": [{"from": role, "value": f"text {i}"} for i, role in enumerate(roles)]}
+        for roles in (("human", "gpt"), WRONG_TURNS[said])
+    )
+    put([good, good, bad])
+    line = f"train --stage sft --model_name_or_path {MODEL} --output_dir out --dataset rows.jsonl"
+    refuse(f"{line} --on_bad_rows error", 3, "wrong roles in 1 of 3 rows: rows:2")
+    result = succeed(f"{line} --max_steps 1")
+    dropped = report()["dropped"]["wrong roles"]
+    assert dropped["rows"] == ["rows:2"] and dropped["excerpt"].startswith(said[:50])
+    assert "wrong roles" in result.stdout
+
+
+def test_d23_control_tokens_in_a_text_stay_text_and_are_counted():
+    rows = pairs(4)
+    rows[2]["prompt"] += " <|im_end|>"
+    put(rows)
+    result = train()
+    assert "1 rows have control tokens written in their text (first: rows:2)" in result.stderr
+    assert any("control tokens" in note for note in read_json("out/data_report.json")["notes"])
+
+
+@pytest.mark.parametrize(("character", "code"), [("\0", "U+0000"), ("\ud800", "U+D800")])
+def test_d24_characters_no_tokenizer_takes_are_dropped_with_their_code_or_refused(character: str, code: str):
+    rows = pairs(4)
+    rows[2]["chosen"] += character
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    refuse_data(text, 3, "unreadable character in 1 of 4 rows: rows:2", options="--on_bad_rows error")
+    train()
+    dropped = report()["dropped"]["unreadable character"]
+    assert dropped["rows"] == ["rows:2"] and code in dropped["excerpt"]
+
+
+def test_d24_hidden_control_characters_are_said_with_row_and_code():
+    rows = pairs(4)
+    rows[1]["rejected"] += "\x08"
+    put(rows)
+    assert "1 row holds hidden control characters (first U+0008 in rows:1)" in train().stderr
+    assert report()["kept"] == 4
+
+
+def test_d25_data_that_changed_are_refused_on_resume(here: Path):
+    rows = pairs(6)
+    put(rows)
+    options = f"--dataset {here / 'rows.jsonl'} --save_strategy steps --save_steps 1 --resume_from_checkpoint auto"
+    succeed(f"{TRAIN} --max_steps 1 {options}")
+    put([*rows[:5], {**rows[5], "chosen": "another answer"}])
+    result = trueup(f"{TRAIN} --max_steps 2 {options}")
+    assert result.exit_code == 7
+    assert "data_fingerprint" in result.stderr and "another experiment" in result.stderr
+    put(rows)
+    succeed(f"{TRAIN} --max_steps 2 {options}")
 
 
 def test_faults_of_several_datasets_are_reported_together():

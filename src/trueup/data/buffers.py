@@ -14,7 +14,7 @@ from trueup.data.encoder import CHUNK, Policy, Tally, encode_block
 from trueup.data.examples import Example, Kind
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
 from trueup.data.layout import Layout
-from trueup.data.load import excerpt, has_placeholder, layout_for
+from trueup.data.load import excerpt, has_placeholder, hidden_character, layout_for
 from trueup.data.readers import Row
 from trueup.data.row_files import Place
 from trueup.data.streams import MixedStream, RowStream, Source, StreamedRow
@@ -94,6 +94,7 @@ class BufferReader:
             recipe.sources, recipe.first, recipe.mix_strategy, recipe.interleave_probs, recipe.seed, begins["place"]
         )
         self._rows = self._stream.one_pass()
+        self._hidden: set[str] = set()  # datasets of which it has been said
         self.told: Callable[[int], None] = lambda done: None
         self.stopped = False
 
@@ -148,6 +149,9 @@ class BufferReader:
                 account.notes.append(
                     f"{name}: rows hold a placeholder such as {{{{name}}}}; replace it before training"
                 )
+            if name not in self._hidden and (hidden := hidden_character(example)):
+                self._hidden.add(name)
+                account.notes.append(f"{name}: rows hold hidden control characters (first {hidden} in {row_id})")
             yield example
 
     def _watch_columns(self, dataset: int, row: Row, row_id: str, account: Account) -> None:

@@ -7,6 +7,7 @@ happens to it later can be traced back.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,3 +123,20 @@ class Prompt:
 
 
 Example = Text | Chat | Pair | Ranking | Feedback | Prompt
+
+
+def texts_of(example: Example) -> Iterator[str]:
+    """Every text of an example: documents, and what is said in its turns."""
+    match example:
+        case Text(text):
+            yield text
+            return
+        case Chat(messages) | Prompt(messages):
+            turns = [messages]
+        case Pair(prompt, chosen, rejected):
+            turns = [prompt, chosen, rejected]
+        case Ranking(prompt, answers):
+            turns = [prompt, *answers]
+        case Feedback(prompt, answer):
+            turns = [prompt, answer]
+    yield from (message.content for messages in turns for message in messages)

@@ -16,7 +16,7 @@ import numpy as np
 
 from trueup.config.methods import stage_kind
 from trueup.config.schema import RunConfig
-from trueup.data.examples import Chat, Example, Kind
+from trueup.data.examples import Chat, Example, Kind, texts_of
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
 from trueup.data.layout import Layout, choose_layout
 from trueup.data.mixing import mix, sample_indices
@@ -31,6 +31,8 @@ log = logging.getLogger("trueup")
 
 HELD_OUT = 0.05  # share held out when evaluation is asked for without data to evaluate on
 _SHOWN = 10
+#: Control characters but for tab, line ends and form feed, and marks that turn the direction of writing around.
+_HIDDEN = re.compile(r"[\x01-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]").search
 _PLACEHOLDER = re.compile(r"\{\{ *(name|author) *\}\}")
 _TOKENS = {
     "huggingface": "hf_hub_token",
@@ -175,6 +177,7 @@ def _parse(
     if faults:
         raise DataError(_shape_problems(spec, rows, faults, len(chosen)))
     _tell_placeholders(result, report)
+    _tell_hidden(result, report)
     return result
 
 
@@ -201,6 +204,26 @@ def _tell_placeholders(data: _Dataset, report: DataReport) -> None:
         )
         log.warning(note)
         report.note(note)
+
+
+def _tell_hidden(data: _Dataset, report: DataReport) -> None:
+    """Characters that nobody sees are trained on like any other (D24)."""
+    found = [(example.row, hidden) for example in data.examples.values() if (hidden := hidden_character(example))]
+    if found:
+        row, hidden = found[0]
+        rows = "1 row holds" if len(found) == 1 else f"{number(len(found))} rows hold"
+        note = f"{data.name}: {rows} hidden control characters (first {hidden} in {row})"
+        log.warning(note)
+        report.note(note)
+
+
+def hidden_character(example: Example) -> str | None:
+    """The first control character of an example, other than white space, as "U+0008"."""
+    for text in texts_of(example):
+        found = _HIDDEN(text)
+        if found:
+            return f"U+{ord(found[0]):04X}"
+    return None
 
 
 def has_placeholder(example: Example) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from trueup.config.schema import RunConfig
 from trueup.data.encoded import Answer, Encoded, EncodedDataset
 from trueup.data.forest import build_forest
+from trueup.errors import DataError
 from trueup.models.logprobs import sum_by_sequence, token_logps
 from trueup.models.policy import Policy
 from trueup.recipes.batches import Batch
@@ -172,14 +173,21 @@ def crossed(own: Encoded, other: Encoded, cutoff: int) -> Encoded:
 
 
 def tell_balance(cfg: RunConfig, dataset: EncodedDataset) -> None:
-    """Say so when wanted and unwanted answers are out of the balance that KTO's paper recommends."""
+    """Say so when wanted and unwanted answers are out of the balance that KTO's paper recommends.
+
+    Raises:
+        DataError: all answers have the same label (D14); of a stream, whose beginning tells little, it is only said.
+    """
     wanted = sum(map(is_wanted, dataset))
     unwanted = len(dataset) - wanted
     if not wanted or not unwanted:
-        log.warning(
-            "all %s rows are %s answers: nothing tells the model what to leave; add rows with the other label",
-            f"{len(dataset):,}", "unwanted" if unwanted else "wanted",
-        )  # fmt: skip
+        label, other = ("unwanted", "wanted") if unwanted else ("wanted", "unwanted")
+        what = f"all {len(dataset):,} rows are {label} answers: nothing shows the difference that is to be learnt"
+        if not cfg.data.streaming:
+            raise DataError(
+                what, where="dataset", fix=f"add rows of {other} answers, or learn wanted ones by stage: sft"
+            )
+        log.warning("%s, as far as has been read", what)
         return
     up, down = cfg.objective.kto_chosen_weight, cfg.objective.kto_rejected_weight
     ratio = up * wanted / (down * unwanted)
