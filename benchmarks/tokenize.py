@@ -2,9 +2,10 @@
 
     python -m benchmarks.tokenize
 
-Dialogues of HH-RLHF, each text made unique, with Qwen's tokenizer. Both start from the file and keep no cache. TRL
+Dialogues of HH-RLHF, each text made unique, with Qwen's tokenizer. Both start from the file, without a cache. TRL
 is given one process and two (`dataset_num_proc`), and what it does is timed inside: reading the file and the
-trainer's own preparation, without the trainer's other work. trueup's second pass reads its `tokenized_path`.
+trainer's own preparation, without the trainer's other work. trueup, given one process and as many as it chooses, also
+writes its data report and fills its cache; a second pass finds them. `--large` does the same with more pairs, alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 from benchmarks import machine
 from benchmarks.environments import python_of, versions_of
@@ -35,6 +37,8 @@ from benchmarks.measure import (
 from benchmarks.models import model_directory
 from benchmarks.workloads import DATA, Pair, dialogues, write
 
+OURS = [sys.executable, "-m", "benchmarks.tokenize", "--ours"]
+CACHE = WORK / "cache"
 PEER = Path(__file__).parent / "peers" / "trl_tokenize.py"
 
 
@@ -42,12 +46,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenize")
     parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--large", type=int, default=100_000, help="pairs of a further pass of trueup alone; 0: none")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)  # the measured process writes its result here
+    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.ours:
-        options.ours.write_text(json.dumps(ours(options.ours.parent)), encoding="utf-8")
+        options.ours.write_text(json.dumps(ours(options.ours.parent, options.workers)), encoding="utf-8")
         return
     found = machine.describe(environment())
     print(machine.in_words(found))
@@ -84,42 +90,54 @@ def compare(model: Path, rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {}
     result = WORK / "result.json"
     commands = {
-        "trueup": [sys.executable, "-m", "benchmarks.tokenize", "--ours", result],
+        "trueup": [*OURS, result],
+        "trueup, 1 process": [*OURS, result, "--workers", "1"],
         "trl": [python_of("trl"), PEER, model, WORK / "trl.jsonl", result, "1"],
         "trl, 2 processes": [python_of("trl"), PEER, model, WORK / "trl.jsonl", result, "2"],
     }
     for _ in range(rounds):
-        shutil.rmtree(WORK / "tokenized", ignore_errors=True)
         for name, command in commands.items():
-            run(command, WORK / "log.txt", environment())
+            shutil.rmtree(CACHE, ignore_errors=True)
+            run(command, WORK / "log.txt", environment({"TRUEUP_CACHE": str(CACHE)}))
             for what, value in read_json(result).items():
                 seconds.setdefault(f"{name}{what}", []).append(value)
                 print(f"  {name}{what}: {value:.2f} s", flush=True)
     return seconds
 
 
-def ours(folder: Path) -> dict[str, float]:
-    """Seconds of preparing the pairs, and of doing so again with the tokenised copy on disk."""
+def large(data: Path, pairs: int) -> dict[str, Any]:
+    """Seconds and peak memory of preparing many pairs, twice."""
+    write(unique(data, pairs), WORK)
+    shutil.rmtree(CACHE, ignore_errors=True)
+    usage = run([*OURS, WORK / "result.json"], WORK / "log.txt", environment({"TRUEUP_CACHE": str(CACHE)}))
+    shutil.rmtree(CACHE, ignore_errors=True)
+    seconds = {f"trueup{what}": value for what, value in read_json(WORK / "result.json").items()}
+    return {"pairs": pairs, "seconds": seconds, "peak_gb": usage.peak_gb}
+
+
+def ours(folder: Path, workers: int | None) -> dict[str, float]:
+    """Seconds of preparing the pairs, and of doing so again with their tokens in the cache."""
     from trueup.config.load import load_config
     from trueup.data.encode import prepare
     from trueup.models.load import load_tokenizer
 
-    cfg = load_config(
-        {
-            "model_name_or_path": str(model_directory("0.5b")),
-            "stage": "dpo",
-            "dataset": str(folder / "trl.jsonl"),
-            "cutoff_len": 1024,
-            "tokenized_path": str(folder / "tokenized"),
-        }
-    )
-    seconds = {}
-    for what in ("", ", cached"):
+    settings = {
+        "model_name_or_path": str(model_directory("0.5b")),
+        "stage": "dpo",
+        "dataset": str(folder / "trl.jsonl"),
+        "cutoff_len": 1024,
+        "preprocessing_num_workers": workers,
+    }
+    cfg = load_config({key: value for key, value in settings.items() if value is not None})
+    seconds, fingerprints = {}, set()
+    for what in ("", ", cached") if workers is None else ("",):
         tokenizer = load_tokenizer(cfg.model)
         begun = time.perf_counter()
         prepared = prepare(cfg, tokenizer)
+        prepared.report.to_dict()
         seconds[what] = time.perf_counter() - begun
-        assert len(prepared.train) > 0
+        fingerprints.add(prepared.train.fingerprint)
+    assert len(fingerprints) == 1
     return seconds
 
 
@@ -135,7 +153,14 @@ def summary(record: dict) -> str:
         )
         for name, values in seconds.items()
     ]
-    return table((f"{pairs:,} pairs", "s", "pairs/s, best", "multiple of trueup's"), rows)
+    shown = table((f"{pairs:,} pairs", "s", "pairs/s, best", "multiple of trueup's"), rows)
+    if large := record.get("large"):
+        first, second = large["seconds"].values()
+        shown += (
+            f"\n\n{large['pairs']:,} pairs, trueup alone: {first:.1f} s with their data report,\n"
+            f"{second:.1f} s the second time; its largest process took {large['peak_gb']:.1f} GB."
+        )
+    return shown
 
 
 if __name__ == "__main__":
