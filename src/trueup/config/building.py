@@ -9,22 +9,24 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trueup.config.checks import Place, broken, not_yet
-from trueup.config.methods import OTHER_VERBS, SET, holds
+from trueup.config.methods import SET, is_off
 from trueup.config.rules import Rule
-from trueup.config.schema import SECTION_OF, RunConfig, default
+from trueup.config.schema import SECTION_OF, RunConfig
 from trueup.config.sections.online import SAMPLING
 from trueup.config.values import words
+from trueup.config.verbs import read_with, section_keys, without_effect
 from trueup.errors import Problem
 
 ANSWERS = 4  # of each model to each prompt, where num_generations is unset
 LONGEST = 512  # tokens of an answer, where max_new_tokens is unset
 
+_BUILD_KEYS = " ".join(key for key, section in SECTION_OF.items() if section == "build")
 _RULE_KEYS = tuple(key for key in SECTION_OF if key.startswith("rule_") and key != "rule_sql_schema")
 
 #: keys → the conditions under which a build reads them; keys in no row are of other verbs.
 _ROWS: list[tuple[str, dict[str, Any]]] = [
-    (" ".join(key for key, section in SECTION_OF.items() if section == "model" and key not in OTHER_VERBS), {}),
-    (" ".join(key for key, section in SECTION_OF.items() if section == "build"), {}),
+    (section_keys("model"), {}),
+    (_BUILD_KEYS, {}),
     ("dataset dataset_dir max_samples on_bad_rows cutoff_len", {}),
     ("template default_system tool_format enable_thinking preserve_thinking", {}),
     ("num_generations generation_batch_size mask_truncated_completions", {}),
@@ -43,7 +45,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
 ]
 #: keys that say what models of this machine see: idle where endpoints do everything.
 _LOCAL_KEYS = frozenset(words("cutoff_len template tool_format enable_thinking preserve_thinking"))
-READ_WITH: dict[str, Mapping[str, Any]] = {key: needs for row, needs in _ROWS for key in words(row)}
+READ_WITH: dict[str, Mapping[str, Any]] = read_with(_ROWS)
 
 
 def is_url(name: str | None) -> bool:
@@ -85,26 +87,12 @@ def check(cfg: RunConfig, place: Place, bad: set[str]) -> tuple[list[Problem], l
 
 
 def _without_effect(cfg: RunConfig, place: Place, bad: set[str]) -> list[Problem]:
-    found = []
-    for key in sorted(cfg.explicit - bad, key=list(SECTION_OF).index):
-        if cfg[key] == default(key) and cfg[key] in (None, False, [], {}, 0):
-            continue
-        if key not in READ_WITH:
-            found.append(Problem(f"`{key}` does nothing in `trueup data build`", place(key), fix="drop it"))
-            continue
-        if key in _LOCAL_KEYS and not _asks_models(cfg):
-            what = f"`{key}` has no effect: only endpoints are asked, and no model of this machine"
-            found.append(Problem(what, place(key), fix="drop it"))
-            continue
-        for other, allowed in READ_WITH[key].items():
-            if other not in bad and not holds(cfg[other], allowed):
-                now = f"`{other}: {cfg[other]}`" if cfg[other] not in (None, []) else f"no `{other}`"
-                acts = f"`{other}`" if allowed is SET else f"`{other}: {' | '.join(allowed)}`"
-                found.append(
-                    Problem(f"`{key}` has no effect with {now}", place(key), fix=f"drop it; it acts with {acts}")
-                )
-                break
-    return found
+    found = without_effect(cfg, place, bad, "data build", READ_WITH)
+    idle = (
+        set() if _asks_models(cfg) else {key for key in cfg.explicit & _LOCAL_KEYS - bad if not is_off(key, cfg[key])}
+    )
+    what = "has no effect: only endpoints are asked, and no model of this machine"
+    return found + [Problem(f"`{key}` {what}", place(key), fix="drop it") for key in sorted(idle)]
 
 
 def _asks_models(cfg: RunConfig) -> bool:

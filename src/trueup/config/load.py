@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from trueup.config import building, names
+from trueup.config import building, evaluating, generating, names
 from trueup.config.checks import check, derive, say, say_inference
 from trueup.config.explain import closest_choice, describe_error, explain, known_keys, nearest
 from trueup.config.read import Entry, Takes, read_file, read_words
@@ -38,6 +38,10 @@ HUB_SWITCHES = {"USE_MODELSCOPE_HUB": "modelscope", "USE_OPENMIND_HUB": "modeler
 IDLE_VARIABLES = ("USE_RAY", "USE_KT", "USE_MCA", "USE_MEGATRON_BRIDGE", "USE_V1")
 
 
+#: verbs that read keys by a table of their own.
+_OWN_TABLES = {"build": building, "generate": generating, "eval": evaluating}
+
+
 @dataclass(frozen=True)
 class Setting:
     """A value under its canonical key, with the name and the place the user gave it at."""
@@ -51,7 +55,8 @@ def load_config(
     source: str | Path | Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     *,
-    verb: Literal["train", "infer", "build"] = "train",
+    keys: Mapping[str, Any] | None = None,
+    verb: Literal["train", "infer", "build", "generate", "eval"] = "train",
 ) -> RunConfig:
     """Read, resolve and check a config.
 
@@ -59,7 +64,7 @@ def load_config(
         source: a YAML or JSON file, a dict of keys, or nothing.
         overrides: raw words of a command line (`key=value`, `--key value`, `--flag` …); they win.
         verb: "infer" for chat, export and serve, which need a model but neither data nor a method; "build" for
-            preference data.
+            preference data; "generate" for answers to prompts; "eval" for evaluations.
 
     Raises:
         ConfigError: with every problem found, each with its place.
@@ -71,13 +76,14 @@ def load_config(
     over, over_problems, over_unknown = _settle(*read_words(overrides, _takes), words=True, below=base)
     settings = {**_environment(), **base, **over}
     cfg, bad, value_problems = _validate(settings)
-    cfg = building.derive(cfg) if verb == "build" else derive(cfg)
+    own = _OWN_TABLES.get(verb)
+    cfg = own.derive(cfg) if own else derive(cfg)
 
     def place(key: str) -> str | None:
         return settings[key].where if key in settings else None
 
-    if verb == "build":
-        problems, idle = building.check(cfg, place, bad)
+    if own:
+        problems, idle = own.check(cfg, place, bad)
     else:
         problems, idle = check(cfg, place, bad, training=verb == "train")
     unused = base_unknown + over_unknown + idle
@@ -88,7 +94,7 @@ def load_config(
     problems = base_problems + over_problems + value_problems + problems + unused
     if problems:
         raise ConfigError(_in_order(problems))
-    if verb != "build":  # a build refuses what it does not read
+    if not own:  # those refuse what they do not read
         say(cfg) if verb == "train" else say_inference(cfg, over.keys())
     return cfg
 

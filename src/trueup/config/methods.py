@@ -117,10 +117,9 @@ LATER: dict[str, str] = {
     "fsdp": _DDP,
     "fsdp_config": _DDP,
     "ray_init_kwargs": _DDP,
-    # export and benchmarks
+    # export
     "export_quantization_bit": "export without it",
     "export_hub_model_id": "upload export_dir with the hub's own tool",
-    "task": "do_eval on a held-out dataset",
 }
 
 _OTHER_OPTIMISERS = words(
@@ -302,7 +301,6 @@ _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
         "export_quantization_dataset export_quantization_nsamples export_quantization_maxlen",
         {"export_quantization_bit": SET},
     ),
-    ("task_dir batch_size lang n_shot save_dir download_mode", {"task": SET}),
     ("ray_num_workers", {"ray_init_kwargs": SET}),
 ]
 
@@ -311,6 +309,7 @@ OTHER_VERBS: dict[str, str] = {
     **{key: verb for key, section in SECTION_OF.items() if (verb := _VERBS.get(section))},
     **dict.fromkeys(words("infer_backend infer_dtype offload_folder use_kv_cache"), "chat"),
     **dict.fromkeys(words("vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config"), "chat"),
+    "token_logprobs": "generate",
 }
 #: keys of `chat` that a stage reads which answers prompts itself.
 SAMPLED = frozenset(words("temperature top_p top_k max_new_tokens"))

@@ -10,11 +10,13 @@ from trueup.config.values import (
     Bits,
     Float,
     Lower,
+    Names,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     Section,
+    Split,
 )
 
 
@@ -37,6 +39,8 @@ class GenerateSection(Section):
     """Above 0 favours longer beams."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    token_logprobs: bool = False
+    """Write the log-probability of every token, beside their sum."""
 
 
 class ExportSection(Section):
@@ -58,18 +62,39 @@ class ExportSection(Section):
     """Push the exported model to this hub repository."""
 
 
+Measure = Annotated[Literal["preference", "perplexity", "divergence", "answers", "wins", "task"], Lower]
+
+
 class EvaluateSection(Section):
-    task: str | None = None
-    """Benchmark to run, for example mmlu_test."""
+    eval_models: Names = []
+    """Models to measure side by side: run directories, checkpoints, adapters, models, URL#MODEL (answers only), or
+    start, which is model_name_or_path with its adapters; the others are compared with the first. Unset: the start."""
+    eval_measures: Annotated[list[Measure], Split] = []
+    """What to measure: preference, perplexity, divergence (KL, entropy), answers, wins, task; unset: what the data and
+    the other keys ask for."""
+    eval_prompts: Positive = 200
+    """Prompts that each model answers, spread evenly over the rows."""
+    eval_group_by: str = "subset"
+    """Column by whose values preference accuracy is told apart, where the data has it."""
+    bootstrap_samples: NonNegative = 1000
+    """Draws of rows behind each 95 % interval; 0 leaves intervals out."""
+
+    # lm-evaluation-harness
+    task: Names = []
+    """Tasks of lm-evaluation-harness, such as arc_easy, gsm8k or one of your own in task_dir."""
     task_dir: str = "evaluation"
-    """Folder with the benchmark's files."""
+    """Folder with tasks of your own (YAML); what they import is run."""
+    task_limit: Positive | None = None
+    """Questions of each task; unset: all."""
+    task_chat: bool = False
+    """Ask through the model's chat template."""
     batch_size: Positive = 4
     """Questions at a time. For training it is per_device_train_batch_size."""
-    lang: Annotated[Literal["en", "zh"], Lower] = "en"
-    """Language of the questions' frame."""
-    n_shot: NonNegative = 5
-    """Worked examples in front of each question."""
+    n_shot: NonNegative | None = None
+    """Worked examples in front of each question; unset: the task's own number."""
     save_dir: str | None = None
-    """Where results go."""
+    """Where results go: another name of output_dir."""
+    lang: Annotated[Literal["en", "zh"], Lower] = "en"
+    """Language of the questions' frame; a task has its own."""
     download_mode: str = "reuse_dataset_if_exists"
-    """Whether a downloaded benchmark is used again."""
+    """Whether a downloaded benchmark is used again; a task decides."""
