@@ -63,6 +63,7 @@ def load_config(
     Args:
         source: a YAML or JSON file, a dict of keys, or nothing.
         overrides: raw words of a command line (`key=value`, `--key value`, `--flag` …); they win.
+        keys: the same from a program: keys and their values.
         verb: "infer" for chat, export and serve, which need a model but neither data nor a method; "build" for
             preference data; "generate" for answers to prompts; "eval" for evaluations.
 
@@ -73,7 +74,9 @@ def load_config(
     if unreadable and not entries:
         raise ConfigError(unreadable)
     base, base_problems, base_unknown = _settle(entries, unreadable, words=False)
-    over, over_problems, over_unknown = _settle(*read_words(overrides, _takes), words=True, below=base)
+    words, unread = read_words(overrides, _takes)
+    words += [Entry(key, value, "") for key, value in (keys or {}).items()]
+    over, over_problems, over_unknown = _settle(words, unread, words=True, below=base)
     settings = {**_environment(), **base, **over}
     cfg, bad, value_problems = _validate(settings)
     own = _OWN_TABLES.get(verb)

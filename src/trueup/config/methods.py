@@ -191,6 +191,7 @@ _LORA = {"finetuning_type": ("lora",)}
 _ROWS: list[tuple[str, dict[str, Any]]] = [
     *((key, {"stage": stages_of(losses), "pref_loss": losses}) for key, losses in LOSSES_OF_KEY.items()),
     ("pref_loss loss_weights pref_ftx", {"stage": _PREFERENCE}),
+    ("custom_objective", {"stage": tuple(name for name in STAGES if name not in ONLINE)}),
     ("pref_beta", {"stage": (*_PREFERENCE, "online_dpo"), "pref_loss": LOSSES_OF_KEY["pref_beta"]}),
     (
         "f_alpha_divergence_coef",

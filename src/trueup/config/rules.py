@@ -83,6 +83,9 @@ def _parting(key: str) -> Rule:
 
 _ONLINE = ("ppo", "grpo", "rloo", "online_dpo")
 
+#: keys that choose or make up the loss.
+_OF_LOSSES = ("pref_loss", "loss_weights", "pref_ftx", "pref_bco_weight", "knowledge_weight", "reward_loss")
+
 RULES = [
     Rule(
         ("stage", "pref_loss"),
@@ -96,6 +99,12 @@ RULES = [
         lambda c: c.stage in STAGE_LOSSES and (not c.pref_loss or len(set(_losses(c))) < len(_losses(c))),
         "`pref_loss` names a loss twice, or none",
         "name each once; loss_weights weighs them",
+    ),
+    Rule(
+        ("custom_objective", *_OF_LOSSES),
+        lambda c: c.custom_objective and set(_OF_LOSSES) & c.explicit,
+        f"a `custom_objective` is the whole loss: {', '.join(_OF_LOSSES)} have no part in it",
+        "drop them, or the custom_objective",
     ),
     Rule(
         ("stage", "pref_loss"),

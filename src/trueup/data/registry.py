@@ -19,7 +19,9 @@ from typing import Any
 
 import yaml
 
+from trueup import memory
 from trueup.data import catalog
+from trueup.data.given import GivenRows
 from trueup.data.jsontext import JsonFault, caret, line_and_column, object_members
 from trueup.data.store import find_copy
 from trueup.errors import ConfigError, DataError, Problem
@@ -103,8 +105,8 @@ _URL = re.compile(r"\w+://").match
 class DatasetSpec:
     """Where a dataset's rows are and what its owner said about them; nothing has been read yet.
 
-    Exactly one of `source` (file, folder or glob pattern on this machine), `hub_id` and `url` is
-    set. `columns` maps roles to column names, as far as given (None: leave that role out); `tags`
+    Exactly one of `source` (file, folder or glob pattern on this machine), `hub_id`, `url` and
+    `rows` (in memory) is set. `columns` maps roles to column names, as far as given (None: leave that role out); `tags`
     likewise. `kind` is what `type` says, `ranking` as written or None. `origin` is the
     registry's "file:line", or the path, or how it was named.
     """
@@ -126,6 +128,7 @@ class DatasetSpec:
     num_samples: int | None = None
     registered: bool = False  # whether `origin` is an entry of a registry
     catalogue: str | None = None  # its name among the well-known sets, if it is one of those
+    rows: Sequence[Mapping[str, Any]] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ def resolve_datasets(
     there), each with every problem of its kind.
     """
     if str(dataset_dir) == "ONLINE":
-        return [DatasetSpec(name, "hub id", hub_id=name, hub=hub) for name in names]
+        return [_from_memory(n) if memory.is_name(n) else DatasetSpec(n, "hub id", hub_id=n, hub=hub) for n in names]
     directory = Path(dataset_dir).expanduser()
     registry = registered(directory)
     builtin = registered(BUILTIN_DIR)
@@ -156,7 +159,9 @@ def resolve_datasets(
     for name in names:
         entry = registry.get(name) or builtin.get(name)
         try:
-            if entry:
+            if memory.is_name(name):
+                specs.append(_from_memory(name))
+            elif entry:
                 specs.append(_from_entry(name, entry, hub))
             else:
                 specs.append(_unregistered(name, directory, hub, registry, builtin))
@@ -464,6 +469,13 @@ def _source(value: dict, entry: _Entry, hub: str, wrong, problems: list[Problem]
     else:
         wrong("has no source", "file_name, hf_hub_url, ms_hub_url, om_hub_url or cloud_file_name")
     raise ConfigError(problems)
+
+
+def _from_memory(name: str) -> DatasetSpec:
+    """Rows that a program holds. Raises ConfigError if it is not this program."""
+    given: GivenRows = memory.held(name, "dataset")
+    label = name.removeprefix(memory.PREFIX)
+    return DatasetSpec(label, name, rows=given.rows, formatting=given.formatting, columns=given.columns)
 
 
 def _unregistered(

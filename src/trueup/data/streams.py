@@ -53,6 +53,11 @@ class Source:
                 f"dataset {spec.name!r}: `num_samples` draws from all over a dataset, and a stream is read in order",
                 where=spec.origin, fix="set max_samples, which takes the first rows, or streaming: false",
             )  # fmt: skip
+        if spec.rows is not None:
+            raise ConfigError(
+                f"dataset {spec.name!r} is in memory already: there is nothing to stream", where="streaming",
+                fix="drop streaming: true, or name the files or the hub that the rows come from",
+            )  # fmt: skip
         return cls(spec, files_of(spec), token, cache_dir, limit)
 
     def fingerprint(self) -> str:

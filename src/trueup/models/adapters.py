@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trueup import memory
 from trueup.errors import ModelError, Problem
 
 TRAINED = "default"  # peft's own name for the adapter that is saved at the top of a directory
@@ -126,7 +127,8 @@ def attach_lora(
     """
     _check_targets(base, wanted)
     loaded = [_load_part(base, path) for path in starts]
-    continued = bool(loaded) and not create_new and _same_shape(base, loaded[-1][0], wanted)
+    in_memory = bool(starts) and memory.is_name(starts[-1])  # it is this adapter that its owner wants trained
+    continued = bool(loaded) and not create_new and (in_memory or _same_shape(base, loaded[-1][0], wanted))
     frozen_parts = loaded[:-1] if continued else loaded
     _refuse_uncarriable(frozen_parts, starts)
 
@@ -156,7 +158,7 @@ def attach_frozen(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTra
     if not starts:
         return base
     parts = [_load_part(base, path) for path in starts]
-    names = [f"start_{index}" for index in range(len(parts))]
+    names = [TRAINED if memory.is_name(path) else f"start_{index}" for index, path in enumerate(starts)]
     model = _wrap(base, copy.deepcopy(parts[0][0]), names[0])
     for name, part, path in zip(names, parts, starts, strict=True):
         if name != names[0]:
@@ -227,6 +229,8 @@ def _fill(model: PeftModel, name: str, part: Part, path: str | Path) -> None:
         if key in expected
         else Problem(f"{key}: no such module in the model", str(path))
         for key, tensor in part[1].items()
+    if memory.is_name(path):
+        return memory.held(str(path), "adapter_name_or_path").adapter
         if key not in expected or expected[key].shape != tensor.shape
     ]
     problems += [Problem(f"{key}: missing from the adapter", str(path)) for key in expected if key not in part[1]]

@@ -29,6 +29,13 @@ def fuse(model: nn.Module) -> int:
     return swapped
 
 
+def unfuse(model: nn.Module) -> None:
+    """Put the modules' own classes back."""
+    for module in model.modules():
+        if isinstance(module, FusedLoraLinear | _GatedMLP | _RMSNorm):
+            module.__class__ = type(module).__bases__[-1]
+
+
 # --- LoRA -------------------------------------------------------------------------------------
 
 
@@ -182,6 +189,8 @@ class _SwiGLULora(torch.autograd.Function):
 def _is_plain_rms_norm(module: nn.Module) -> bool:
     """weight · x / rms(x), x rounded to its dtype before the weight: Llama's order, tried on numbers."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if isinstance(module, _RMSNorm):  # it has been swapped already
+        return False
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or eps is None:
         return False
     if module._forward_hooks or module._forward_pre_hooks or weight.requires_grad or weight.ndim != 1:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from trueup import memory
 from trueup.builtin import builtin_path, is_builtin
 from trueup.errors import ModelError
 from trueup.models.adapters import CONFIG_FILE, is_adapter_dir, read_base_of
@@ -36,6 +37,8 @@ def locate(name: str, access: HubAccess, key: str = "model_name_or_path") -> str
         ModelError: a built-in or a path that does not exist, or a hub that cannot be reached (C17). `key` says
             which key named it.
     """
+    if memory.is_name(name):
+        return name
     if is_builtin(name):
         return str(builtin_path(name))
     if Path(name).expanduser().is_dir():
@@ -129,10 +132,15 @@ def resolve_model(
 
     `keys` are the config's keys that named the model and its adapters, for messages.
 
-    A `name` that is a directory holding only an adapter stands for its base plus that adapter (guide G4).
+    A `name` that is a directory holding only an adapter stands for its base plus that adapter (guide G4); so does one
+    of a peft model in memory.
     """
     location = locate(name, access, keys[0])
-    chain = [download_adapter(adapter, access, keys[1]) for adapter in adapters]
+    chain = [a if memory.is_name(a) else download_adapter(a, access, keys[1]) for a in adapters]
+    if memory.is_name(name):
+        given = memory.held(name, keys[0])
+        own = [name] if given.has_adapter and name not in chain else []
+        return given.name or name, name, [*own, *chain]
     seen = {location}
     while is_adapter_dir(location):
         chain.insert(0, location)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import sys
@@ -22,6 +23,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils import logging as transformers_logging
 
+from trueup import memory
 from trueup.config.schema import ModelSection, TrainSection, TuningSection
 from trueup.errors import ModelError
 from trueup.garbage import no_collection
@@ -99,24 +101,42 @@ def _has_bf16(device: torch.device) -> bool:
 @no_collection()
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of the model (of the last adapter that carries one, else of its base)."""
+    given = memory.find(tokenizer_label(str(model.model_name_or_path)))
+    tokenizer = _read_tokenizer(model) if given is None else copy.deepcopy(given)
+    if model.add_tokens:
+        tokenizer.add_tokens(model.add_tokens)
+    if model.add_special_tokens:
+        tokenizer.add_special_tokens({"additional_special_tokens": model.add_special_tokens})
+    return tokenizer
+
+
+def _read_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     access = hub_access(model)
     name, location, adapters = resolve_model(model.model_name_or_path, model.adapter_name_or_path, access)
-    for candidate in (*reversed(adapters), location):
+    if memory.is_name(location):
+        location = name
+    candidates = [*reversed(adapters), location]
+    for candidate in candidates:
+        if memory.is_name(candidate):
+            continue
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
+            return AutoTokenizer.from_pretrained(
                 candidate, revision=access.revision, token=access.token, cache_dir=access.cache_dir,
                 use_fast=model.use_fast_tokenizer, trust_remote_code=model.trust_remote_code,
             )  # fmt: skip
         except (OSError, ValueError) as error:
-            if candidate != location:
-                continue  # an adapter directory without tokenizer files: the base has them
-            raise unreachable(name, access, error) from error
-        if model.add_tokens:
-            tokenizer.add_tokens(model.add_tokens)
-        if model.add_special_tokens:
-            tokenizer.add_special_tokens({"additional_special_tokens": model.add_special_tokens})
-        return tokenizer
-    raise AssertionError("the base is always a candidate")
+            if candidate == location:
+                raise unreachable(name, access, error) from error
+            # an adapter directory without tokenizer files: the base has them
+    raise ModelError(
+        "the model in memory does not say where it came from", where="model_name_or_path",
+        fix="give its tokenizer beside it",
+    )  # fmt: skip
+
+
+def tokenizer_label(model_name: str) -> str:
+    """Under which a program holds the tokenizer of a model (see `trueup.memory`)."""
+    return f"tokenizer of {model_name}"
 
 
 def read_model_config(
@@ -127,6 +147,8 @@ def read_model_config(
     Raises:
         ModelError: it cannot be read; `name` and `key` say whose fault that is.
     """
+    if memory.is_name(location):
+        return memory.held(location, key).base.config
     access = hub_access(model)
     try:
         return AutoConfig.from_pretrained(
@@ -155,6 +177,8 @@ def load_base(
         transformers_logging.disable_progress_bar()  # a bar in a log file is noise
     if device.type == "cpu":
         keep_memory()
+    if memory.is_name(location):
+        return memory.held(location, "model_name_or_path").lend(device, dtype, kind.auto_class, location).eval()
     common = dict(revision=access.revision, token=access.token, cache_dir=access.cache_dir,
                   trust_remote_code=model.trust_remote_code)  # fmt: skip
     try:
@@ -278,6 +302,8 @@ def load_policy(
         policy = kind(merged)
         unfreeze(policy.base, tuning, kind)
     policy.pad_with(tokenizer.pad_token_id)
+    if memory.is_name(location):
+        memory.held(location, "model_name_or_path").used_as(policy.model)
     fuse(policy.model)
     note = policy.verify_layout()
     if note:
@@ -377,6 +403,8 @@ def load_frozen(
     root, location, starts = resolve_model(name, adapters, hub_access(model))
     base = load_base(location, model, device, dtype, root, kind)
     policy = kind(base, attach_frozen(base, starts))
+    if memory.is_name(location):
+        memory.held(location, "model_name_or_path").used_as(policy.model)
     policy.model.requires_grad_(False).eval()
     fuse(policy.model)
     policy.verify_layout()

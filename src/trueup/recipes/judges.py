@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from trueup import memory
 from trueup.config.schema import RunConfig
 from trueup.data.chat_template import ChatTemplate
 from trueup.data.examples import Message
@@ -20,7 +21,16 @@ from trueup.models.load import hub_access, load_tokenizer
 from trueup.models.reward import RewardModel, load_reward_model
 from trueup.models.scorer import is_text_classifier, load_text_scorer
 from trueup.recipes.prompts import PromptRows
-from trueup.rollout.rewards import Answered, FunctionReward, HttpReward, ModelReward, Reward, Workers, as_columns
+from trueup.rollout.rewards import (
+    Answered,
+    FunctionReward,
+    GivenReward,
+    HttpReward,
+    ModelReward,
+    Reward,
+    Workers,
+    as_columns,
+)
 
 log = logging.getLogger("trueup")
 
@@ -72,7 +82,7 @@ def load_judges(
     online = cfg.online
     workers = Workers(online.reward_timeout)
     try:
-        rewards: list[Reward] = [FunctionReward(name, workers) for name in online.reward_funcs]
+        rewards: list[Reward] = [_function(name, workers) for name in online.reward_funcs]
         if online.judge:
             workers.check(online.judge, "judge")
         if online.reward_model:
@@ -81,6 +91,12 @@ def load_judges(
         workers.close()
         raise
     return Judges(rewards, online.reward_weights or [1.0] * len(rewards), online.judge, workers)
+
+
+def _function(name: str, workers: Workers) -> Reward:
+    if memory.is_name(name):
+        return GivenReward(name.removeprefix(memory.PREFIX), memory.held(name, "reward_funcs"))
+    return FunctionReward(name, workers)
 
 
 def _reward_model(
@@ -162,5 +178,5 @@ def check_files(cfg: RunConfig) -> None:
     for key, names in (("reward_funcs", online.reward_funcs), ("judge", [online.judge or ""])):
         for name in names:
             path = name.rpartition(":")[0]
-            if path and not Path(path).is_file():
+            if path and not memory.is_name(name) and not Path(path).is_file():
                 raise ConfigError(f"there is no file {path}", where=key, expected="FILE.py:NAME", fix=f"create {path}")

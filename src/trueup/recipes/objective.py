@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from trueup import memory
 from trueup.config.losses import pref_losses
 from trueup.config.schema import RunConfig, default
 from trueup.objectives import OBJECTIVES, Objective
-from trueup.types import Loss, Metrics
+from trueup.objectives.pairwise import implicit_rewards, pair_metrics
+from trueup.types import Loss, Metrics, PairLogps
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ def terms_of(cfg: RunConfig) -> list[Term]:
     `pref_bco_weight` w makes a mean of it, (L + w BCO)/(1 + w), as LLaMA-Factory does.
     """
     names = pref_losses(cfg)
+    if cfg.objective.custom_objective:
+        return [_given_term(cfg, cfg.objective.custom_objective)]
     if cfg.objective.stage == "rm":
         return [_term(cfg.reward.reward_loss, cfg.reward.reward_loss, 1.0, cfg)]
     if not names:
@@ -56,6 +60,36 @@ def terms_of(cfg: RunConfig) -> list[Term]:
 def _term(name: str, registered: str, weight: float, cfg: RunConfig) -> Term:
     objective = OBJECTIVES[registered]
     return Term(name, objective, weight, objective_parameters(cfg, objective))
+
+
+def _given_term(cfg: RunConfig, name: str) -> Term:
+    """A program's own loss, in the place of the stage's: it sees what that one sees, and its sum is divided alike."""
+    function = memory.held(name, "custom_objective")
+    own = OBJECTIVES[_REPLACED.get(cfg.objective.stage) or pref_losses(cfg)[0]]
+
+    def loss(logps: Any) -> Loss:
+        result = function(logps)
+        if isinstance(result, Loss):
+            return result
+        if not isinstance(result, Tensor):
+            raise TypeError(f"{name} returned {type(result).__name__}; expected a tensor of losses, or a trueup.Loss")
+        return Loss(result.sum(), _usual_metrics(logps, cfg.objective.pref_beta))
+
+    label = name.removeprefix(memory.PREFIX)
+    return Term(label, Objective(label, own.takes, own.needs_reference, own.denominator, {}, loss), 1.0, {})
+
+
+#: stages without `pref_loss` → their own objective.
+_REPLACED = {"pt": "sft", "sft": "sft", "rm": "bradley_terry"}
+
+
+def _usual_metrics(logps: Any, beta: float) -> Metrics:
+    """What every loss on pairs reports: rewards are β times the log-ratio, or the log-probability."""
+    if not isinstance(logps, PairLogps):
+        return {}
+    if logps.ref_chosen is None:
+        return pair_metrics(logps, beta * logps.chosen, beta * logps.rejected)
+    return pair_metrics(logps, *implicit_rewards(logps, beta))
 
 
 def objective_of(cfg: RunConfig) -> Objective:

@@ -65,7 +65,7 @@ def lesson_of(
         case "feedback":
             return FeedbackLesson(cfg, policy, datasets, references, backend, dataset_lasts, entropy)
         case _:
-            return TextLesson(policy, datasets, entropy)
+            return TextLesson(cfg, policy, datasets, entropy)
 
 
 class OfflineProgram:

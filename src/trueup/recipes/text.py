@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from trueup.config.schema import RunConfig
 from trueup.data.encoded import EncodedDataset
 from trueup.data.forest import build_forest, num_predictions
 from trueup.models.logprobs import token_logps
 from trueup.models.policy import Policy
-from trueup.objectives import OBJECTIVES
 from trueup.recipes.batches import Batch
 from trueup.recipes.entropy import EntropyGauge
+from trueup.recipes.objective import terms_of
 from trueup.training.backend import Backend
 from trueup.training.profile import phase
 from trueup.types import Metrics, TokenLogps
@@ -22,8 +23,11 @@ from trueup.types import Metrics, TokenLogps
 class TextLesson:
     """The likelihood of the trained tokens, averaged over the whole step."""
 
-    def __init__(self, policy: Policy, datasets: Mapping[str, EncodedDataset], entropy: EntropyGauge) -> None:
+    def __init__(
+        self, cfg: RunConfig, policy: Policy, datasets: Mapping[str, EncodedDataset], entropy: EntropyGauge
+    ) -> None:
         self.policy, self.datasets, self.entropy = policy, datasets, entropy
+        (self.term,) = terms_of(cfg)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         dataset = self.datasets[batch.split]
@@ -35,7 +39,7 @@ class TextLesson:
             forest = build_forest([dataset[i] for i in batch.indices]).to(self.policy.device)
         hidden = self.policy.hidden(forest)
         logps = token_logps(hidden, self.policy.head, forest.target)
-        result = OBJECTIVES["sft"].function(TokenLogps(logps, forest.owner, forest.num_sequences))
+        result = self.term.objective.function(TokenLogps(logps, forest.owner, forest.num_sequences))
         return result.sum / totals["predictions"], {**result.metrics, **self.entropy.read(self.policy, hidden)}
 
     def look_ahead(self, batches: Sequence[Batch], backend: Backend, steps_done: int | None) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from trueup.errors import ConfigError, DataError, ResourceError
+from trueup.rollout.worker import Refused, call
 
 log = logging.getLogger("trueup")
 
@@ -165,6 +166,24 @@ class FunctionReward:
 
     def close(self) -> None:
         self.workers.close()
+
+
+class GivenReward:
+    """A function of the program that started the run, called in its process: what it raises ends the run, and nothing
+    ends it when it is late.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self.function = name, function
+
+    def score(self, answers: Sequence[Answered]) -> Scores:
+        try:
+            return call(self.function, as_columns(answers))
+        except Refused as error:
+            raise DataError(str(error), where=f"reward function {self.name}") from error
+
+    def close(self) -> None:
+        pass
 
 
 def as_columns(answers: Sequence[Answered]) -> dict[str, list[Any]]:

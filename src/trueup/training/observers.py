@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trueup import memory
 from trueup.training.events import Observer
 from trueup.training.health import Health, Thresholds
 from trueup.training.model_card import ModelCard
@@ -14,9 +15,12 @@ from trueup.training.run_directory import RunDirectory
 from trueup.training.trackers import make_trackers
 from trueup.training.trainer_log import TrainerLog
 
+OBSERVERS = "observers"  # under which a program that starts a run holds its own
+
 
 def standard_observers(settings: Any, run: RunDirectory, *, quiet: bool = False) -> list[Observer]:
-    """Display, health, trainer_log.jsonl, trackers, pictures and model card, for rank 0.
+    """Display, health, trainer_log.jsonl, trackers, pictures, model card and what the program that
+    started the run adds, for rank 0.
 
     settings  the train section (`report_to`, `project`, `disable_tqdm`, `plot_loss`, `profile`)
     quiet     leave out what writes to standard output
@@ -31,4 +35,5 @@ def standard_observers(settings: Any, run: RunDirectory, *, quiet: bool = False)
         *([Plots(run)] if settings.plot_loss else []),
         ModelCard(run),
         *([ProfileReport(run, quiet)] if settings.profile else []),
+        *(memory.find(OBSERVERS) or ()),
     ]

@@ -41,6 +41,8 @@ class ObjectiveSection(Section):
     # preference losses
     pref_loss: Losses = "sigmoid"
     """Loss on preferences; sigmoid is DPO. Several are added up: sigmoid,bco_pair,sft."""
+    custom_objective: str | None = None
+    """A loss of a Python program, in the place of the stage's own; trueup.train(objective=…) sets it."""
     loss_weights: Numbers = []
     """Weight of each loss when pref_loss names several; unset: 1 each."""
     pref_beta: PositiveFloat = 0.1
