@@ -98,7 +98,7 @@ def test_the_system_message_changes_the_answer(model_dir):
     [side] = load_sides(config(model_dir), compare=False)
     prompts = []
 
-    def stream(prompt, sampling):
+    def stream(prompt, sampling, voice):
         prompts.append(prompt)
         yield "fine"
 
@@ -150,7 +150,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_the_conversation(model_dir, capsys):
     cfg = config(model_dir)
     [side] = load_sides(cfg, compare=False)
 
-    def interrupted(prompt, sampling):
+    def interrupted(prompt, sampling, voice):
         yield "half an"
         raise KeyboardInterrupt
 

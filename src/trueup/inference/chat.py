@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from peft import PeftModel
@@ -20,7 +19,7 @@ from trueup.data.examples import Message
 from trueup.data.templates import ChatTemplate, load_template
 from trueup.errors import ConfigError, Problem
 from trueup.models.load import load_for_inference, load_tokenizer
-from trueup.rollout.engines import Engine, Sampling
+from trueup.rollout.engines import BASE, Engine, Sampling
 
 HELP = """\
 /clear          forget the conversation       (also: clear)
@@ -42,33 +41,24 @@ class Side:
     name: str
     engine: Engine
     template: ChatTemplate
-    adapted: bool  # whether the adapter speaks, where there is one
+    voice: str | None = None  # the engine's: None, as it was loaded
     messages: list[Message] = field(default_factory=list)
 
     def answer(self, sampling: Sampling) -> Iterator[str]:
         """Stream the answer to `messages`; what was said when it ends or is closed is kept."""
         prompt = self.template.encode_prompt(self.messages)
-        room = self._room(len(prompt))
+        room = self.engine.context - len(prompt)
         if room <= 0:
             yield f"({len(prompt)} tokens are more than this model takes: /clear starts anew)"
             return
-        limited = Sampling(**{**sampling.__dict__, "max_new_tokens": min(sampling.max_new_tokens, room)})
         said = ""
         try:
-            with self._voice(), contextlib.closing(self.engine.stream(prompt, limited)) as pieces:
+            with contextlib.closing(self.engine.stream(prompt, sampling.limited(room), self.voice)) as pieces:
                 for piece in pieces:
                     said += piece
                     yield piece
         finally:
             self.messages.append(Message("assistant", said))
-
-    def _voice(self) -> AbstractContextManager:
-        model = self.engine.policy.model
-        return contextlib.nullcontext() if self.adapted else model.disable_adapter()
-
-    def _room(self, used: int) -> int:
-        longest = getattr(self.engine.policy.base.config.get_text_config(), "max_position_embeddings", None)
-        return longest - used if longest else sys.maxsize
 
 
 def chat(cfg: RunConfig, compare: bool = False) -> None:
@@ -111,7 +101,7 @@ def load_sides(cfg: RunConfig, compare: bool) -> list[Side]:
         )
     engine = Engine(policy, tokenizer, template.stop_ids)
     names = ("base", "adapter") if compare else ("assistant",)
-    return [Side(name, engine, template, adapted=name != "base") for name in names]
+    return [Side(name, engine, template, BASE if name == "base" else None) for name in names]
 
 
 def sampling_of(cfg: RunConfig) -> Sampling:

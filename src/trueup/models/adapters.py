@@ -169,6 +169,35 @@ def attach_frozen(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTra
     return model.requires_grad_(False).eval()
 
 
+def add_frozen(model: PreTrainedModel | PeftModel, names: Sequence[str], paths: Sequence[str | Path]) -> PeftModel:
+    """More adapters, under names of their own, on a model or beside those it has; which of them act, others decide.
+
+    Raises:
+        ModelError: one does not fit the base; the model is as it was then.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    parts = [_load_part(base, path) for path in paths]
+    added = []
+    try:
+        for name, part, path in zip(names, parts, paths, strict=True):
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, copy.deepcopy(part[0]))
+            else:
+                model = _wrap(model, copy.deepcopy(part[0]), name)
+            added.append(name)
+            _fill(model, name, part, path)
+    except ModelError:
+        for name in added:
+            model.delete_adapter(name)  # type: ignore[union-attr]
+        raise
+    assert isinstance(model, PeftModel)
+    _match_dtype(model, base.dtype)
+    for path, parameter in model.named_parameters():
+        if any(f".{name}." in path or path.endswith(f".{name}") for name in names):
+            parameter.requires_grad_(False)
+    return model
+
+
 def merge_adapters(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTrainedModel:
     """Fold adapters into the base weights, in order: the starting point of full and freeze training, and of export."""
     for path in starts:

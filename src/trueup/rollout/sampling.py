@@ -16,7 +16,7 @@ class Sampling:
     In order: logit_bias, the penalties, temperature, top_k, top_p, min_p.
 
     Attributes:
-        top_p, top_k, min_p: 1.0, 0 and 0.0 leave all tokens in; `min_p` is a share of the likeliest token's probability.
+        top_p, top_k, min_p: 1.0, 0 and 0.0 leave all tokens in; `min_p` is a share of the likeliest one's probability.
         repetition_penalty: transformers' meaning: logits of tokens of the prompt or the answer are divided by it where
             positive, multiplied where negative.
         max_new_tokens: at most so many; fewer where the model's context or the engine's memory ends before.
@@ -29,6 +29,10 @@ class Sampling:
             None: another every time.
         logprobs: how many alternatives to report with each token's log-probability; 0 reports the token's alone, None
             nothing. They are the model's own, at temperature 1, before penalties and bias.
+        skip_special_tokens: whether the text goes without the tokenizer's special tokens.
+
+    Raises:
+        ValueError: a number that cannot be meant.
     """
 
     temperature: float = 0.0
@@ -44,6 +48,20 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": self.temperature >= 0.0,
+            "top_p": 0.0 <= self.top_p <= 1.0,
+            "top_k": self.top_k >= 0,
+            "min_p": 0.0 <= self.min_p <= 1.0,
+            "repetition_penalty": self.repetition_penalty > 0.0,
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "logprobs": self.logprobs is None or self.logprobs >= 0,
+        }
+        if wrong := [f"{name} {getattr(self, name)}" for name, holds in bounds.items() if not holds]:
+            raise ValueError(f"no sampling with {', '.join(wrong)}")
 
     def limited(self, most: int) -> Sampling:
         """With at most so many new tokens."""
