@@ -287,11 +287,12 @@ class _Elements(_Reader):
                 raise DataError([not_utf8(self.label, data, 0, "UTF-16")])
             if data.startswith(_BOM):
                 data, self.offset, self._read = data[3:], 3, 3
+        begun = self._decode_bytes.getstate()[0]  # bytes of a character that goes on in `data`
         try:
             more = self._decode_bytes.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            line = self.line + rest.count("\n")
-            raise DataError([not_utf8(self.label, data, error.start, line=line, base=self._read)]) from None
+            line, base = self.line + rest.count("\n"), self._read - len(begun)
+            raise DataError([not_utf8(self.label, begun + data, error.start, line=line, base=base)]) from None
         self._read += len(data)
         self.text, self.at, self.ended = rest + more, 0, not data
         return True
