@@ -176,7 +176,9 @@ def rollout_of(lengths: list[int], num_answers: int, **tokens) -> Rollout:
 def test_online_dpo() -> None:
     rollout = rollout_of(LENGTHS, 2, reference=REFERENCE)
     rollout.rewards_S = np.array([0.3, 1.0, 2.0, -1.0])
-    learner = OnlineDpo(SimpleNamespace(objective=SimpleNamespace(pref_beta=0.1)), SimpleNamespace(judge=None))
+    learner = OnlineDpo(
+        SimpleNamespace(objective=SimpleNamespace(pref_beta=0.1)), SimpleNamespace(judge=None), Single()
+    )
     learner.appraise(Collected(rollout, [], np.zeros((4, 0)), {}))
     loss = learner.loss(MicroBatch(rollout, rollout.answers_of([0, 1]), OWNER, LOGPS, None))
     assert float(loss.sum) / 2 == pytest.approx(TRL_ONLINE["online_dpo 0.1"], abs=1e-7)  # a rollout is fp32

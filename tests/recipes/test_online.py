@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from trueup.recipes.batches import plan_batches
 from trueup.recipes.check import check
 from trueup.recipes.collector import Collected
 from trueup.recipes.judges import Judges, load_judges
-from trueup.recipes.learners import LeaveOneOut
+from trueup.recipes.learners import LeaveOneOut, OnlineDpo
 from trueup.recipes.online import make_program
 from trueup.recipes.online_program import OnlineProgram
 from trueup.recipes.prompts import PromptRows
@@ -323,6 +324,27 @@ def test_a_judge_chooses_pairs(online: Config, tmp_path: Path):
     for one, two in zip(lines[0::2], lines[1::2], strict=True):
         if one["reward"] is not None and one["reward"] == 1.0:
             assert len(one["completion"]) > len(two["completion"])
+
+
+def test_processes_share_the_judges_work_and_hear_one_verdict(online: Config):
+    """A judge may answer otherwise when asked again: no pair is asked about twice."""
+    asked: list[int] = []
+    told: list[list[int]] = [[], []]
+
+    def prefer(first, second) -> list[int]:
+        asked.extend(first)
+        return [answer % 3 - 1 for answer in first]
+
+    def gather_as(rank: int):
+        return lambda value: told.__setitem__(rank, value) or told
+
+    verdicts = []
+    for rank in (1, 0):
+        backend = SimpleNamespace(rank=rank, world_size=2, gather=gather_as(rank))
+        learner = OnlineDpo(online("online_dpo"), SimpleNamespace(judge="coin", prefer=prefer), backend)
+        verdicts.append(learner._verdicts(list(range(5)), list(range(5))).tolist())
+    assert sorted(asked) == [0, 1, 2, 3, 4]
+    assert verdicts[-1] == [-1, 0, 1, -1, 0]
 
 
 def test_an_encoder_judges_questions_and_answers(online: Config, tmp_path: Path):

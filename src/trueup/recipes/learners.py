@@ -21,7 +21,9 @@ from trueup.recipes.collector import Collected, HostMetrics
 from trueup.recipes.judges import Judges
 from trueup.rollout import advantages
 from trueup.rollout.controllers import KlController, RunningNorm
+from trueup.rollout.rewards import Answered
 from trueup.rollout.rollout import Rollout
+from trueup.training.backend import Backend
 from trueup.types import Loss, PairLogps
 
 Wanted = Literal["old", "reference", "values"]
@@ -218,9 +220,9 @@ class OnlineDpo(_Stateless):
     denominator = "pairs"
     wants = frozenset[Wanted]({"reference"})
 
-    def __init__(self, cfg: RunConfig, judges: Judges) -> None:
+    def __init__(self, cfg: RunConfig, judges: Judges, backend: Backend) -> None:
         self.beta = cfg.objective.pref_beta
-        self.judges = judges
+        self.judges, self.backend = judges, backend
 
     def appraise(self, collected: Collected) -> HostMetrics:
         rollout = collected.rollout
@@ -246,12 +248,23 @@ class OnlineDpo(_Stateless):
 
     def _ask(self, collected: Collected) -> None:
         """The judge's word as rewards: 1 for the better of two answers, 0 for the other, none for a tie."""
-        first, second = collected.answered[0::2], collected.answered[1::2]
-        verdicts = np.array(self.judges.prefer(first, second))
+        verdicts = self._verdicts(collected.answered[0::2], collected.answered[1::2])
         rewards = np.full((len(verdicts), 2), np.nan)
         rewards[verdicts == 0] = (1.0, 0.0)
         rewards[verdicts == 1] = (0.0, 1.0)
         collected.rollout.rewards_S = rewards.reshape(-1)
+
+    def _verdicts(self, first: Sequence[Answered], second: Sequence[Answered]) -> np.ndarray:
+        """[P] What the judge says. Each process asks about its share and hears the rest: a judge that would answer
+        otherwise when asked again must not part them.
+        """
+        rank, world_size = self.backend.rank, self.backend.world_size
+        mine = slice(rank, None, world_size)
+        told = self.backend.gather(self.judges.prefer(first[mine], second[mine]) if first[mine] else [])
+        verdicts = np.empty(len(first), dtype=int)
+        for other, share in enumerate(told):
+            verdicts[other::world_size] = share
+        return verdicts
 
     def loss(self, batch: MicroBatch) -> Loss:
         rewards = batch.rollout.rewards_S[batch.answers].reshape(-1, 2)
@@ -276,7 +289,7 @@ def _pair_logps(batch: MicroBatch, first_is_chosen: Tensor) -> PairLogps:
     )  # fmt: skip
 
 
-def make_learner(cfg: RunConfig, judges: Judges, on_policy: bool) -> Learner:
+def make_learner(cfg: RunConfig, judges: Judges, backend: Backend, on_policy: bool) -> Learner:
     """The learner of a stage. `on_policy`: every rollout serves a single step."""
     match cfg.objective.stage:
         case "grpo":
@@ -286,7 +299,7 @@ def make_learner(cfg: RunConfig, judges: Judges, on_policy: bool) -> Learner:
         case "ppo":
             return Ppo(cfg)
         case "online_dpo":
-            return OnlineDpo(cfg, judges)
+            return OnlineDpo(cfg, judges, backend)
         case stage:
             raise AssertionError(f"{stage} does not learn from its own answers")
 

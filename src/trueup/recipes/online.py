@@ -131,7 +131,7 @@ def make_program(
     tidy_generation(loaded.policy.base, template.stop_ids)
     engine = Engine(loaded.policy, tokenizer, template.stop_ids)
     online = cfg.online
-    learner = make_learner(cfg, judges, on_policy=online.ppo_buffer_size * (online.ppo_epochs or 1) == 1)
+    learner = make_learner(cfg, judges, backend, on_policy=online.ppo_buffer_size * (online.ppo_epochs or 1) == 1)
     reference = _reference(cfg, loaded) if "reference" in learner.wants and cfg.train.do_train else None
     completions = CompletionsLog(directory.path, directory.append, directory.writer)
     if cfg.train.do_train and directory.checkpoint is None:
