@@ -229,6 +229,8 @@ def _match_dtype(model: PeftModel, dtype: torch.dtype) -> None:
 
 
 def _load_part(base: PreTrainedModel, path: str | Path) -> Part:
+    if memory.is_name(path):
+        return memory.held(str(path), "adapter_name_or_path").adapter
     path = Path(path)
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, LoraConfig):
@@ -258,8 +260,6 @@ def _fill(model: PeftModel, name: str, part: Part, path: str | Path) -> None:
         if key in expected
         else Problem(f"{key}: no such module in the model", str(path))
         for key, tensor in part[1].items()
-    if memory.is_name(path):
-        return memory.held(str(path), "adapter_name_or_path").adapter
         if key not in expected or expected[key].shape != tensor.shape
     ]
     problems += [Problem(f"{key}: missing from the adapter", str(path)) for key in expected if key not in part[1]]
