@@ -72,7 +72,7 @@ def _online(cfg: RunConfig) -> dict[str, Any]:
 
 def default_output_dir(model: str, finetuning_type: str, stage: str) -> str:
     """saves/<model>/<finetuning_type>/<stage>, where the studio and the guides look for runs."""
-    name = PurePath(model.rstrip("/\\").replace("builtin:", "")).name
+    name = PurePath(model.rstrip("/\\").replace("builtin:", "").replace("memory:", "")).name
     return f"saves/{name}/{finetuning_type}/{stage}"
 
 
