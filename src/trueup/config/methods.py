@@ -287,7 +287,7 @@ _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
         {"optim": tuple(name for name in OPTIMISERS if "galore" in name or "apollo" in name)},
     ),
     (
-        "default_system tool_format enable_thinking preserve_thinking template",
+        "default_system tool_format enable_thinking preserve_thinking mask_thinking template",
         {"stage": tuple(name for name in STAGES if name != "pt")},
     ),
     (
@@ -309,8 +309,8 @@ _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
 OTHER_VERBS: dict[str, str] = {
     **{key: verb for key, section in SECTION_OF.items() if (verb := _VERBS.get(section))},
     **dict.fromkeys(words("infer_backend infer_dtype offload_folder use_kv_cache"), "chat"),
-    **dict.fromkeys(words("vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config"), "chat"),
     "token_logprobs": "generate",
+    **dict.fromkeys(words("vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config"), "chat"),
 }
 #: keys of `chat` that a stage reads which answers prompts itself.
 SAMPLED = frozenset(words("temperature top_p top_k max_new_tokens"))

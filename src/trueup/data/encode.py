@@ -76,7 +76,13 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     are in the report.
     """
     template = run_template(cfg, tokenizer)
-    policy = Policy(cfg.data.cutoff_len, cfg.data.truncation, cfg.data.train_on_prompt, cfg.data.mask_history)
+    policy = Policy(
+        cfg.data.cutoff_len,
+        cfg.data.truncation,
+        cfg.data.train_on_prompt,
+        cfg.data.mask_history,
+        cfg.data.mask_thinking,
+    )
     if cfg.data.streaming:
         return _prepare_stream(cfg, template, policy)
     copy, data = _copy_of(cfg, template, policy, tokenizer)
@@ -100,6 +106,7 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     if copy and data and os.environ.get("RANK", "0") == "0":  # the first process of a run writes
         copy.keep(found)
     report.splits = {name: len(dataset) for name, dataset in found.datasets.items()}
+    report.cutoff_len = policy.cutoff_len
     evaluation = {name: dataset for name, dataset in found.datasets.items() if name != "train"}
     return Prepared(found.datasets["train"], evaluation, report, template)
 
@@ -112,6 +119,7 @@ def _prepare_stream(cfg: RunConfig, template: ChatTemplate, policy: Policy) -> P
 
     # The stream's thread has a tokenizer of its own: two threads must not use one at the same time.
     begin, examples, report = open_stream(cfg, deepcopy(template), policy, refused)
+    report.cutoff_len = policy.cutoff_len
     evaluation = {}
     for name, of_split in examples.items():
         evaluation[name], tally = encode_examples(of_split, template, policy)

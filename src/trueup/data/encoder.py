@@ -31,6 +31,7 @@ from trueup.data.examples import (
     Text,
     texts_of,
 )
+from trueup.data.masks import by_weight, without_thoughts
 from trueup.data.report import DataReport, number
 from trueup.data.spans import Span
 from trueup.data.turns import RowProblem
@@ -80,6 +81,7 @@ class Policy:
     truncation: Truncation = "keep_start"
     train_on_prompt: bool = False
     mask_history: bool = False
+    mask_thinking: bool = False
 
 
 Shared = Pair | Ranking | Feedback | Prompt
@@ -153,7 +155,10 @@ class _Encoder:
     def _draft(self, example: Example) -> Draft | None:
         try:
             self._look_at(example)
-            return Draft(example, self._sequences(example))
+            sequences = self._sequences(example)
+            if self.policy.mask_thinking and not isinstance(example, Text):
+                sequences = [without_thoughts(spans) for spans in sequences]
+            return Draft(example, sequences)
         except RowProblem as problem:
             self.tally.dropped.append((example.row, problem.reason, problem.detail))
             return None
@@ -173,7 +178,7 @@ class _Encoder:
                 sequences = template.chat_spans(example.messages, example.tools, self.policy.mask_history)
                 if len(sequences) > 1:
                     self.tally.split_turns.append(example.row)
-                return sequences
+                return by_weight(sequences, example.messages, self.policy.mask_history)
             case Prompt():
                 text = template.prompt_text(example.messages, example.tools)
                 return [[Span(text, trained=False)]]
@@ -249,11 +254,8 @@ class _Encoder:
         return Encoded(example.row, ids[:first], (Answer(cut, cut_mask),))
 
     def _shared(self, example: Shared, prompt: np.ndarray, answers: list[tuple[np.ndarray, np.ndarray]]) -> Encoded:
-        parts = ("chosen", "rejected") if isinstance(example, Pair) else ("answer",) * len(answers)
-        sizes = {part: max(len(ids) for ids, _ in answers) for part in dict.fromkeys(parts)}
-        if isinstance(example, Pair):
-            sizes = {part: len(ids) for part, (ids, _) in zip(parts, answers, strict=True)}
-        self._measure(example.row, prompt=len(prompt), **sizes)
+        parts = ("chosen", "rejected") if len(answers) == 2 else ("answer",) * len(answers)
+        self._measure_answers(example.row, len(prompt), [len(ids) for ids, _ in answers])
         self._check_prompt(len(prompt))
         if _all_equal(answers):
             raise RowProblem("equal answers", "they are the same tokens")
@@ -283,6 +285,12 @@ class _Encoder:
 
     def _measure(self, row: str, **parts: int) -> None:
         self.tally.lengths.append((row, {**parts, "total": sum(parts.values())}))
+
+    def _measure_answers(self, row: str, prompt: int, sizes: list[int]) -> None:
+        """Of many answers the first and the last: the best and the worst of a ranking."""
+        names = {1: ("answer",), 2: ("chosen", "rejected")}.get(len(sizes), ("best", "worst"))
+        ends = dict(zip(names, (sizes[0], sizes[-1]), strict=False)) if sizes else {}
+        self.tally.lengths.append((row, {"prompt": prompt, **ends, "total": prompt + sum(sizes)}))
 
     def _check_prompt(self, length: int) -> None:
         if length >= self.policy.cutoff_len:

@@ -23,12 +23,13 @@ Json = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn. `tool_calls` are the calls an assistant makes in it, `arguments` already parsed to
-    a dict.
+    a dict. `trained`: whether SFT learns it, if it is an assistant's; data may say not, by a weight of 0.
     """
 
     role: Role
     content: str
     tool_calls: tuple[Json, ...] | None = None
+    trained: bool = True
 
     def to_dict(self) -> Json:
         """The message as transformers' chat templates take it."""

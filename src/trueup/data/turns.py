@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trueup.data.examples import Json, Message, Messages, Role, Tools
@@ -111,11 +111,12 @@ def parse_turn(turn: Any, index: int, column: str, tags: Tags) -> Message:
     calls += parts
     if thought := _thought_of(turn, column):
         content = _reasoned(thought) + content
+    trained = _is_trained(turn, role, index)
     if calls:
-        return Message(role, content, calls)
+        return Message(role, content, calls, trained)
     if name in tags.calls:
-        return _function_call(content)
-    return Message(role, content)
+        return replace(_function_call(content), trained=trained)
+    return Message(role, content, None, trained)
 
 
 def check_roles(messages: Sequence[Message], ends_with: str, first: int = 0, after: str = "start") -> None:
@@ -230,6 +231,22 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_trained(turn: Json, role: Role, index: int) -> bool:
+    """Whether an answer's weight is 1, as OpenAI (`weight`) and LLaMA-Factory's V1 (`loss_weight`) write it; or none
+    is given.
+    """
+    weight = turn.get("weight", turn.get("loss_weight"))
+    if role != "assistant":
+        if weight:
+            raise RowProblem(
+                "weighted turn", f"turn {index} is a {role} turn of weight {weight!r}; answers are trained"
+            )
+        return True
+    if weight is not None and weight not in (0, 1):
+        raise RowProblem("weighted turn", f"turn {index} has weight {weight!r}; known are 0 and 1")
+    return weight is None or bool(weight)
 
 
 def _calls_of(turn: Json) -> tuple[Json, ...]:

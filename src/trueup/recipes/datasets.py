@@ -10,7 +10,7 @@ from typing import Any
 
 from trueup.builtin import BUILTIN_MODELS
 from trueup.config.load import given, load_config
-from trueup.config.methods import stage_kind
+from trueup.config.methods import ONLINE, stage_kind
 from trueup.config.schema import RunConfig
 from trueup.data.encode import prepare, run_template
 from trueup.data.encoder import Policy, encode_examples
@@ -26,6 +26,7 @@ from trueup.data.stats import DatasetStats, Stats, measure
 from trueup.data.write import check_free, write_text
 from trueup.errors import ConfigError
 from trueup.models.load import load_tokenizer
+from trueup.recipes.batches import count_tokens, plan_batches
 
 log = logging.getLogger("trueup")
 
@@ -92,7 +93,8 @@ def preview_datasets(
         log.warning("No model is named: tokens are those of the built-in one. model_name_or_path=… shows your model's.")
     tokenizer = load_tokenizer(cfg.model)
     template = run_template(cfg, tokenizer)
-    policy = Policy(cfg.data.cutoff_len, _truncation(cfg), cfg.data.train_on_prompt, cfg.data.mask_history)
+    data = cfg.data
+    policy = Policy(data.cutoff_len, _truncation(cfg), data.train_on_prompt, data.mask_history, data.mask_thinking)
     shown: Preview | None = None
     for name in cfg.data.dataset:
         loaded, wanted = _load(cfg, kind, name, count, row)
@@ -153,20 +155,31 @@ def check_datasets(names: Sequence[str], source: str | None, words: Sequence[str
     known = given(source, words)
     if not names and "stage" in known and names_model(source, words):
         cfg = load_config(source, words)
-        return prepare(cfg, load_tokenizer(cfg.model)).report
+        return _counted(cfg)
     report = DataReport()
     for name in _named(names, known):
         cfg, kind = dataset_config([name], source, words)
         cfg = cfg.replace(**{**_ALONE, "max_samples": cfg.data.max_samples, "on_bad_rows": cfg.data.on_bad_rows})
         cfg = cfg.replace(dataset=[name])
         if names_model(source, words) and (kind is None or kind in _STAGES):
-            part = prepare(cfg, load_tokenizer(cfg.model)).report
+            part = _counted(cfg)
         else:
             part = load_examples_for(cfg, kind).report
         report.include(part)
     if not names_model(source, words):
         report.note("no model is named, so nothing is tokenised: model_name_or_path=… shows lengths and cuts")
     return report
+
+
+def _counted(cfg: RunConfig) -> DataReport:
+    """The report of a run's data, with the tokens of its batches where their order is known beforehand."""
+    prepared = prepare(cfg, load_tokenizer(cfg.model))
+    if prepared.stream:
+        prepared.stream.close()
+    elif len(prepared.train) and cfg.objective.stage not in ONLINE:
+        plan, arithmetic = plan_batches(cfg.replace(dataloader_drop_last=False), prepared.train.lengths)
+        prepared.report.epoch_tokens = count_tokens(prepared.train, plan, arithmetic.epochs).by_layout
+    return prepared.report
 
 
 def measure_datasets(names: Sequence[str], source: str | None, words: Sequence[str]) -> Stats:

@@ -52,6 +52,8 @@ class DataSection(Section):
     """Thinking blocks: true trains them, false leaves them out, null takes them as they come."""
     preserve_thinking: bool = False
     """Keep thinking blocks of earlier turns."""
+    mask_thinking: bool = False
+    """Leave thinking blocks of answers out of the loss; they stay in the text."""
     cutoff_len: Annotated[Positive, Field(ge=8)] = 2048
     """Longest example in tokens, prompt and answer together."""
     truncation: Annotated[Truncation, Lower] = "keep_start"
