@@ -76,7 +76,11 @@ def read_rows(spec: DatasetSpec, *, token: str | None = None, cache_dir: str | P
 
 
 def files_of(spec: DatasetSpec) -> list[DataFile]:
-    """The files that a dataset's rows are in; none if they come from a hub. Raises DataError or ModelError."""
+    """The files that a dataset's rows are in; none if they come from a hub or are in memory. Raises DataError or
+    ModelError.
+    """
+    if spec.rows is not None:
+        return []
     if copy := _copy_of(spec):
         log.info("dataset %s: the copy fetched on %s is read", spec.name, copy.fetched)
         return [local(copy.file)]
