@@ -301,6 +301,19 @@ def test_the_shift_of_bco_is_of_the_rewards_in_its_loss(config: Config) -> None:
     assert program.lesson.shift.mean == pytest.approx((told["rewards/chosen"] + told["rewards/rejected"]) / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("keys", [{"pref_loss": "bco_pair"}, {**KTO, "pref_loss": "bco"}], ids=["pairs", "feedback"])
+def test_an_evaluation_sees_one_shift_before_and_after_a_checkpoint(config: Config, keys: dict) -> None:
+    program = program_of(config(**keys))
+    move_far(program)
+    step(program)
+    seen = []
+    for _ in range(2):
+        program.look_ahead([], Single("cpu"), None)
+        seen.append(program.lesson.shift.mean)
+        program.state_dict()
+    assert seen[0] == seen[1] != 0
+
+
 def test_a_crossed_row_fits_the_cutoff(config: Config) -> None:
     cfg = config(**KTO)
     train = prepare(cfg, load_tokenizer(cfg.model)).train

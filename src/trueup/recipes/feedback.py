@@ -95,7 +95,7 @@ class FeedbackLesson:
     @torch.no_grad()
     def look_ahead(self, batches: Sequence[Batch], backend: Backend, steps_done: int | None) -> None:
         """KTO's mismatched pairs of the whole step: prompt → answer of another row, other ones in every epoch."""
-        if self.shift is not None and steps_done is not None:
+        if self.shift is not None:  # before an evaluation too: a checkpoint folds, and may come before or after it
             self.shift.fold()
         if self.needs_mismatched:
             epoch = 0 if steps_done is None else steps_done // self.dataset_lasts

@@ -153,12 +153,11 @@ class PairLesson:
 
     def look_ahead(self, batches: Sequence[Batch], backend: Backend, steps_done: int | None) -> None:
         self.step = {}
-        if steps_done is not None:
-            if self.shift is not None:
-                self.shift.fold()
-            if self.objective.sync_ref_model and steps_done and steps_done % self.objective.ref_model_sync_steps == 0:
-                assert self.references is not None
-                self.references.follow(self.objective.ref_model_mixup_alpha)
+        if self.shift is not None:  # before an evaluation too: a checkpoint folds, and may come before or after it
+            self.shift.fold()
+        if self.objective.sync_ref_model and steps_done and steps_done % self.objective.ref_model_sync_steps == 0:
+            assert self.references is not None
+            self.references.follow(self.objective.ref_model_mixup_alpha)
         if self.surveyed and sum(backend.gather(len(batches))) > 1:
             self._survey(batches, backend)
 
