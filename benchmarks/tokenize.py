@@ -5,7 +5,7 @@
 Dialogues of HH-RLHF, each text made unique, with Qwen's tokenizer. Both start from the file, without a cache. TRL
 is given one process and two (`dataset_num_proc`), and what it does is timed inside: reading the file and the
 trainer's own preparation, without the trainer's other work. trueup, given one process and as many as it chooses, also
-writes its data report and fills its cache; a second pass finds them. `--large` does the same with more pairs, alone.
+writes its data report and fills its cache; a second pass finds them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 from benchmarks import machine
 from benchmarks.environments import python_of, versions_of
@@ -46,7 +45,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenize")
     parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--large", type=int, default=100_000, help="pairs of a further pass of trueup alone; 0: none")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)  # the measured process writes its result here
@@ -105,16 +103,6 @@ def compare(model: Path, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def large(data: Path, pairs: int) -> dict[str, Any]:
-    """Seconds and peak memory of preparing many pairs, twice."""
-    write(unique(data, pairs), WORK)
-    shutil.rmtree(CACHE, ignore_errors=True)
-    usage = run([*OURS, WORK / "result.json"], WORK / "log.txt", environment({"TRUEUP_CACHE": str(CACHE)}))
-    shutil.rmtree(CACHE, ignore_errors=True)
-    seconds = {f"trueup{what}": value for what, value in read_json(WORK / "result.json").items()}
-    return {"pairs": pairs, "seconds": seconds, "peak_gb": usage.peak_gb}
-
-
 def ours(folder: Path, workers: int | None) -> dict[str, float]:
     """Seconds of preparing the pairs, and of doing so again with their tokens in the cache."""
     from trueup.config.load import load_config
@@ -153,14 +141,7 @@ def summary(record: dict) -> str:
         )
         for name, values in seconds.items()
     ]
-    shown = table((f"{pairs:,} pairs", "s", "pairs/s, best", "multiple of trueup's"), rows)
-    if large := record.get("large"):
-        first, second = large["seconds"].values()
-        shown += (
-            f"\n\n{large['pairs']:,} pairs, trueup alone: {first:.1f} s with their data report,\n"
-            f"{second:.1f} s the second time; its largest process took {large['peak_gb']:.1f} GB."
-        )
-    return shown
+    return table((f"{pairs:,} pairs", "s", "pairs/s, best", "multiple of trueup's"), rows)
 
 
 if __name__ == "__main__":

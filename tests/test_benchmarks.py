@@ -239,12 +239,11 @@ def test_nothing_is_wider_than_a_terminal():
     curves = {"trueup": [[0.69, 0.5]] * 5, "trl-nockpt": [[0.7, 0.4]] * 4 + [[0.6, 0.6]]}
     cells = [{"vocabulary": 32_768 << i, "answers": 8, "peak_mb": 12_345.0} for i in range(4)]
     names = ("trueup", "trueup, cached", "trueup, 1 process", "trl", "trl, 2 processes")
-    large = {"pairs": 100_000, "seconds": dict.fromkeys(names[:2], 100.5), "peak_gb": 10.5}
     loops, starts = ("bare loop", "trueup train"), ("trueup", "transformers", "transformers, tokenizer")
     texts = [
         parity.summary({"fp32": [case], "bf16": {"window": 10, "curves": curves}}),
         memory.summary({"prompt": 512, "answer": 256, "cells": cells}),
-        tokenize.summary({"pairs": 10_000, "seconds": dict.fromkeys(names, values), "large": large}),
+        tokenize.summary({"pairs": 10_000, "seconds": dict.fromkeys(names, values)}),
         overhead.summary({"steps": 200, "seconds": dict.fromkeys(loops, values)}),
         startup.summary({"seconds": dict.fromkeys(starts, values)}),
     ]

@@ -112,7 +112,8 @@ def load_examples(
             evaluation[data.name] = [data.examples[i] for i in sorted(held_out[data.name])]
     splits = name_splits(evaluation, eval_on_each_dataset)
     report.compare_rows(e for d in loaded.values() for e in d.examples.values())
-    report.compare_splits(train, (e for examples in splits.values() for e in examples))
+    if splits:
+        report.compare_splits(train, (e for examples in splits.values() for e in examples))
     report.splits = {"train": len(train), **{name: len(e) for name, e in splits.items()}}
     report.tell()
     return LoadedData(train, splits, report)
