@@ -10,6 +10,8 @@ from torch import Tensor
 
 from trueup.rollout.sampling import Sampling, TokenLogp
 
+FEW = 256  # tokens among which a nucleus is looked for first; sorting a whole vocabulary takes longer than small models
+
 
 class Chooser:
     """What one answer's parameters make of its logits: its random numbers, and what it has said already.
@@ -129,11 +131,15 @@ def _most_likely(probabilities: Tensor, top_k: Sequence[int]) -> Tensor:
 
 def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
     """Zeros outside the likeliest tokens that together have at least `top_p` [R, 1] of what is left."""
-    ordered, order = probabilities.sort(descending=True)
-    before = ordered.cumsum(-1) - ordered
-    kept = (before < top_p * ordered.sum(-1, keepdim=True)) | (top_p >= 1.0)
+    wanted = top_p * probabilities.sum(-1, keepdim=True)
+    narrow = top_p < 1.0
+    ordered, order = probabilities.topk(min(FEW, probabilities.shape[-1]))
+    if bool((narrow & (ordered.sum(-1, keepdim=True) < wanted)).any()):
+        ordered, order = probabilities.sort(descending=True)
+    kept = ordered.cumsum(-1) - ordered < wanted
     kept[:, 0] = True  # top_p 0 is greedy
-    return torch.zeros_like(probabilities).scatter(1, order, ordered.where(kept, 0.0))
+    nucleus = torch.zeros_like(probabilities).scatter(1, order, ordered.where(kept, 0.0))
+    return nucleus.where(narrow, probabilities)
 
 
 def _logps(logits: Tensor, ids: Tensor, choosers: Sequence[Chooser]) -> list[TokenLogp | None]:

@@ -6,6 +6,7 @@ API key is read from the environment when a request is made, and is in no messag
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
 import json
@@ -143,27 +144,81 @@ class Endpoint:
                 pause = 0.0
         raise Unanswered(why)
 
+    def events(self, path: str, fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """What a streamed request is answered with, chunk by chunk; asked again only as long as nothing has come.
+
+        Args:
+            path: after the URL's `/v1`, such as `/completions`.
+
+        Raises:
+            Unanswered: after all tries, or in the middle. ConfigError: the endpoint refuses every request alike.
+        """
+        pause, why = FIRST_PAUSE, ""
+        for attempt in range(self.tries):
+            if attempt:
+                self.spent.add(retries=1)
+                time.sleep(min(pause, LONGEST_PAUSE) * random.uniform(0.75, 1.25))
+            begun = False
+            try:
+                with self._calling(), self._open({"stream": True, **fields}, path) as response:
+                    for event in self._chunks(response):
+                        begun = True
+                        yield event
+                return
+            except _Later as later:
+                why, pause = str(later), later.seconds or 2 * pause
+                if begun:
+                    break
+        raise Unanswered(why)
+
     def _post(self, messages: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]) -> Reply:
-        body = {"model": self.model, "messages": list(messages), **fields, **self.options}
+        with self._calling(), self._open({"messages": list(messages), **fields}) as response:
+            found = _parse(self._read(response))
+        self.spent.add(prompt_tokens=found.prompt_tokens, completion_tokens=found.completion_tokens)
+        return found
+
+    def _open(self, fields: Mapping[str, Any], path: str = "/chat/completions") -> http.client.HTTPResponse:
+        body = {"model": self.model, **fields, **self.options}
         body = {name: value for name, value in body.items() if value is not None}
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
         if self.key_env:
             headers["Authorization"] = f"Bearer {os.environ.get(self.key_env, '')}"
-        target = f"{self.url}?{self._query}" if self._query else self.url
+        url = self.url.removesuffix("/chat/completions") + path
+        target = f"{url}?{self._query}" if self._query else url
         request = urllib.request.Request(target, json.dumps(body).encode(), headers)
         self.spent.add(requests=1)
+        return self._opener.open(request, timeout=self.seconds)
+
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        """What goes wrong on the way, as `_Later`, Unanswered or ConfigError."""
         try:
-            with self._opener.open(request, timeout=self.seconds) as response:
-                found = _parse(self._read(response))
+            yield
         except urllib.error.HTTPError as error:
             raise self._refusal(error) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise _Later(self._clean(f"{type(error).__name__}: {reason}")) from None
         except ValueError as error:
-            raise _Later(self._clean(f"not a chat completion: {error}")) from None
-        self.spent.add(prompt_tokens=found.prompt_tokens, completion_tokens=found.completion_tokens)
-        return found
+            raise _Later(self._clean(f"not a completion: {error}")) from None
+
+    def _chunks(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+        """The JSON of server-sent events until `[DONE]`."""
+        size = 0
+        while line := response.readline(MOST_BYTES):
+            size += len(line)
+            if size > MOST_BYTES:
+                raise ValueError(f"a reply of more than {MOST_BYTES:,} bytes")
+            name, _, value = line.decode("utf-8").strip().partition(":")
+            if name != "data":  # comments keep the connection alive
+                continue
+            if value.strip() == "[DONE]":
+                return
+            event = json.loads(value)
+            if not isinstance(event, dict) or "error" in event:
+                raise ValueError(value.strip()[:300])
+            yield event
+        raise ValueError("the stream ends in the middle")
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         """The whole body, within the limits."""

@@ -76,6 +76,7 @@ class Generation:
         self._cancelled = threading.Event()
         self._done = threading.Event()
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self._prompt_tokens = len(self.prompt_ids)
         self._completion_tokens = 0
 
     # --- for the asker ----------------------------------------------------------------------
@@ -125,13 +126,17 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt_ids), self._completion_tokens)
+        return Usage(self._prompt_tokens, self._completion_tokens)
 
     # --- for the engine ---------------------------------------------------------------------
 
     @property
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
+
+    def count(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """The usage, from an engine whose pieces have no ids."""
+        self._prompt_tokens, self._completion_tokens = prompt_tokens, completion_tokens
 
     def emit(self, piece: Piece) -> None:
         """Hand a piece to the reader; on the engine's thread. A reader that fails is one that went away."""
