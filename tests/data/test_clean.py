@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from trueup.data.counts import sparkline
 from trueup.data.dedup import dedup
 from trueup.data.page import page
 from trueup.data.report import DataReport
 from trueup.data.rowset import read_set
 from trueup.data.split import split
-from trueup.data.stats import sparkline
 from trueup.data.write import check_target, write_rows
 from trueup.errors import ConfigError, DataError, ModelError
 from trueup.recipes.datasets import check_datasets, measure_datasets
@@ -116,11 +116,11 @@ def test_a_check_reads_each_dataset_as_what_it_is(tmp_path):
 
 
 def test_the_report_is_a_page_that_needs_nothing_else(tmp_path):
-    rows = [pair("a"), pair("<b>", "x", "x"), pair("a")]
+    rows = [pair("a"), pair("<u>", "x", "x"), pair("a")]
     source = write(tmp_path / "rows.jsonl", rows)
     html = check_datasets([source], None, ["model_name_or_path=builtin:sql-tiny"]).page()
-    assert "<svg" in html and "equal pair" in html and "<b>" not in html
-    assert "http" not in html and "src=" not in html
+    assert "<svg" in html and "equal pair" in html and "<u>" not in html
+    assert "http:" not in html and "https:" not in html and "src=" not in html
     assert "<svg" not in DataReport().page()
 
 
@@ -129,7 +129,7 @@ def test_a_page_escapes_its_title():
 
 
 def test_a_histogram_fits_a_line():
-    assert sparkline([1]) and len(sparkline(list(range(1000)))) == 16
+    assert sparkline({1: 1}) and len(sparkline(dict.fromkeys(range(1000), 1))) == 16
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])

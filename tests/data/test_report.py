@@ -8,7 +8,9 @@ from collections import Counter
 import pytest
 from rich.cells import cell_len
 
+from trueup.data.balance import Sides, label_findings
 from trueup.data.examples import Chat, Feedback, Message, Pair
+from trueup.data.histogram import Histogram
 from trueup.data.report import DataReport, fingerprint, prompt_fingerprint, shorten
 from trueup.errors import DataError
 
@@ -35,6 +37,8 @@ def filled() -> DataReport:
         report.truncated(f"hh_harmless:{i + 100}", "chosen", "a long answer " * 20)
     for i in range(100):
         report.lengths(f"hh_harmless:{i}", prompt=i, chosen=2 * i, rejected=i, total=4 * i)
+    report.cutoff_len = 1024
+    report.epoch_tokens = {"padded": 3000, "separate": 2000, "shared": 1500}
     report.splits = {"train": 1400, "eval": 81}
     report.note("hh_harmless: 2 blank lines left out")
     return report
@@ -128,7 +132,7 @@ def test_shorten_gives_one_printable_line():
 def test_percentiles_of_counts_are_those_of_the_numbers():
     import numpy as np
 
-    from trueup.data.report import percentile
+    from trueup.data.counts import percentile
 
     random = np.random.default_rng(0)
     for size in (1, 2, 3, 10, 997):
@@ -148,3 +152,118 @@ def test_rows_may_be_forgotten_and_the_counts_kept():
     report.forget_rows()
     assert report.to_dict() == before == DataReport.restored(report.state()).to_dict()
     assert report.dataset("a").cut == 1
+
+
+# --- each dataset by itself -----------------------------------------------------------------------
+
+
+def test_read_is_kept_plus_dropped_plus_merged_and_equal_pairs_are_counted():
+    report = filled()
+    for i, why in enumerate(("equal pair", "equal answers", "equal after truncation", "too long")):
+        report.dropped(f"hh_harmless:{i + 200}", why)
+    d = report.to_dict()["datasets"]["hh_harmless"]
+    assert d["read"] == d["kept"] + d["merged"] + sum(rows["count"] for rows in d["dropped"].values())
+    assert d["equal_pairs"] == 3 and d["truncated_rows"] == 5
+
+
+def test_each_dataset_has_its_own_lengths_duplicates_and_sides():
+    report = DataReport()
+    report.compare_rows([pair("a:0"), pair("a:1"), pair("b:0", chosen="bad", rejected="good")])
+    report.lengths("a:0", prompt=3, chosen=9, rejected=2, total=14)
+    report.lengths("b:0", prompt=5, chosen=2, rejected=2, total=9)
+    a, b = (report.to_dict()["datasets"][name] for name in "ab")
+    assert (a["duplicates"]["rows"], b["duplicates"]["rows"]) == (["a:1"], [])
+    assert (a["reversed_pairs"]["rows"], b["reversed_pairs"]["rows"]) == ([], ["b:0"])
+    assert a["tokens"]["prompt"]["max"] == 3 and b["tokens"]["prompt"]["max"] == 5
+    assert report.statistics()["prompt"] == {"p50": 4.0, "p95": pytest.approx(4.9), "max": 5, "mean": 4.0}
+    assert a["sides"] == {"pairs": 1, "chosen_longer": 1.0, "equally_long": 0.0, "mean_ratio": 4.5}
+    assert "4.5 times as long" in a["findings"][0] and not b["findings"]
+    assert "a: chosen answers are 4.5 times as long" in " ".join(report.render().split())
+
+
+def test_overlap_belongs_to_the_rows_that_evaluate():
+    report = DataReport()
+    report.compare_splits([pair("a:0")], [pair("held:3", chosen="other"), pair("held:4", prompt="another")])
+    assert report.to_dict()["datasets"]["held"]["train_eval_overlap"]["rows"] == ["held:3"]
+    assert report.overlap.count == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ([(10, 10)] * 4, ""),
+        ([(12, 10), (9, 10)], ""),
+        ([(11, 10)] * 3 + [(9, 10)], "chosen answer is the longer one in 75%"),
+        ([(9, 10)] * 9 + [(12, 10)], "rejected answer is the longer one in 90%"),
+        ([(30, 10), (1, 2)], "chosen answers are 2.6 times as long"),
+        ([(10, 30), (2, 1)], "rejected answers are 2.6 times as long"),
+        ([], ""),
+    ],
+)
+def test_sides_of_unequal_length_are_remarked(lengths, words: str):
+    sides = Sides()
+    for chosen, rejected in lengths:
+        sides.add(chosen, rejected)
+    found = list(sides.findings())
+    assert (words in found[0]) if words else not found
+
+
+def test_labels_out_of_balance_come_with_the_weights_that_balance_them():
+    assert not list(label_findings({"desirable": 10, "undesirable": 10}))
+    assert not list(label_findings({"desirable": 4, "undesirable": 3}))
+    assert "kto_chosen_weight between 0.50 and 0.67" in next(label_findings({"desirable": 20, "undesirable": 10}))
+    assert "needs both labels" in next(label_findings({"desirable": 20}))
+
+
+def test_an_epoch_is_told_in_every_layout():
+    report = filled()
+    assert "an epoch: 1 500 tokens (2 000 without shared prompts, 3 000 padded)" in report.render()
+    assert report.to_dict()["epoch_tokens"] == {"padded": 3000, "separate": 2000, "shared": 1500}
+    assert DataReport().to_dict()["epoch_tokens"] is None
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_the_page_tells_all_of_it_and_fetches_nothing():
+    page = filled().page()
+    for words in (
+        "1,500 rows",
+        "empty chosen",
+        "30",
+        "times fewer tokens",
+        "at most 1,024 tokens",
+        "blank lines",
+        "1,400",
+    ):
+        assert words in page
+    assert page.count("<svg") == 3, "prompt, both sides in one, total"
+    assert "http:" not in page and "https:" not in page and "src=" not in page and "url(" not in page
+    assert "default-src 'none'" in page and "<script" not in page
+
+
+def test_what_data_say_is_text_on_the_page():
+    report = DataReport()
+    name = '<i>"x"</i>'
+    report.dataset(name).read = 2
+    report.dropped(f"{name}:0", "<b>reason</b>", "<script>alert(1)</script>")
+    report.compare_rows([pair(f"{name}:0"), pair(f"{name}:1")])
+    report.lengths(f"{name}:1", **{"<u>part</u>": 3})
+    report.note("<img src=x>")
+    report.splits = {"<s>train": 1}
+    page = report.page()
+    for tag in ("<i>", "<b>reason", "<script", "<img", "<u>", "<s>", 'x"<'):
+        assert tag not in page, tag
+
+
+def test_an_empty_report_is_a_page():
+    assert "nothing out of balance" in DataReport().page()
+
+
+@pytest.mark.parametrize("lengths", [{0: 1}, {7: 3}, {1: 1, 2: 1}, dict.fromkeys(range(1000), 2), {3: 999, 100_000: 1}])
+def test_a_histogram_holds_every_row(lengths: dict[int, int]):
+    histogram = Histogram.of([lengths, {5: 4}])
+    assert histogram.counts.sum(axis=1).tolist() == [sum(lengths.values()), 4]
+    assert histogram.counts.shape[1] <= 41
+    drawn = histogram.svg(["a", "b"], ["red", "blue"], limit=1)
+    assert drawn.count("<path") == 2 and ("+</span>" in drawn) == (max(lengths) == 100_000)

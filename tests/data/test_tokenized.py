@@ -198,6 +198,6 @@ def test_a_report_comes_back_as_it_was(rows, tmp_path):
     again = DataReport.restored(json.loads(json.dumps(report.state())))
     assert again.to_dict() == report.to_dict() and again.render() == report.render()
     assert list(again.warnings()) == list(report.warnings())
-    kept = {"datasets", "splits", "duplicates", "reversed_pairs", "overlap", "notes", "_dropped"}
-    said_by_encoding = {"_said", "_truncated", "_measured", "_cut", "_lengths"}
+    kept = {"datasets", "splits", "cutoff_len", "epoch_tokens", "notes", "_dropped"}
+    said_by_encoding = {"_said", "_truncated", "_measured", "_cut"}
     assert vars(report).keys() == kept | said_by_encoding, "a new attribute: keep it in `state`, or name it here"

@@ -53,6 +53,7 @@ def test_a_dpo_run_leaves_every_artefact(config: Config, tmp_path: Path) -> None
     output = tmp_path / "out"
     for name in (
         "run.yaml", "environment.json", "status.json", "metrics.jsonl", "trainer_log.jsonl", "data_report.json",
+        "data_report.html",
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "training_loss.png",
         "training_rewards_accuracies.png", "train_results.json", "eval_results.json", "all_results.json", "README.md",
         "checkpoint-6/manifest.json", "checkpoint-12/adapter_model.safetensors",

@@ -16,41 +16,23 @@ from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Any
 
-import numpy as np
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text as RichText
+from rich.console import Console, RenderableType
 
+from trueup.data.balance import Sides, label_findings
+from trueup.data.counts import Rows, largest, number, shorten, some_ids, statistics
 from trueup.data.examples import Chat, Example, Feedback, Messages, Pair, Prompt, Ranking, Text
 from trueup.data.report_page import report_page
+from trueup.data.report_text import report_text
 from trueup.errors import DataError, Problem
+
+__all__ = ["DataReport", "DatasetReport", "Rows", "fingerprint", "number", "prompt_fingerprint", "shorten"]
 
 log = logging.getLogger("trueup")
 
-_KEPT_IDS = 20  # row ids kept per reason; the count is exact
-_SHOWN_IDS = 4
-_EXCERPT = 60
 _WIDTH = 80
-
-
-@dataclass(slots=True)
-class Rows:
-    """A count of rows, the first of their ids, and an excerpt of the first."""
-
-    count: int = 0
-    ids: list[str] = field(default_factory=list)
-    excerpt: str = ""
-
-    def add(self, row: str, excerpt: str = "") -> None:
-        self.count += 1
-        if len(self.ids) < _KEPT_IDS:
-            self.ids.append(row)
-        self.excerpt = self.excerpt or shorten(excerpt)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "rows": self.ids, "excerpt": self.excerpt}
+#: Reasons for which a pair is dropped because its sides do not differ, by the words of `formats.py` and `encoder.py`.
+_EQUAL = ("equal pair", "equal answers", "equal after truncation")
+_BETTER_AND_WORSE = (("chosen", "rejected"), ("best", "worst"))  # parts whose lengths are set against each other
 
 
 @dataclass(slots=True)
@@ -64,8 +46,13 @@ class DatasetReport:
     available: int = 0
     read: int = 0
     dropped: dict[str, Rows] = field(default_factory=dict)
-    truncated: dict[str, Rows] = field(default_factory=dict)  # by part: prompt, answer, chosen …
+    truncated: dict[str, Rows] = field(default_factory=dict)  # by part: answer, chosen, rejected …
+    duplicates: Rows = field(default_factory=Rows)
+    reversed_pairs: Rows = field(default_factory=Rows)
+    overlap: Rows = field(default_factory=Rows)  # evaluation rows whose prompt is trained on as well
     labels: Counter[str] = field(default_factory=Counter)
+    lengths: dict[str, Counter[int]] = field(default_factory=dict)  # part → how many rows have so many tokens
+    sides: Sides = field(default_factory=Sides)
     cut: int = 0  # rows of which some part was truncated
 
     @property
@@ -76,55 +63,108 @@ class DatasetReport:
     def num_dropped(self) -> int:
         return sum(rows.count for rows in self.dropped.values())
 
+    @property
+    def equal_pairs(self) -> int:
+        return sum(self.dropped[reason].count for reason in _EQUAL if reason in self.dropped)
+
     def arithmetic(self) -> str:
         """ "0 of 1 200 rows usable: 1 150 too long, 50 equal pair"."""
-        reasons = ", ".join(f"{number(r.count)} {reason}" for reason, r in _largest(self.dropped))
+        reasons = ", ".join(f"{number(r.count)} {reason}" for reason, r in largest(self.dropped))
         return f"{number(self.kept)} of {number(self.read)} rows usable" + (f": {reasons}" if reasons else "")
 
+    def findings(self) -> Iterator[str]:
+        """What a user should know of a dataset that no row is dropped for, a sentence each."""
+        yield from self.sides.findings()
+        if self.labels:
+            yield from label_findings(self.labels)
+
     def to_dict(self) -> dict[str, Any]:
+        """As JSON: read = kept + dropped + merged."""
         return {
             "origin": self.origin,
             "available": self.available,
             "read": self.read,
             "kept": self.kept,
+            "merged": 0,  # no format makes one example of several rows
             "dropped": {reason: rows.to_dict() for reason, rows in sorted(self.dropped.items())},
             "truncated": {part: rows.to_dict() for part, rows in sorted(self.truncated.items())},
+            "truncated_rows": self.cut,
+            "equal_pairs": self.equal_pairs,
+            "duplicates": self.duplicates.to_dict(),
+            "reversed_pairs": self.reversed_pairs.to_dict(),
+            "train_eval_overlap": self.overlap.to_dict(),
             "labels": dict(sorted(self.labels.items())),
+            "tokens": {part: statistics(counts) for part, counts in self.lengths.items()},
+            "sides": self.sides.to_dict() if self.sides.pairs else None,
+            "findings": list(self.findings()),
         }
 
+    def state(self) -> dict[str, Any]:
+        """Every field, for `restored`."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**kept, "lengths": {part: sorted(counts.items()) for part, counts in self.lengths.items()}}
 
-def _fields(part: Rows | DatasetReport) -> dict[str, Any]:
-    """One level of a part; `asdict` would count the items of a Counter (before Python 3.12)."""
-    return {field.name: getattr(part, field.name) for field in fields(part)}
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> DatasetReport:
+        """The one whose `state` this was, read from JSON."""
+        made: dict[str, Any] = {**state, "labels": Counter(state["labels"]), "sides": Sides(**state["sides"])}
+        for name in ("duplicates", "reversed_pairs", "overlap"):
+            made[name] = Rows(**state[name])
+        for name in ("dropped", "truncated"):
+            made[name] = {reason: Rows(**rows) for reason, rows in state[name].items()}
+        made["lengths"] = {part: Counter(dict(counts)) for part, counts in state["lengths"].items()}
+        return cls(**made)
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    """One level of a part, for JSON."""
+    return part.state() if isinstance(part, DatasetReport) else {f.name: getattr(part, f.name) for f in fields(part)}
 
 
 class DataReport:
     """Collects what reading and encoding find out; nothing in here decides anything.
 
-    `splits` tells how many examples each of "train", "eval", … holds after mixing.
+    Attributes:
+        splits: how many examples each of "train", "eval", … holds after mixing.
+        cutoff_len: the most tokens of an example; None if nothing was tokenised.
+        epoch_tokens: what an epoch's batches take in each layout ("padded", "separate", "shared"), where that is known.
     """
 
     def __init__(self) -> None:
         self.datasets: dict[str, DatasetReport] = {}
         self.splits: dict[str, int] = {}
-        self.duplicates = Rows()
-        self.reversed_pairs = Rows()
-        self.overlap = Rows()  # evaluation rows whose prompt is trained on as well
+        self.cutoff_len: int | None = None
+        self.epoch_tokens: dict[str, int] = {}
         self.notes: list[str] = []
         self._said: set[str] = set()
         self._dropped: set[str] = set()
         self._truncated: set[tuple[str, str]] = set()
         self._measured: set[str] = set()
         self._cut: set[str] = set()
-        self._lengths: dict[str, Counter[int]] = defaultdict(Counter)  # part → how many rows have so many tokens
+
+    @property
+    def duplicates(self) -> Rows:
+        return self._together("duplicates")
+
+    @property
+    def reversed_pairs(self) -> Rows:
+        return self._together("reversed_pairs")
+
+    @property
+    def overlap(self) -> Rows:
+        return self._together("overlap")
+
+    def _together(self, what: str) -> Rows:
+        total = Rows()
+        for d in self.datasets.values():
+            total.include(getattr(d, what))
+        return total
 
     # ---- keeping ----
 
     def state(self) -> dict[str, Any]:
         """What reading found out, as JSON for `restored`; encoding's part is in its tallies."""
-        kept = ("splits", "duplicates", "reversed_pairs", "overlap", "notes")
-        found = {name: getattr(self, name) for name in kept}
-        found["lengths"] = {part: sorted(counts.items()) for part, counts in self._lengths.items()}
+        found = {name: getattr(self, name) for name in ("splits", "cutoff_len", "epoch_tokens", "notes")}
         found |= {"dropped_rows": sorted(self._dropped), "datasets": list(self.datasets.values())}
         return json.loads(json.dumps(found, default=_fields))
 
@@ -133,17 +173,9 @@ class DataReport:
         """The report whose `state` this was."""
         report = cls()
         report.splits, report.notes = dict(state["splits"]), list(state["notes"])
-        for name in ("duplicates", "reversed_pairs", "overlap"):
-            setattr(report, name, Rows(**state[name]))
+        report.cutoff_len, report.epoch_tokens = state["cutoff_len"], dict(state["epoch_tokens"])
         report._dropped = set(state["dropped_rows"])
-        for part, counts in state.get("lengths", {}).items():
-            report._lengths[part] = Counter(dict(counts))
-        for entry in state["datasets"]:
-            losses = {
-                part: {reason: Rows(**rows) for reason, rows in entry[part].items()}
-                for part in ("dropped", "truncated")
-            }
-            report.datasets[entry["name"]] = DatasetReport(**{**entry, **losses, "labels": Counter(entry["labels"])})
+        report.datasets = {entry["name"]: DatasetReport.restored(entry) for entry in state["datasets"]}
         return report
 
     def go_back(self, state: Mapping[str, Any]) -> None:
@@ -184,8 +216,12 @@ class DataReport:
         """
         if row not in self._measured:
             self._measured.add(row)
+            entry = self.of_row(row)
             for part, count in tokens.items():
-                self._lengths[part][count] += 1
+                entry.lengths.setdefault(part, Counter())[count] += 1
+            for better, worse in _BETTER_AND_WORSE:
+                if better in tokens:
+                    entry.sides.add(tokens[better], tokens[worse])
 
     def told_before(self, rows: Iterable[str]) -> None:
         """Of these rows nothing more is counted as left out."""
@@ -205,21 +241,15 @@ class DataReport:
         """Take over what is known of other datasets."""
         self.datasets |= other.datasets
         self.splits |= {name: self.splits.get(name, 0) + count for name, count in other.splits.items()}
-        for mine, theirs in (
-            (self.duplicates, other.duplicates),
-            (self.reversed_pairs, other.reversed_pairs),
-            (self.overlap, other.overlap),
-        ):
-            mine.count, mine.ids = mine.count + theirs.count, [*mine.ids, *theirs.ids][:_KEPT_IDS]
-            mine.excerpt = mine.excerpt or theirs.excerpt
+        self.cutoff_len = self.cutoff_len or other.cutoff_len
+        for layout, tokens in other.epoch_tokens.items():
+            self.epoch_tokens[layout] = self.epoch_tokens.get(layout, 0) + tokens
         for note in other.notes:
             self.note(note)
         self._dropped |= other._dropped
         self._truncated |= other._truncated
         self._measured |= other._measured
         self._cut |= other._cut
-        for part, lengths in other._lengths.items():
-            self._lengths[part].update(lengths)
 
     def compare_rows(self, examples: Iterable[Example]) -> None:
         """Count duplicates and reversed pairs among distinct rows (D9, D10)."""
@@ -229,7 +259,7 @@ class DataReport:
             key = fingerprint(example)
             first = seen.setdefault(key, example.row)
             if first != example.row:
-                self.duplicates.add(example.row, f"same as {first}")
+                self.of_row(example.row).duplicates.add(example.row, f"same as {first}")
             if isinstance(example, Feedback):
                 label = "desirable" if example.desirable else "undesirable"
                 self.of_row(example.row).labels[label] += 1
@@ -237,7 +267,7 @@ class DataReport:
                 better, worse = sides
                 mirror = pairs.get(_digest(example.prompt, worse, better))
                 if mirror:
-                    self.reversed_pairs.add(example.row, f"the reverse of {mirror}")
+                    self.of_row(example.row).reversed_pairs.add(example.row, f"the reverse of {mirror}")
                 pairs.setdefault(_digest(example.prompt, better, worse), example.row)
 
     def compare_splits(self, train: Iterable[Example], evaluation: Iterable[Example]) -> None:
@@ -248,7 +278,7 @@ class DataReport:
         for example in evaluation:
             twin = trained.get(prompt_fingerprint(example))
             if twin:
-                self.overlap.add(example.row, f"same prompt as {twin}")
+                self.of_row(example.row).overlap.add(example.row, f"same prompt as {twin}")
 
     # ---- refusing ----
 
@@ -258,7 +288,7 @@ class DataReport:
         for d in self.datasets.values():
             if d.kept > 0:
                 continue
-            first = _largest(d.dropped)[0][1] if d.dropped else None
+            first = largest(d.dropped)[0][1] if d.dropped else None
             fix = f"the first such row is {first.ids[0]}: {first.excerpt}" if first else None
             problems.append(Problem(f"dataset {d.name!r}: {d.arithmetic()}", d.origin, fix=fix))
         if problems:
@@ -273,30 +303,30 @@ class DataReport:
                 fix="mend or remove these rows, or set `on_bad_rows: skip` to leave them out",
             )
             for d in self.datasets.values()
-            for reason, rows in _largest(d.dropped)
+            for reason, rows in largest(d.dropped)
         ]
         if problems:
             raise DataError(problems)
 
     # ---- showing ----
 
+    def lengths_together(self) -> dict[str, Counter[int]]:
+        """part → how many rows of all datasets have so many tokens; empty before encoding."""
+        together: dict[str, Counter[int]] = defaultdict(Counter)
+        for d in self.datasets.values():
+            for part, counts in d.lengths.items():
+                together[part].update(counts)
+        return dict(together)
+
     def statistics(self) -> dict[str, dict[str, float]]:
         """part → p50, p95, max, mean of its token counts; empty before encoding."""
-        return {
-            part: {
-                "p50": percentile(counts, 0.5),
-                "p95": percentile(counts, 0.95),
-                "max": max(counts),
-                "mean": sum(value * count for value, count in counts.items()) / counts.total(),
-            }
-            for part, counts in self._lengths.items()
-        }
+        return {part: statistics(counts) for part, counts in self.lengths_together().items()}
 
     def warnings(self) -> Iterator[str]:
         """What a user should hear even if nobody looks at the report, a sentence each."""
         for d in self.datasets.values():
             if d.num_dropped:
-                reasons = ", ".join(f"{number(r.count)} {why}" for why, r in _largest(d.dropped))
+                reasons = ", ".join(f"{number(r.count)} {why}" for why, r in largest(d.dropped))
                 yield (
                     f"dataset {d.name}: {number(d.num_dropped)} of {number(d.read)} rows are left "
                     f"out ({reasons}); `on_bad_rows: error` refuses them instead"
@@ -321,11 +351,13 @@ class DataReport:
         return {
             "version": 1,
             "splits": self.splits,
+            "cutoff_len": self.cutoff_len,
             "datasets": {name: d.to_dict() for name, d in self.datasets.items()},
             "duplicates": self.duplicates.to_dict(),
             "reversed_pairs": self.reversed_pairs.to_dict(),
             "train_eval_overlap": self.overlap.to_dict(),
             "tokens": self.statistics(),
+            "epoch_tokens": self.epoch_tokens or None,
             "notes": self.notes,
         }
 
@@ -338,115 +370,10 @@ class DataReport:
 
     def page(self) -> str:
         """The report as a self-contained HTML page, with histograms of the lengths."""
-        return report_page(self.to_dict(), self._lengths)
+        return report_page(self.to_dict(), {name: d.lengths for name, d in self.datasets.items()})
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [self._table_of_datasets()]
-        if any(d.dropped for d in self.datasets.values()):
-            parts.append(self._table_of_losses("dropped", "dropped"))
-        if any(d.truncated for d in self.datasets.values()):
-            parts.append(self._table_of_losses("truncated", "cut"))
-        if self._lengths:
-            parts.append(self._table_of_lengths())
-        remarks = [RichText(f"• {line}", style="yellow") for line in self._remarks()]
-        remarks += [RichText(f"• {note}", style="dim") for note in self.notes]
-        if remarks:
-            parts.append(Group(*remarks))
-        return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
-
-    def _table_of_datasets(self) -> Table:
-        table = _table("dataset", *(">" + h for h in ("rows", "read", "kept", "dropped", "cut")))
-        for d in self.datasets.values():
-            table.add_row(
-                RichText(d.name),
-                *(number(n) for n in (d.available, d.read, d.kept)),
-                _flag(d.num_dropped),
-                _flag(d.cut),
-            )
-        if self.splits:
-            table.caption = "  ".join(f"{name} {number(n)}" for name, n in self.splits.items())
-            table.caption_justify = "left"
-        return table
-
-    def _table_of_losses(self, attribute: str, title: str) -> Table:
-        table = _table(title, ">rows", "which", "first")
-        for d in self.datasets.values():
-            losses: dict[str, Rows] = d.dropped if attribute == "dropped" else d.truncated
-            for reason, rows in _largest(losses):
-                name = reason if len(self.datasets) == 1 else f"{d.name}: {reason}"
-                # As Text, because what data say is never markup.
-                table.add_row(*map(RichText, (name, number(rows.count), _short_ids(rows), rows.excerpt)))
-        which, first = table.columns[2:]
-        which.no_wrap = first.no_wrap = True
-        first.overflow, first.ratio, table.expand = "ellipsis", 1, True
-        return table
-
-    def _table_of_lengths(self) -> Table:
-        table = _table("tokens", ">p50", ">p95", ">max", ">mean")
-        for part, stats in self.statistics().items():
-            table.add_row(part, *(number(round(stats[key])) for key in ("p50", "p95", "max", "mean")))
-        return table
-
-    def _remarks(self) -> Iterator[str]:
-        for d in self.datasets.values():
-            if d.labels:
-                balance = ", ".join(f"{number(n)} {label}" for label, n in d.labels.most_common())
-                yield f"{d.name}: {balance}"
-        for rows, what in (
-            (self.duplicates, "duplicate rows"),
-            (self.reversed_pairs, "reversed pairs"),
-            (self.overlap, "evaluation rows whose prompt is trained on"),
-        ):
-            if rows.count:
-                yield f"{number(rows.count)} {what}: {some_ids(rows)}"
-
-
-def percentile(counts: Mapping[int, int], share: float) -> float:
-    """Of numbers given by how often each occurs; between two of them as numpy does it."""
-    values = np.array(sorted(counts), dtype=np.float64)
-    ends = np.cumsum([counts[value] for value in sorted(counts)])
-    place = share * (int(ends[-1]) - 1)
-    below, above = (values[np.searchsorted(ends, rank, side="right")] for rank in (int(place), int(np.ceil(place))))
-    return float(below + (above - below) * (place - int(place)))
-
-
-def number(value: float) -> str:
-    """1 234 567: grouped by a narrow space that every terminal has."""
-    return f"{value:,}".replace(",", " ")
-
-
-def shorten(text: str, limit: int = _EXCERPT) -> str:
-    """A text on one line, at most `limit` characters, safe to print."""
-    line = " ".join(text[: 4 * limit].split())
-    line = "".join(c if c.isprintable() else "�" for c in line)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def some_ids(rows: Rows, limit: int = _SHOWN_IDS) -> str:
-    """The first ids, and how many more there are."""
-    more = f" … and {number(rows.count - limit)} more" if rows.count > limit else ""
-    return ", ".join(rows.ids[:limit]) + more
-
-
-def _short_ids(rows: Rows) -> str:
-    ids = ", ".join(row.rpartition(":")[2] for row in rows.ids[:_SHOWN_IDS])
-    return ids + (" …" if rows.count > _SHOWN_IDS else "")
-
-
-def _largest(losses: dict[str, Rows]) -> list[tuple[str, Rows]]:
-    return sorted(losses.items(), key=lambda item: (-item[1].count, item[0]))
-
-
-def _table(*headers: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
-    for header in headers:
-        right = header.startswith(">")
-        table.add_column(header.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
-    return table
-
-
-def _flag(count: int) -> RichText:
-    return RichText(number(count), style="yellow" if count else "dim")
+        return report_text(self)
 
 
 # ---- fingerprints --------------------------------------------------------------------------------

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trueup.data.balance import Sides, label_findings
+from trueup.data.counts import number, sparkline
 from trueup.data.examples import Chat, Example, Feedback, Messages, Pair, Prompt, Ranking, Text
-from trueup.data.report import number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-_BARS = "▁▂▃▄▅▆▇█"
-_BINS = 16
-_LONGER = 1.5  # mean lengths of the two sides differ by this much: a model may learn length instead
-_BALANCED = (1.0, 4 / 3)  # wanted to unwanted, as KTO's paper recommends (arXiv 2402.01306, §4.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +42,14 @@ class DatasetStats:
             for part, values in self.lengths.items()
         }
 
-    def sides(self) -> dict[str, float] | None:
+    def sides(self) -> Sides | None:
         """How much longer chosen answers are: of the means, and in which share of the pairs."""
         if "chosen" not in self.lengths:
             return None
-        chosen, rejected = (np.asarray(self.lengths[part], dtype=float) for part in ("chosen", "rejected"))
-        return {
-            "mean_ratio": float(chosen.mean() / max(rejected.mean(), 1e-9)),
-            "chosen_longer": float((chosen > rejected).mean()),
-            "equal": float((chosen == rejected).mean()),
-        }
+        sides = Sides()
+        for chosen, rejected in zip(self.lengths["chosen"], self.lengths["rejected"], strict=True):
+            sides.add(chosen, rejected)
+        return sides
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -65,7 +59,7 @@ class DatasetStats:
             "usable": self.usable,
             "unit": self.unit,
             "lengths": self.statistics(),
-            "sides": self.sides(),
+            "sides": sides.to_dict() if (sides := self.sides()) else None,
             "labels": dict(self.labels),
             "turns": dict(sorted(self.turns.items())),
             "answers": dict(sorted(self.answers.items())),
@@ -75,27 +69,9 @@ class DatasetStats:
     def findings(self) -> Iterator[str]:
         """What a user should know before training on it, a sentence each."""
         if sides := self.sides():
-            ratio = sides["mean_ratio"]
-            if not 1 / _LONGER <= ratio <= _LONGER:
-                which = "chosen answers are" if ratio > 1 else "rejected answers are"
-                yield (
-                    f"{which} {max(ratio, 1 / ratio):.1f} times as long on average: a model may learn length alone; "
-                    "a length-normalised loss (stage: simpo) or a filter on lengths helps"
-                )
+            yield from sides.findings()
         if self.labels:
-            yield from self._balance()
-
-    def _balance(self) -> Iterator[str]:
-        wanted, unwanted = self.labels["desirable"], self.labels["undesirable"]
-        if not wanted or not unwanted:
-            yield f"all answers are {'desirable' if wanted else 'undesirable'}: KTO needs both labels"
-            return
-        low, high = (bound * unwanted / wanted for bound in _BALANCED)
-        if not low - 0.01 <= 1 <= high + 0.01:
-            yield (
-                f"{number(wanted)} desirable to {number(unwanted)} undesirable answers: for KTO set kto_chosen_weight "
-                f"between {low:.2f} and {high:.2f}, or kto_rejected_weight between {1 / high:.2f} and {1 / low:.2f}"
-            )
+            yield from label_findings(self.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +151,7 @@ def _render(dataset: DatasetStats) -> Iterator[RenderableType]:
     table.add_column("")
     for part, values in dataset.statistics().items():
         cells = (number(round(values[key])) for key in ("mean", "p5", "p50", "p95", "max"))
-        table.add_row(part, *cells, sparkline(dataset.lengths[part]))
+        table.add_row(part, *cells, sparkline(Counter(dataset.lengths[part])))
     yield table
     yield from (RichText(line) for line in _balance_lines(dataset))
     yield from (RichText(f"• {finding}", style="yellow") for finding in dataset.findings())
@@ -184,10 +160,7 @@ def _render(dataset: DatasetStats) -> Iterator[RenderableType]:
 
 def _balance_lines(dataset: DatasetStats) -> Iterator[str]:
     if sides := dataset.sides():
-        yield (
-            f"chosen is longer in {sides['chosen_longer']:.0%} of the pairs (equal in {sides['equal']:.0%}), "
-            f"{sides['mean_ratio']:.2f} times as long on average"
-        )
+        yield sides.in_words()
     if dataset.labels:
         yield ", ".join(f"{number(count)} {label}" for label, count in dataset.labels.most_common())
     if len(dataset.answers) > 1:
@@ -195,11 +168,3 @@ def _balance_lines(dataset: DatasetStats) -> Iterator[str]:
     several = sum(count for turns, count in dataset.turns.items() if turns > 1)
     if several:
         yield f"{number(several)} rows of several turns, at most {max(dataset.turns)} before the answer"
-
-
-def sparkline(values: Sequence[int]) -> str:
-    """A histogram in a line, from the shortest to the 99th percentile."""
-    top = float(np.percentile(values, 99))
-    counts, _ = np.histogram(np.minimum(values, top), bins=min(_BINS, len(set(values))))
-    highest = max(int(counts.max()), 1)
-    return "".join(" " if not count else _BARS[round(count / highest * (len(_BARS) - 1))] for count in counts)

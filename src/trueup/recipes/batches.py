@@ -56,6 +56,12 @@ class Tokens:
     largest: int  # micro-batch, as the model runs it
     sampled: bool = False  # epoch_padded is an estimate from the first steps
     at_most: bool = False  # answers are still to be written, and counted at their longest
+    epoch_separate: int = 0  # a row an answer, none padded
+
+    @property
+    def by_layout(self) -> dict[str, int]:
+        """An epoch's, for the data report."""
+        return {"padded": self.epoch_padded, "separate": self.epoch_separate, "shared": self.epoch}
 
 
 #: Epochs that are searched for the largest micro-batch: they differ in nothing but the order of the rows.
@@ -71,7 +77,10 @@ def in_layout(plan: BatchPlan, dataset: EncodedDataset, shared: bool) -> BatchPl
 
 def count_tokens(dataset: EncodedDataset, plan: BatchPlan, epochs: int) -> Tokens:
     """The tokens of a run's training micro-batches."""
-    return _count(plan, Padded.of(dataset.prompt_lengths, dataset.answer_lengths), epochs)
+    padded = Padded.of(dataset.prompt_lengths, dataset.answer_lengths)
+    tokens = _count(plan, padded, epochs)
+    repeated = dataset.prompt_lengths * (padded.rows - 1)
+    return replace(tokens, epoch_separate=tokens.epoch + int(repeated[_examples(plan, plan.order(0))].sum()))
 
 
 def answered_tokens(cfg: RunConfig, dataset: EncodedDataset, plan: BatchPlan, epochs: int) -> Tokens:
@@ -106,6 +115,11 @@ def _count(plan: BatchPlan, padded: Padded, epochs: int) -> Tokens:
         own = np.add.reduceat(sizes[order], starts) if plan.padded is None else rows
         largest = max(largest, int(own.max()))
     return Tokens(epoch, in_padded[0], largest)
+
+
+def _examples(plan: BatchPlan, units: np.ndarray) -> np.ndarray:
+    """Which examples some of the plan's units hold."""
+    return units if plan.pack_tokens is None else np.concatenate([plan.units[unit] for unit in units])
 
 
 def _by_unit(plan: BatchPlan, padded: Padded) -> tuple[np.ndarray, Padded]:

@@ -113,6 +113,8 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
         tokens = count(prepared.train, plan, arithmetic.epochs)
         largest = tokens.largest
         tokens = None if arithmetic.streamed else tokens
+        if tokens and not tokens.at_most:
+            prepared.report.epoch_tokens = tokens.by_layout
     else:  # an evaluation has no steps and saves nothing
         arithmetic = Arithmetic(0, cfg.train.per_device_eval_batch_size, 1, world_size, 0, 0, 0)
         tokens = None

@@ -14,6 +14,7 @@ from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset, Prepared
 from trueup.data.encoded import Encoded
 from trueup.data.forest import BatchPlan
+from trueup.data.report import DataReport
 from trueup.data.streaming import TokenStream
 from trueup.recipes.batches import in_layout
 from trueup.training.backend import Backend
@@ -132,6 +133,12 @@ class StreamFeed:
         return in_layout(replace(self._plan, lengths=dataset.lengths), dataset, self._shared)
 
 
+def write_report(run: RunDirectory, report: DataReport, name: str = "data_report") -> None:
+    """Write the data report into a run's directory, as JSON and as a page."""
+    run.write_json(f"{name}.json", report.to_dict())
+    run.write_text(f"{name}.html", report.page())
+
+
 class ReportKeeper:
     """Writes the data report anew whenever a checkpoint is saved: it counts what has been read by then."""
 
@@ -140,7 +147,7 @@ class ReportKeeper:
 
     def observe(self, event: Event) -> None:
         if isinstance(event, Saved | Ended):
-            self._run.write_json("data_report.json", self._stream.report.to_dict())
+            write_report(self._run, self._stream.report)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_to
 from trueup.models.memory import fit_to_memory
 from trueup.models.reward import RewardModel, check_trained
 from trueup.recipes.batches import Tokens, count_tokens, eval_batches, in_layout, plan_batches, train_batches
-from trueup.recipes.feed import watched
+from trueup.recipes.feed import watched, write_report
 from trueup.recipes.feedback import tell_balance
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.predict import make_predictor, predict
@@ -99,6 +99,8 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device, kind_of(cfg))
         plan = in_layout(plan, prepared.train, loaded.policy.shared)
         tokens = count_tokens(prepared.train, plan, arithmetic.epochs)
+        if not arithmetic.streamed:
+            prepared.report.epoch_tokens = tokens.by_layout
         fit_activations(cfg, loaded, tokens)
         predictor = make_predictor(cfg, loaded, tokenizer, prepared)
     console.print(prepared.report.render(), markup=False, highlight=False)
@@ -175,8 +177,7 @@ def open_directory(
         backend=backend,
         **_target(cfg),
     ) as directory:
-        name = "data_report.json" if cfg.train.do_train else "eval_data_report.json"
-        directory.write_json(name, prepared.report.to_dict())
+        write_report(directory, prepared.report, "data_report" if cfg.train.do_train else "eval_data_report")
         yield directory
 
 
