@@ -8,6 +8,7 @@ the one of FlashAttention (Dao et al. 2022, arXiv 2205.14135, algorithm 4).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -78,14 +79,22 @@ class BlockAttention(torch.autograd.Function):
 
 @contextmanager
 def _products_in_bf16() -> Iterator[None]:
-    """fp32 matrices that hold bf16 numbers are multiplied by the bf16 units: nothing is lost, and sums stay in fp32."""
+    """fp32 matrices that hold bf16 numbers are multiplied by the bf16 units: nothing is lost, and sums stay in fp32.
+
+    torch has one setting for the whole process: the lock keeps two kernels from restoring each other's, and an fp32
+    product of another thread meanwhile is rounded to bf16, which no thread of a training makes.
+    """
     precision = torch.backends.mkldnn.matmul
-    before = precision.fp32_precision
-    precision.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        precision.fp32_precision = before
+    with _PRECISION:
+        before = precision.fp32_precision
+        precision.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            precision.fp32_precision = before
+
+
+_PRECISION = threading.Lock()
 
 
 def _join(states: Sequence[Tensor], path: list[int]) -> Tensor:

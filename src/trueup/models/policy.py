@@ -169,6 +169,7 @@ class Policy:
                 f"{type(self.base).__name__} cannot be run as a decoder with a head: {type(error).__name__}: {error}",
                 where="model_name_or_path",
                 expected="a causal language model of text",
+                fix="where precisions clash, as in Mamba's on a CPU, set bf16: false",
             ) from error
 
     def _try_shared(self, forest: Forest, expected: Tensor) -> str | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from trueup.config.losses import PREF_LOSSES, STAGE_LOSSES
@@ -44,7 +43,7 @@ class Thresholds:
         if stage not in STAGE_LOSSES and stage != "online_dpo":
             return cls()
         named = config["pref_loss"] if stage in STAGE_LOSSES else "sigmoid"
-        first = next((n for n in (named if isinstance(named, list) else [named]) if n != "sft"), "sft")
+        first = next((str(n) for n in (named if isinstance(named, list) else [named]) if n != "sft"), "sft")
         loss, beta = PREF_LOSSES[first], config["pref_beta"]
         margin, fallen = _NATS_A_TOKEN if loss.per_token else _NATS
         return cls(
@@ -139,7 +138,7 @@ class Health:
         pairs = any(row.get("kl/chosen") is not None for row in self.rows)
         name = "kl/chosen" if pairs else "kl"  # what a preference pushes away is to be far
         values = [row[name] for row in self.rows if row.get(name) is not None][-self.limits.window :]
-        kl = median(values) if values else 0.0  # e^d makes a single odd token the mean of many
+        kl = min(values, default=0.0)  # a single odd token is e^d, and gone in the next row; a drift stays
         if kl > self.limits.kl:
             where = " on chosen answers" if pairs else ""
             self._once(
