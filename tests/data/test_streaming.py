@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_files import served  # noqa: F401  (a fixture)
+from tests.data.test_formats import REAL
 from tests.data.tiny_tokenizers import make_tokenizer
 from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
@@ -223,6 +224,18 @@ def test_lengths_are_counted_without_keeping_a_row(tmp_path: Path, streamed):
     whole = prepare(config(tmp_path, dataset=str(tmp_path / "a.jsonl"), streaming=False), make_tokenizer("qwen"))
     assert prepared.report.statistics() == whole.report.statistics()
     assert not prepared.report._dropped and not prepared.report._measured
+
+
+STAGE_OF = {"pair": "dpo", "feedback": "kto", "chat": "sft", "text": "pt"}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_sets_are_streamed_whole(streamed, real_data: Path, name: str):
+    kind, kept = REAL[name]
+    prepared = streamed(
+        dataset=name, dataset_dir=str(real_data), stage=STAGE_OF[kind], buffer_size=400, cutoff_len=50_000
+    )
+    assert len(set(first_pass(prepared))) == kept == prepared.report.datasets[name].kept
 
 
 sides = st.sampled_from(["", " ", "yes", "no", "c\0", "word " * 40, "\ud800"])
