@@ -158,7 +158,7 @@ def figures(record: dict[str, Any], done: dict[str, list[dict[str, Any]]]) -> st
                 f"{median(memory):.1f}",
                 "" if cached else f"{median(run['user'] for run in runs):.0f}",
                 "" if cached else f"{median(run['system'] for run in runs):.0f}",
-                f"{100 * needed / seconds:.1f} %",
+                "" if SHAPES[record["shape"]].hybrid else f"{100 * needed / seconds:.1f} %",
             )
         )
     return table(("medians", "s", "in all", "pairs/s", "tokens/s", "GiB", "user", "sys", "of peak"), rows)

@@ -38,6 +38,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     tied: bool = True
+    hybrid: bool = False  # three layers of four have linear attention (Qwen3.5's text model)
 
     @property
     def linear_parameters(self) -> int:
@@ -46,8 +47,14 @@ class Shape:
         return self.layers * (self.hidden * (2 * self.hidden + 2 * keys) + 3 * self.hidden * self.intermediate)
 
     def config(self) -> dict:
-        """Arguments of Qwen2Config."""
+        """Arguments of Qwen2Config, or of Qwen3_5TextConfig."""
+        state = self.hidden // 64  # heads of the linear layers, 64 wide
+        linear = {
+            "head_dim": self.hidden // self.heads, "linear_num_key_heads": state, "linear_num_value_heads": state,
+            "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+        }  # fmt: skip
         return {
+            **(linear if self.hybrid else {}),
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
@@ -66,6 +73,7 @@ SHAPES = {
     "0.5b": Shape(896, 24, 14, 2, 4864, 151936),
     "1.5b": Shape(1536, 28, 12, 2, 8960, 151936),
     "7b": Shape(3584, 28, 28, 4, 18944, 152064, tied=False),
+    "hybrid": Shape(512, 8, 8, 2, 1536, 151936, hybrid=True),
 }
 
 
@@ -103,13 +111,14 @@ def _tiny(directory: Path) -> None:
 
 def _random(shape: Shape, directory: Path) -> None:
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
+    kinds = (Qwen3_5TextConfig, Qwen3_5ForCausalLM) if shape.hybrid else (Qwen2Config, Qwen2ForCausalLM)
     tokenizer = qwen_tokenizer()
     torch.manual_seed(0)
     ids = {"eos_token_id": tokenizer.convert_tokens_to_ids(END), "pad_token_id": tokenizer.convert_tokens_to_ids(PAD)}
-    config = Qwen2Config(**shape.config(), **ids, bos_token_id=None, dtype="bfloat16")
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    config = kinds[0](**shape.config(), **ids, bos_token_id=None, dtype="bfloat16")
+    kinds[1](config).to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
