@@ -212,3 +212,11 @@ def test_a_tied_ranking_is_left_out_once(config: Config, data_dir: Path, tmp_pat
     report = report_of(tmp_path / "out")
     assert report["datasets"]["ranked"]["dropped"]["all answers tie"]["count"] == 4
     assert report["splits"]["train"] == 16
+
+
+def test_an_evaluation_alone_takes_the_rows_that_training_holds_out(config: Config, tmp_path: Path) -> None:
+    keys = {**STREAM, "stage": "sft", "dataset": "chats", "val_size": 3}
+    run(config(**keys, eval_strategy="steps", eval_steps=7, eval_on_start=True, output_dir=str(tmp_path / "out")))
+    run(config(**keys, do_train=False, do_eval=True, output_dir=str(tmp_path / "alone")))
+    alone = json.loads((tmp_path / "alone" / "eval_results.json").read_text("utf-8"))
+    assert alone["eval_loss"] == pytest.approx(metrics(tmp_path / "out")[0]["eval_loss"], rel=1e-6)
