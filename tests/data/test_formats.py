@@ -574,3 +574,19 @@ def test_a_pair_may_bring_a_margin(want: str):
 def test_a_ranking_of_one_is_dropped_where_rankings_are_wanted():
     with pytest.raises(RowProblem, match="fewer than two"):
         parse({"instruction": "q", "output": ["a"]}, "ranking")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tools": [{"name": "f", "parameters": {"\ud800": False}}]},
+        {"tools": '[{"name": "f", "description": "\\u0000"}]'},
+        {"calls": [{"name": "f", "arguments": {"x": ["a\ud800"]}}]},
+    ],
+)
+def test_what_no_tokenizer_could_read_is_found_inside_tools_and_calls_too(row):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    if "calls" in row:
+        turns[1]["tool_calls"] = row.pop("calls")
+    with pytest.raises(RowProblem, match="unreadable character"):
+        parse({"messages": turns, **row}, "chat")

@@ -136,11 +136,12 @@ class _Reader:
         messages = parse_turns(value, self.layout.columns[role], self.layout.tags)
         for message in messages:
             _readable(message.content)
+            _readable_within(message.tool_calls)
         return messages
 
     @property
     def tools(self) -> Tools | None:
-        return parse_tools(self.value("tools"), self.layout.columns.get("tools", "tools"))
+        return _readable_within(parse_tools(self.value("tools"), self.layout.columns.get("tools", "tools")))
 
 
 # ---- prompts and answers -------------------------------------------------------------------------
@@ -469,3 +470,18 @@ def _readable(text: str) -> str:
     if position >= 0:
         raise RowProblem("unreadable character", f"U+{ord(text[position]):04X} at {position}")
     return text
+
+
+def _readable_within(value: Any) -> Any:
+    """The value itself, unless a text anywhere in it is unreadable; JSON can hide that in an escape."""
+    match value:
+        case str():
+            _readable(value)
+        case Mapping():
+            for key, item in value.items():
+                _readable(key)
+                _readable_within(item)
+        case list() | tuple():
+            for item in value:
+                _readable_within(item)
+    return value
