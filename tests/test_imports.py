@@ -47,6 +47,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"config", "recipes", "inference", "console", "launch", "cli_data", "cli_options"},
     "cli_data": {"config", "data", "recipes", "inference", "console", "cli_options"},
     "cli_options": {"config", "console"},
+    "trl": {"api", "config", "data", "rollout", "training"},
+    "unsloth": {"api", "config", "models", "trl"},
     "api": {"config", "data", "models", "training", "recipes", "inference"},
     "__main__": {"cli"},
     "__init__": {"api", "inference", "rollout"},  # imported when a name of theirs is asked for
