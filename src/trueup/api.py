@@ -24,7 +24,7 @@ from trueup.data.given import GivenRows, rows_of
 from trueup.errors import ConfigError
 from trueup.inference.model import Model
 from trueup.models.given import GivenModel, shape_of
-from trueup.models.load import tokenizer_label
+from trueup.models.tokenizer import tokenizer_label
 from trueup.recipes.run import run as run_recipe
 from trueup.training import checkpoint as checkpoints
 from trueup.training.events import Event, Observer

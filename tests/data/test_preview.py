@@ -99,7 +99,7 @@ def test_the_page_holds_what_the_data_say_as_text(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "<script>alert(1)</script>", "chosen": "b", "rejected": "c"}\n')
     html = preview_datasets([str(tmp_path / "x.jsonl")], None, [MODEL]).page()
     assert "<script" not in html and "&lt;" in html
-    assert 'class="trained"' in html and "http" not in html
+    assert 'class="trained"' in html and "http:" not in html and "https:" not in html
 
 
 # ---- pieces --------------------------------------------------------------------------------------

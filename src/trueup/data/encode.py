@@ -27,6 +27,7 @@ from trueup.data.encoder import (
     encode_examples,
     say,
     tell,
+    tell_lengths,
 )
 from trueup.data.examples import Example
 from trueup.data.load import LoadedData, load_examples_for
@@ -163,16 +164,19 @@ def _load(cfg: RunConfig) -> LoadedData:
 
 
 def _encode(cfg: RunConfig, data: LoadedData, template: ChatTemplate, policy: Policy) -> Tokenised:
-    found = Tokenised({}, {}, data.report.state())
+    datasets: dict[str, EncodedDataset] = {}
+    tallies: dict[str, Tally] = {}
     gc.freeze()  # the examples stay: neither a collection nor a forked process need look through them
     try:
         for name, examples in {"train": data.train, **data.eval}.items():
-            found.datasets[name], found.tallies[name] = encode_examples(
+            datasets[name], tallies[name] = encode_examples(
                 examples, template, policy, cfg.data.preprocessing_num_workers, cfg.data.preprocessing_batch_size
             )
     finally:
         gc.unfreeze()
-    return found
+    for tally in tallies.values():
+        tell_lengths(data.report, tally)
+    return Tokenised(datasets, tallies, data.report.state())
 
 
 def run_template(cfg: RunConfig, tokenizer: Any) -> ChatTemplate:

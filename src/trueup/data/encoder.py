@@ -423,8 +423,7 @@ def tell(report: DataReport, tally: Tally) -> None:
         report.dropped(row, reason, detail)
     for row, part in tally.truncated:
         report.truncated(row, part)
-    for row, parts in tally.lengths:
-        report.lengths(row, **parts)
+    tell_lengths(report, tally)
     for rows, what in (
         (tally.chunked, "documents were cut into consecutive pieces; nothing is lost"),
         (tally.split_turns, "conversations became one example per answer"),
@@ -433,6 +432,13 @@ def tell(report: DataReport, tally: Tally) -> None:
     ):
         if rows:
             report.note(f"{number(len(rows))} {what}, first {rows[0]}")
+
+
+def tell_lengths(report: DataReport, tally: Tally) -> None:
+    """Put the lengths into the data report and out of the tally: nobody asks for those of single rows again."""
+    for row, parts in tally.lengths:
+        report.lengths(row, **parts)
+    tally.lengths = []
 
 
 def say(tally: Tally, template: ChatTemplate, policy: Policy) -> None:

@@ -15,40 +15,44 @@ from trueup.data.write import write_text
 from trueup.errors import ConfigError
 
 
-def registry_file(dataset_dir: str | Path) -> Path:
-    """The registry of a folder, or the one to begin there. Raises ConfigError for one that only people can edit."""
+def registry_file(dataset_dir: str | Path, key: str) -> Path:
+    """The registry of a folder, or the one to begin there.
+
+    Raises:
+        ConfigError: only people can edit it; `key` is the option that asked for an entry.
+    """
     directory = Path(dataset_dir).expanduser()
     found = next((directory / name for name in REGISTRY_NAMES if (directory / name).is_file()), None)
     if found is not None and found.suffix != ".json":
         raise ConfigError(
-            f"{found} is YAML, whose comments and order a program would lose", where="register_as",
-            fix="drop register_as and add the entry by hand: file_name, type and columns, as docs tell",
+            f"{found} is YAML, whose comments and order a program would lose", where=key,
+            fix=f"drop {key} and add the entry by hand: file_name, type and columns, as docs tell",
         )  # fmt: skip
     if found is not None:
         registered(directory)  # reads it, and refuses a broken one
     return found or directory / REGISTRY_NAMES[0]
 
 
-def check_name(name: str, file: Path, dataset_dir: str | Path) -> None:
+def check_name(name: str, file: Path, dataset_dir: str | Path, key: str = "--register") -> None:
     """Whether `file` may be entered under a name. Raises ConfigError if that name is taken by other data."""
-    path = registry_file(dataset_dir)
+    path = registry_file(dataset_dir, key)
     taken = _entries(path).get(name)
     if taken is not None and taken.get("file_name") != _relative(file, path.parent):
         raise ConfigError(
-            f"the name {name!r} is taken in {path}", where="register_as", fix="choose another name, or remove the entry"
+            f"the name {name!r} is taken in {path}", where=key, fix="choose another name, or remove the entry"
         )
 
 
-def enter(name: str, file: Path, entry: Mapping[str, Any], dataset_dir: str | Path) -> Path:
+def enter(name: str, file: Path, entry: Mapping[str, Any], dataset_dir: str | Path, key: str = "--register") -> Path:
     """Enter `file` under `name`, in place of an earlier entry for the same file; returns the registry.
 
     Raises:
         ConfigError: the name is taken by other data.
     """
-    path = registry_file(dataset_dir)
+    path = registry_file(dataset_dir, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
-        check_name(name, file, dataset_dir)
+        check_name(name, file, dataset_dir, key)
         known = _entries(path)
         known[name] = {"file_name": _relative(file, path.parent), **entry}
         write_text(path, json.dumps(known, indent=2, ensure_ascii=False) + "\n")

@@ -39,7 +39,7 @@ from trueup.errors import ConfigError, CorruptStateError
 log = logging.getLogger("trueup")
 
 NOTE = "about.json"
-FORMAT = 1  # to be raised whenever the same data would give other tokens
+FORMAT = 2  # to be raised whenever the same data would give other tokens, or a copy is kept in another way
 _WORTH_BYTES = 2_000_000  # of data files; fewer are tokenised about as fast as they are looked up
 _MOST_BYTES = 10 * 2**30  # of all copies below the cache
 
@@ -50,7 +50,7 @@ class Tokenised:
 
     datasets: dict[str, EncodedDataset]
     tallies: dict[str, Tally]
-    #: the data report's state as reading left it; encoding's part is in the tallies
+    #: the data report's state as reading left it, and all lengths; the rest of encoding's part is in the tallies
     report: dict[str, Any]
 
 

@@ -10,7 +10,6 @@ Three rules (docs/training.md tells them to users):
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,30 +31,10 @@ from trueup.errors import ModelError, Problem
 
 TRAINED = "default"  # peft's own name for the adapter that is saved at the top of a directory
 REFERENCE = "reference"
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 StateDict = dict[str, Tensor]
 Part = tuple[LoraConfig, StateDict]
-
-
-def is_adapter_dir(path: str | Path) -> bool:
-    """Whether a directory holds an adapter and no full model."""
-    path = Path(path)
-    return (path / CONFIG_FILE).is_file() and not (path / "config.json").is_file()
-
-
-def read_base_of(path: str | Path) -> str:
-    """The base model an adapter directory was trained on."""
-    config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            "the adapter does not say which base model it stands on",
-            where=str(Path(path) / CONFIG_FILE),
-            fix="give the base as model_name_or_path and this directory as adapter_name_or_path",
-        )
-    return base
 
 
 @dataclass

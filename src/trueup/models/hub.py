@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -11,9 +12,28 @@ from pathlib import Path
 from trueup import memory
 from trueup.builtin import builtin_path, is_builtin
 from trueup.errors import ModelError
-from trueup.models.adapters import CONFIG_FILE, is_adapter_dir, read_base_of
 
+ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?").fullmatch
+
+
+def is_adapter_dir(path: str | Path) -> bool:
+    """Whether a directory holds an adapter and no full model."""
+    path = Path(path)
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def read_base_of(path: str | Path) -> str:
+    """The base model an adapter directory was trained on."""
+    config = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            "the adapter does not say which base model it stands on",
+            where=str(Path(path) / ADAPTER_CONFIG),
+            fix="give the base as model_name_or_path and this directory as adapter_name_or_path",
+        )
+    return base
 
 
 @dataclass(frozen=True)
@@ -76,7 +96,7 @@ def download_adapter(name: str, access: HubAccess, key: str = "adapter_name_or_p
             path = snapshot_download(path, revision=access.revision, token=access.token, cache_dir=access.cache_dir)
         except Exception as error:
             raise unreachable(name, access, error, key) from error
-    if not (Path(path) / CONFIG_FILE).is_file():
+    if not (Path(path) / ADAPTER_CONFIG).is_file():
         raise _no_adapter(Path(path), key)
     return path
 
@@ -94,14 +114,14 @@ def _missing_directory(name: str, key: str) -> ModelError:
 
 
 def _no_adapter(path: Path, key: str) -> ModelError:
-    checkpoints = sorted(folder.parent.name for folder in path.glob(f"*/{CONFIG_FILE}"))
+    checkpoints = sorted(folder.parent.name for folder in path.glob(f"*/{ADAPTER_CONFIG}"))
     if (path / "config.json").is_file():
         fix = "this is a whole model: give it as model_name_or_path"
     elif checkpoints:
         fix = f"below it there are: {', '.join(checkpoints[:8])}"
     else:
         fix = "give the output directory, or a checkpoint-N, of a run with finetuning_type: lora"
-    return ModelError(f"{path} holds no adapter", where=key, expected=f"a directory with {CONFIG_FILE}", fix=fix)
+    return ModelError(f"{path} holds no adapter", where=key, expected=f"a directory with {ADAPTER_CONFIG}", fix=fix)
 
 
 def unreachable(name: str, access: HubAccess, error: Exception, key: str = "model_name_or_path") -> ModelError:

@@ -1,8 +1,7 @@
-"""From a config to a policy: tokenizer, device, precision, weights, adapters. The one place that loads models."""
+"""From a config to a policy: device, precision, weights, adapters. The one place that loads models."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import sys
@@ -15,7 +14,6 @@ import torch
 from peft import LoraConfig
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,20 +31,12 @@ from trueup.models.fused import fuse
 from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
 from trueup.models.policy import Policy
+from trueup.models.tokenizer import hub_access
+from trueup.models.tokenizer import load_tokenizer as load_tokenizer  # for those who load a model as well
 
 log = logging.getLogger("trueup")
 
 PolicyKind = TypeVar("PolicyKind", bound=Policy)
-
-
-def hub_access(model: ModelSection) -> HubAccess:
-    """The hub settings of a config."""
-    token = {
-        "huggingface": model.hf_hub_token,
-        "modelscope": model.ms_hub_token,
-        "modelers": model.om_hub_token,
-    }
-    return HubAccess(model.hub, model.model_revision, token[model.hub], model.cache_dir)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -96,47 +86,6 @@ def _has_bf16(device: torch.device) -> bool:
         # Without AMX or AVX512-BF16 a CPU emulates bf16 and is slower than in fp32.
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False
-
-
-@no_collection()
-def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model (of the last adapter that carries one, else of its base)."""
-    given = memory.find(tokenizer_label(str(model.model_name_or_path)))
-    tokenizer = _read_tokenizer(model) if given is None else copy.deepcopy(given)
-    if model.add_tokens:
-        tokenizer.add_tokens(model.add_tokens)
-    if model.add_special_tokens:
-        tokenizer.add_special_tokens({"additional_special_tokens": model.add_special_tokens})
-    return tokenizer
-
-
-def _read_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
-    access = hub_access(model)
-    name, location, adapters = resolve_model(model.model_name_or_path, model.adapter_name_or_path, access)
-    if memory.is_name(location):
-        location = name
-    candidates = [*reversed(adapters), location]
-    for candidate in candidates:
-        if memory.is_name(candidate):
-            continue
-        try:
-            return AutoTokenizer.from_pretrained(
-                candidate, revision=access.revision, token=access.token, cache_dir=access.cache_dir,
-                use_fast=model.use_fast_tokenizer, trust_remote_code=model.trust_remote_code,
-            )  # fmt: skip
-        except (OSError, ValueError) as error:
-            if candidate == location:
-                raise unreachable(name, access, error) from error
-            # an adapter directory without tokenizer files: the base has them
-    raise ModelError(
-        "the model in memory does not say where it came from", where="model_name_or_path",
-        fix="give its tokenizer beside it",
-    )  # fmt: skip
-
-
-def tokenizer_label(model_name: str) -> str:
-    """Under which a program holds the tokenizer of a model (see `trueup.memory`)."""
-    return f"tokenizer of {model_name}"
 
 
 def read_model_config(

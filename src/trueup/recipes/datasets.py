@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from trueup.builtin import BUILTIN_MODELS
 from trueup.config.load import given, load_config
 from trueup.config.methods import ONLINE, stage_kind
 from trueup.config.schema import RunConfig
+from trueup.data.buffers import PEEKED
 from trueup.data.encode import prepare, run_template
 from trueup.data.encoder import Policy, encode_examples
 from trueup.data.examples import Kind
@@ -19,13 +22,15 @@ from trueup.data.layout import kind_of
 from trueup.data.load import LoadedData, load_examples_for
 from trueup.data.mixing import sample_indices
 from trueup.data.preview import Preview, preview
-from trueup.data.registry import resolve_datasets
+from trueup.data.readers import Row
+from trueup.data.registry import DatasetSpec, resolve_datasets
 from trueup.data.report import DataReport
-from trueup.data.sources import read_rows
+from trueup.data.row_files import RowFile
+from trueup.data.sources import files_of, read_rows
 from trueup.data.stats import DatasetStats, Stats, measure
 from trueup.data.write import check_free, write_text
-from trueup.errors import ConfigError
-from trueup.models.load import load_tokenizer
+from trueup.errors import ConfigError, DataError
+from trueup.models.tokenizer import load_tokenizer
 from trueup.recipes.batches import count_tokens, plan_batches
 
 log = logging.getLogger("trueup")
@@ -81,7 +86,19 @@ def _listed(value: Any) -> list[str]:
 
 def _kind(name: str, known: dict[str, Any]) -> Kind:
     (spec,) = resolve_datasets([name], known.get("dataset_dir") or "data", known.get("hub") or "huggingface")
-    return kind_of(spec, read_rows(spec).values)
+    return kind_of(spec, _first_rows(spec))
+
+
+def _first_rows(spec: DatasetSpec) -> list[Row]:
+    """Enough rows to tell what they are; all, where they cannot be read one by one."""
+    rows: list[Row] = []
+    try:
+        for file in files_of(spec):
+            with closing(RowFile(file)) as opened:
+                rows += [row for row, _ in islice(opened, PEEKED - len(rows))]
+    except DataError:
+        rows = []  # reading all of them tells all that is wrong
+    return rows or read_rows(spec).values
 
 
 def preview_datasets(

@@ -15,8 +15,7 @@ from trueup.data.chat_template import ChatTemplate
 from trueup.data.examples import Message
 from trueup.data.templates import load_template, own_source
 from trueup.errors import ConfigError
-from trueup.models.adapters import is_adapter_dir
-from trueup.models.hub import resolve_model
+from trueup.models.hub import is_adapter_dir, resolve_model
 from trueup.models.load import hub_access, load_tokenizer
 from trueup.models.reward import RewardModel, load_reward_model
 from trueup.models.scorer import is_text_classifier, load_text_scorer

@@ -123,7 +123,7 @@ def build(cfg: RunConfig) -> BuildReport:
     check_directory(directory)
     output = directory / f"{cfg.build.build_format}.jsonl"
     if cfg.build.register_as:
-        check_name(cfg.build.register_as, output, cfg.data.dataset_dir)  # before any work
+        check_name(cfg.build.register_as, output, cfg.data.dataset_dir, "register_as")  # before any work
     questions, data, repeated = read_questions(cfg)
     directory.mkdir(parents=True, exist_ok=True)
     lock = RunLock(directory)
@@ -164,11 +164,9 @@ def _build(
     report.spent = _spent(sources, report.ranked_by.pop("spent", None))
     assert report.read == report.kept + sum(report.reasons.values())
     durable.write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    if cfg.build.register_as and rows:
+    if (name := cfg.build.register_as) and rows:
         entry = ENTRIES[cfg.build.build_format]
-        report.registered = (
-            f"{cfg.build.register_as} in {enter(cfg.build.register_as, output, entry, cfg.data.dataset_dir)}"
-        )
+        report.registered = f"{name} in {enter(name, output, entry, cfg.data.dataset_dir, 'register_as')}"
     durable.write_json(output.with_name(REPORT_FILE), report.to_dict())
     _tell(report)
     return report
