@@ -82,7 +82,8 @@ def test_a_template_that_copies_is_rendered_once(monkeypatch):
         "'%s' % m.content", "'{}'.format(m.content)", "'{!s}'.format(m.content)", "' '.join([m.content])",
         "[m.content] | join", "m.content | list", "m.content | first", "m.content is iterable", "m.content is eq('a')",
         "{m.content: 1}", "'abc'.startswith(m.content)", "m.content | default('a', true)", "m.content % 2",
-        "range(m.content)", "m.values() | list | join", "messages == [{'role': m.role, 'content': 'a'}]", "m.content + 1",
+        "range(m.content)", "m.values() | list | join", "messages == [{'role': m.role, 'content': 'a'}]",
+        "m.content + 1",
     ],
 )  # fmt: skip
 def test_a_template_that_looks_is_noticed(look):

@@ -31,6 +31,7 @@ class Raw:
     declared: int | None = None  # its Content-Length, if that is a lie
 
 
+@dataclass
 class Silence:
     """No reply within any test's patience."""
 
