@@ -92,7 +92,7 @@ class Rounds:
     def __init__(self, policy: Policy, voices: Voices, limits: Limits, places: int, alone: bool, pad_id: int) -> None:
         self.policy, self.voices, self.limits, self.places = policy, voices, limits, places
         self.alone, self.pad_id = alone, pad_id
-        self.requests = self.generated = 0
+        self.requests = self.ended = self.generated = 0
         self._new: deque[Row] = deque()  # added, not yet seen by a round
         self._waiting: deque[Row] = deque()
         self._batches: list[Batch] = []
@@ -104,7 +104,12 @@ class Rounds:
 
     @property
     def queued(self) -> int:
-        return len(self._new) + len(self._waiting)
+        return max(self.open - len(self.under_way), 0)
+
+    @property
+    def open(self) -> int:
+        """Requests that have not ended."""
+        return self.requests - self.ended
 
     @property
     def under_way(self) -> list[Row]:
@@ -115,15 +120,19 @@ class Rounds:
 
     @property
     def stats(self) -> Stats:
-        active, queued = len(self.under_way), self.queued
+        active = len(self.under_way)
         cached = sum(batch.cached for batch in self._batches)
         free = self.limits.max_slots - active
-        ended = max(self.requests - queued - active, 0)
-        return Stats(active, queued, free, cached, self.places, self.requests, ended, self.generated)
+        queued = max(self.open - active, 0)
+        return Stats(active, queued, free, cached, self.places, self.requests, self.ended, self.generated)
 
     def add(self, row: Row) -> None:
+        row.on_end = self._count
         self.requests += 1
         self._new.append(row)
+
+    def _count(self) -> None:
+        self.ended += 1
 
     def run(self, turns: Turns) -> None:
         """Rounds until nothing is left to do, letting others at the model in between."""
@@ -240,7 +249,7 @@ class Worker:
         with self._condition:
             if self._closed:
                 raise EngineClosed("the engine is closed")
-            if rounds.queued >= limits.max_queue + limits.max_slots - len(rounds.under_way):
+            if rounds.open >= limits.max_slots + limits.max_queue:
                 raise QueueFull(f"{rounds.queued} requests are waiting")
             rounds.add(row)
             if self._thread is None:
