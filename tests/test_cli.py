@@ -52,7 +52,7 @@ def test_version_in_all_its_spellings():
     assert run("version").output == run("--version").output == run("-V").output == f"trueup {__version__}\n"
 
 
-@pytest.mark.parametrize("name", [*LATER, "api", "webui", "webchat"])
+@pytest.mark.parametrize("name", [*LATER, "webui", "webchat"])
 def test_a_verb_to_come_says_what_to_use_until_then(name: str):
     result = run(name, "--model_name_or_path", "x", "--whatever")
     assert result.exit_code == 2
@@ -335,7 +335,7 @@ def test_a_terminal_that_cannot_show_a_character_gets_a_stand_in(encoding: str, 
 
 def test_colour_only_where_there_is_a_terminal_that_wants_it():
     for environment in ({}, {"NO_COLOR": "1", "FORCE_COLOR": ""}):
-        assert "\x1b[" not in run_process("serve", env=environment).stderr
+        assert "\x1b[" not in run_process("web", env=environment).stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")

@@ -27,6 +27,7 @@ from trueup.cli_options import (
     only_text,
     read_config,
 )
+from trueup.cli_serve import serve
 from trueup.console import Session, console
 from trueup.errors import ConfigError
 from trueup.garbage import importing
@@ -39,7 +40,6 @@ COMPLETE_VARIABLE = "_TRUEUP_COMPLETE"
 _PLAIN_PEFT = "peft's `merge_and_unload()`: what a run saves is a plain peft adapter"
 #: Verbs that users of other tools type and that are still to come: (what it is, what to use now).
 LATER = {
-    "serve": ("the OpenAI-compatible server", "`vllm serve BASE --enable-lora`, or `trueup chat`"),
     "web": (
         "the studio in a browser",
         "`trueup train`, `trueup runs` and `report_to: tensorboard`",
@@ -263,6 +263,7 @@ def init(session: Session, file: Path | None, stage: str, model: str | None, for
         result.text = f"wrote {target}\nnext: trueup check {target}, then trueup train {target}"
 
 
+main.add_command(serve)
 main.add_command(data)
 
 

@@ -1,0 +1,1 @@
+"""`trueup serve`: a policy, its base, adapters and reward models behind OpenAI's protocol (extra `serve`)."""

@@ -1,0 +1,107 @@
+"""`trueup serve`, from a config to the end of the last request."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trueup.config.schema import RunConfig
+from trueup.errors import ModelError, ResourceError
+from trueup.inference.server.settings import SHORT_KEY, Settings
+
+try:
+    import uvicorn
+
+    from trueup.inference.server.app import State, make_app
+    from trueup.inference.server.served import Served
+except ImportError as error:
+    if error.name not in ("fastapi", "uvicorn", "starlette"):
+        raise
+    raise ModelError(
+        f"serving needs {error.name}, which is not installed", where="serve", fix="pip install 'trueup[serve]'"
+    ) from error
+
+log = logging.getLogger("trueup")
+
+
+def serve(cfg: RunConfig, settings: Settings) -> None:
+    """Listen at once, load, and answer until SIGINT or SIGTERM; then end what is under way, and return.
+
+    Raises:
+        ResourceError: the address cannot be had. Whatever keeps the model from being loaded.
+    """
+    if settings.key and len(settings.key) < SHORT_KEY:
+        log.warning("the API key has %d characters: a short one can be guessed", len(settings.key))
+    state = State(settings)
+    server = make_server(state)
+    listener = listen(settings)
+    failed: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            state.served = Served(cfg, settings)
+        except BaseException as error:  # told on the main thread
+            failed.append(error)
+            server.should_exit = True
+        else:
+            log.info("serving %s on %s", ", ".join(state.served.ids), address(listener))
+
+    with listener, _ends_quietly():
+        threading.Thread(target=load, name="trueup-load", daemon=True).start()
+        server.run(sockets=[listener])
+    if failed:
+        raise failed[0]
+
+
+def make_server(state: State) -> uvicorn.Server:
+    """uvicorn, with our limits and without its chatter: requests are not logged."""
+    limits = state.settings.limits
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(state),
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=limits.headers,
+            timeout_graceful_shutdown=max(int(limits.drain), 1),
+        )  # fmt: skip
+    )
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket that listens. Raises ResourceError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        raise ResourceError(
+            f"cannot listen on {settings.host}:{settings.port}: {error}", where="--port",
+            fix="another --port; 0 takes any that is free",
+        ) from error  # fmt: skip
+
+
+def address(listener: socket.socket) -> str:
+    """The URL that clients are given."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+@contextmanager
+def _ends_quietly() -> Iterator[None]:
+    """uvicorn raises the signal that ended it once more, when all is done; here it has no more to say."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {one: signal.signal(one, lambda *_: None) for one in signals}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
