@@ -1,93 +1,138 @@
-"""Turns of weight 0 and, if asked for, thoughts stay in the text and out of the loss."""
+"""Which tokens are trained, written down by hand for every template, and as transformers marks them."""
 
 from __future__ import annotations
 
+from itertools import groupby
+
+import numpy as np
 import pytest
 
+from tests.data.test_templates import CONVERSATIONS, KINDS, assistant, system, user
 from tests.data.tiny_tokenizers import make_tokenizer
-from trueup.data.encoder import Policy, encode_examples
-from trueup.data.examples import Chat, Message, Pair
-from trueup.data.formats import RowProblem, parse_row
-from trueup.data.registry import DatasetSpec
-from trueup.data.templates import load_template
+from trueup.data.chat_template import flatten
+from trueup.data.templates import TEMPLATES, load_template
 
-THOUGHT = "<think>\nhm\n</think>\n\n"
-
-
-def turn(role: str, content: str, **weight) -> dict:
-    return {"role": role, "content": content, **weight}
-
-
-def chat(*turns: dict) -> Chat:
-    example = parse_row(DatasetSpec("mine", "test"), 0, {"messages": list(turns)}, "chat")
-    assert isinstance(example, Chat)
-    return example
-
-
-def trained_texts(example, name: str = "qwen", **policy) -> list[list[str]]:
-    """The trained stretches of each encoded example, as text."""
-    template = load_template(make_tokenizer(name), name)
-    dataset, tally = encode_examples([example], template, Policy(500, **policy), workers=1)
-    assert not tally.dropped or not len(dataset)
-    texts = []
-    for encoded in dataset:
-        for answer in encoded.answers:
-            ids = [int(i) if m else -1 for i, m in zip(answer.ids, answer.mask, strict=True)]
-            runs: list[list[int]] = [[]]
-            for i in ids:
-                runs.append([]) if i < 0 else runs[-1].append(i)
-            texts.append([template.tokenizer.decode(run) for run in runs if run])
-    return texts
-
-
-@pytest.mark.parametrize("key", ["weight", "loss_weight"])
-def test_an_answer_of_weight_0_is_context(key: str):
-    example = chat(
-        turn("user", "a", **{key: 0.0}), turn("assistant", "no", **{key: 0}),
-        turn("user", "b"), turn("assistant", "yes", **{key: 1.0}), turn("user", "c"), turn("assistant", "sure"),
-    )  # fmt: skip
-    assert [message.trained for message in example.messages] == [True, False, True, True, True, True]
-    assert trained_texts(example) == [["yes<|im_end|>", "sure<|im_end|>"]]
-    assert trained_texts(example, mask_history=True) == [["sure<|im_end|>"]]
-
-
-def test_where_each_answer_is_an_example_those_of_weight_0_are_left_out():
-    turns = [turn("user", "a"), turn("assistant", f"{THOUGHT}no", weight=0), turn("user", "b")]
-    example = chat(*turns, turn("assistant", f"{THOUGHT}yes"))
-    assert trained_texts(example, "qwen3") == [[f"{THOUGHT}yes<|im_end|>"]]
-
-
-def test_a_chat_of_weight_0_throughout_is_dropped_with_a_reason():
-    example = chat(turn("user", "a"), turn("assistant", "no", weight=0))
-    template = load_template(make_tokenizer("qwen"), "qwen")
-    dataset, tally = encode_examples([example], template, Policy(500), workers=1)
-    assert not len(dataset) and tally.dropped[0][:2] == ("mine:0", "nothing to train")
-
-
-@pytest.mark.parametrize("turns", [
-    (turn("user", "a"), turn("assistant", "b", weight=0.5)),
-    (turn("user", "a", loss_weight=1.0), turn("assistant", "b")),
-])  # fmt: skip
-def test_weights_that_cannot_be_kept_are_a_problem_of_their_row(turns):
-    with pytest.raises(RowProblem, match="weighted turn"):
-        chat(*turns)
+TALK = (system("SYS"), user("Q1"), assistant("A1"), user("Q2"), assistant("A2"))
+_QWEN = (
+    "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n⟦A1<|im_end|>⟧\n"
+    "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n⟦A2<|im_end|>⟧"
+)
+#: Every sequence of TALK; what is between ⟦ and ⟧ is trained, and nothing else.
+TRAINED = {
+    "qwen": [_QWEN],
+    "qwen3": [  # drops earlier thoughts, so each answer is an example of its own
+        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n⟦A1<|im_end|>⟧",
+        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦A2<|im_end|>⟧",
+    ],
+    "qwen3_nothink": [_QWEN],
+    "chatml": [_QWEN],
+    "llama2": ["<s>[INST] <<SYS>>\nSYS\n<</SYS>>\n\nQ1 [/INST]⟦ A1 </s>⟧<s>[INST] Q2 [/INST]⟦ A2 </s>⟧"],
+    "llama3": [
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nSYS<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ1<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦A1<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦A2<|eot_id|>⟧"
+    ],
+    "mistral": ["<s>[INST] SYS\n\nQ1[/INST]⟦ A1</s>⟧[INST] Q2[/INST]⟦ A2</s>⟧"],
+    "gemma": [
+        "<bos><start_of_turn>user\nSYS\n\nQ1<end_of_turn>\n<start_of_turn>model\n⟦A1<end_of_turn>⟧\n"
+        "<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\n⟦A2<end_of_turn>⟧"
+    ],
+    "glm4": ["[gMASK]<sop><|system|>\nSYS<|user|>\nQ1<|assistant|>⟦\nA1<|user|>⟧\nQ2<|assistant|>⟦\nA2<|user|>⟧"],
+    "chatglm3": [
+        "[gMASK]sop<|system|>\n SYS<|user|>\n Q1<|assistant|>⟦\n A1<|user|>⟧\n Q2<|assistant|>⟦\n A2<|user|>⟧"
+    ],
+    "baichuan2": ["SYS<reserved_106>Q1<reserved_107>⟦A1⟧<reserved_106>Q2<reserved_107>⟦A2</s>⟧"],
+    "phi": [
+        "<|system|>\nSYS<|end|>\n<|user|>\nQ1<|end|>\n<|assistant|>\n⟦A1<|end|>⟧\n"
+        "<|user|>\nQ2<|end|>\n<|assistant|>\n⟦A2<|end|>⟧"
+    ],
+    "deepseek": [
+        "<｜begin▁of▁sentence｜>SYS\n\nUser: Q1\n\nAssistant:⟦ A1<｜end▁of▁sentence｜>⟧"
+        "User: Q2\n\nAssistant:⟦ A2<｜end▁of▁sentence｜>⟧"
+    ],
+    "deepseek3": [
+        "<｜begin▁of▁sentence｜>SYS<｜User｜>Q1<｜Assistant｜>⟦A1<｜end▁of▁sentence｜>⟧"
+        "<｜User｜>Q2<｜Assistant｜>⟦A2<｜end▁of▁sentence｜>⟧"
+    ],
+    "alpaca": [
+        "<s>SYS\n\n### Instruction:\nQ1\n\n### Response:\n⟦A1</s>⟧\n\n### Instruction:\nQ2\n\n### Response:\n⟦A2</s>⟧"
+    ],
+    "vicuna": ["<s>SYS USER: Q1 ASSISTANT:⟦ A1</s>⟧USER: Q2 ASSISTANT:⟦ A2</s>⟧"],
+    "default": [
+        "System: SYS<|endoftext|>\nHuman: Q1<|endoftext|>\nAssistant:⟦A1<|endoftext|>⟧\n"
+        "Human: Q2<|endoftext|>\nAssistant:⟦A2<|endoftext|>⟧"
+    ],
+    "empty": ["SYSQ1⟦A1⟧Q2⟦A2<|endoftext|>⟧"],
+}
 
 
-def test_thoughts_are_left_out_of_the_loss_if_asked_for():
-    example = chat(turn("user", "a"), turn("assistant", f"{THOUGHT}yes"))
-    assert trained_texts(example, "qwen3") == [[f"{THOUGHT}yes<|im_end|>"]]
-    assert trained_texts(example, "qwen3", mask_thinking=True) == [["yes<|im_end|>"]]
-    plain = chat(turn("user", "a"), turn("assistant", "yes"))
-    assert trained_texts(plain, "qwen", mask_thinking=True) == [["yes<|im_end|>"]]
+def encoded(template, messages) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, mask) of every sequence of a conversation."""
+    return [flatten(spans, template.spans.encode([spans])[0]) for spans in template.chat_spans(messages)]
 
 
-def test_thoughts_of_pairs_are_left_out_too_and_the_ids_stay():
-    sides = [(Message("assistant", f"{THOUGHT}{text}"),) for text in ("yes", "no")]
-    pair = Pair((Message("user", "a"),), sides[0], sides[1], "mine:0")
-    assert trained_texts(pair, "qwen3", mask_thinking=True) == [["yes<|im_end|>"], ["no<|im_end|>"]]
-    template = load_template(make_tokenizer("qwen3"), "qwen3")
-    kept, masked = (
-        encode_examples([pair], template, Policy(500, mask_thinking=masks), workers=1)[0][0] for masks in (False, True)
+def marked(template, ids: np.ndarray, mask: np.ndarray) -> str:
+    """The tokens as text, trained ones between brackets."""
+    runs = groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=lambda pair: pair[1])
+    texts = [(trained, template.tokenizer.decode([token for token, _ in run])) for trained, run in runs]
+    return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_trained_tokens_of_every_template_are_those_written_here(name: str):
+    template = load_template(make_tokenizer(name), name, enable_thinking=False)
+    assert [marked(template, *sequence) for sequence in encoded(template, TALK)] == TRAINED[name]
+
+
+# --- as transformers marks them -------------------------------------------------------------------
+
+#: Templates that mark their answers themselves, with what ends them.
+MARKING = {
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
+    "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "llama3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    "phi": "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|end|>' }}{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+    "deepseek3": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% else %}{{ '<｜Assistant｜>' }}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MARKING)
+def test_masks_are_those_of_transformers_where_a_template_marks_its_answers(name: str, kind: str, conversation: str):
+    messages = CONVERSATIONS[conversation]
+    tokenizer = make_tokenizer(name, kind)
+    tokenizer.chat_template = MARKING[name]
+    ((ids, mask),) = encoded(load_template(tokenizer, None), messages)
+    theirs = tokenizer.apply_chat_template(
+        [message.to_dict() for message in messages], return_dict=True, return_assistant_tokens_mask=True
     )
-    for a, b in zip(kept.answers, masked.answers, strict=True):
-        assert a.ids.tolist() == b.ids.tolist() and a.mask.sum() > b.mask.sum()
+    assert ids.tolist() == theirs["input_ids"][: len(ids)], "what follows the last answer is nobody's to learn"
+    assert mask.astype(int).tolist() == theirs["assistant_masks"][: len(ids)]
+    assert mask[-1] and not any(theirs["assistant_masks"][len(ids) :])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MARKING)
+def test_a_template_without_marks_trains_what_it_would_mark(name: str, kind: str):
+    plain = MARKING[name].replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    for messages in CONVERSATIONS.values():
+        found = []
+        for source in (MARKING[name], plain):
+            tokenizer = make_tokenizer(name, kind)
+            tokenizer.chat_template = source
+            found.append([(i.tolist(), m.tolist()) for i, m in encoded(load_template(tokenizer, None), messages)])
+        assert found[0] == found[1]
