@@ -73,6 +73,8 @@ def test_greedy_is_what_transformers_generates_whoever_comes_and_goes(engine):
         answer = generation.result(30)
         assert list(answer.ids) == by_transformers(engine, prompt)
         assert answer.text == TOKENIZER.decode(answer.ids, skip_special_tokens=True)
+        with pytest.raises(EOFError):
+            generation.next_piece()
         assert answer.usage.completion_tokens == len(answer.ids) and answer.usage.prompt_tokens == len(prompt)
     assert engine.generate(PROMPTS, sampling, batch_size=2) == [by_transformers(engine, p) for p in PROMPTS]
     expected = TOKENIZER.decode(by_transformers(engine, PROMPTS[0]), skip_special_tokens=True)

@@ -76,6 +76,7 @@ class Generation:
         self._cancelled = threading.Event()
         self._done = threading.Event()
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self._read_out = False
         self._prompt_tokens = len(self.prompt_ids)
         self._completion_tokens = 0
 
@@ -90,15 +91,19 @@ class Generation:
                 return
 
     def next_piece(self, timeout: float | None = None) -> Piece:
-        """The next piece; after the last, nothing comes.
+        """The next piece.
 
         Raises:
-            TimeoutError: none came within so many seconds. Whatever went wrong in the engine.
+            TimeoutError: none came within so many seconds. EOFError: the last has been read, or pieces go to
+            `on_piece`. Whatever went wrong in the engine.
         """
+        if self._read_out or self._on_piece is not None:
+            raise EOFError("there is nothing to read, or nothing more")
         try:
             piece = self._pieces.get(timeout=timeout)
         except queue.Empty:
             raise TimeoutError(f"no more of the answer within {timeout:g} s") from None
+        self._read_out = piece.finish_reason is not None
         if piece.error is not None:
             raise piece.error
         return piece
