@@ -452,8 +452,6 @@ LATER = {
         "trueup export",
     ),
     "G1 webui": ("webui", "trueup web"),
-    "G3 downloader": ("data list", "trueup data"),
-    "api": ("api --model_name_or_path ./Qwen2.5-7B", "trueup serve"),
 }  # fmt: skip
 
 

@@ -329,7 +329,7 @@ def test_a_judge_chooses_pairs(online: Config, tmp_path: Path):
 def test_processes_share_the_judges_work_and_hear_one_verdict(online: Config):
     """A judge may answer otherwise when asked again: no pair is asked about twice."""
     asked: list[int] = []
-    told: list[list[int]] = [[], []]
+    told: list[list[int]] = [[0] * 3, [0] * 2]
 
     def prefer(first, second) -> list[int]:
         asked.extend(first)

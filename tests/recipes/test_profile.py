@@ -11,7 +11,7 @@ from trueup.recipes.run import run
 from trueup.training.profile import PROFILE_FILE
 
 RUNS = {
-    "ppo": {"rollout", "rewards", "look-ahead", "reference", "forward", "backward"},
+    "ppo": {"rollout", "look-ahead", "reference", "forward", "backward"},
     "grpo": {"rollout", "rewards", "forward", "backward"},
     "aot": {"look-ahead", "forward", "backward"},  # sees its step as a whole first
     "tdpo2": {"reference", "forward", "backward"},

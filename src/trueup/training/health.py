@@ -42,9 +42,9 @@ class Thresholds:
         stage = config.get("stage")
         if stage not in STAGE_LOSSES and stage != "online_dpo":
             return cls()
-        named = config["pref_loss"] if stage in STAGE_LOSSES else "sigmoid"
+        named = config.get("pref_loss", "sigmoid") if stage in STAGE_LOSSES else "sigmoid"
         first = next((str(n) for n in (named if isinstance(named, list) else [named]) if n != "sft"), "sft")
-        loss, beta = PREF_LOSSES[first], config["pref_beta"]
+        loss, beta = PREF_LOSSES[first], config.get("pref_beta", 0.1)
         margin, fallen = _NATS_A_TOKEN if loss.per_token else _NATS
         return cls(
             compares=loss.reference and first not in _FALL_BY_DESIGN,
