@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli_data": {"config", "data", "recipes", "inference", "console", "cli_options"},
     "cli_serve": {"inference", "console", "cli_options"},
     "cli_options": {"config", "console"},
-    "trl": {"api", "config", "data", "rollout", "training"},
+    "trl": {"api", "config", "data", "models", "rollout", "training"},
     "unsloth": {"api", "config", "models", "trl"},
     "api": {"config", "data", "models", "training", "recipes", "inference"},
     "__main__": {"cli"},

@@ -20,8 +20,9 @@ from torch import nn
 from trueup import api
 from trueup.config.load import load_config
 from trueup.errors import ConfigError
-from trueup.models.hub import resolve_model
-from trueup.models.load import hub_access, load_base, load_tokenizer, pick_device, pick_dtype
+from trueup.models.load import pick_device, pick_dtype
+from trueup.models.plain import load_plain
+from trueup.models.tokenizer import load_tokenizer
 from trueup.trl.trainers import (
     DPOTrainer,
     GRPOTrainer,
@@ -90,15 +91,8 @@ class FastLanguageModel:
             "fp16": True if dtype == torch.float16 else None,
         }  # fmt: skip
         cfg = load_config({name: value for name, value in keys.items() if value is not None}, verb="infer")
-        section = cfg.model
-        name, location, starts = resolve_model(model_name, [], hub_access(section))
-        if len(starts) > 1:
-            raise ConfigError(f"{model_name} stands on several adapters", where="model_name", fix="merge them first")
-        tokenizer = load_tokenizer(section)
-        device = pick_device(section.device)
-        model: Any = load_base(location, section, device, pick_dtype(device, cfg.train.bf16, cfg.train.fp16), name)
-        if starts:
-            model = PeftModel.from_pretrained(model, starts[0], is_trainable=True)
+        tokenizer = load_tokenizer(cfg.model)
+        model: Any = load_plain(cfg.model, cfg.train)
         return _equip(model, max_seq_length), tokenizer
 
     @staticmethod

@@ -26,17 +26,15 @@ from trueup.models.adapters import merge_adapters
 from trueup.models.hub import resolve_model
 from trueup.models.load import (
     check_vocabulary,
-    hub_access,
     load_base,
     load_for_inference,
-    load_tokenizer,
     pick_device,
     pick_dtype,
-    read_model_config,
 )
 from trueup.models.logprobs import sum_by_sequence
 from trueup.models.policy import Policy
-from trueup.models.reward import HEAD, RewardModel, has_head, load_reward_model
+from trueup.models.reward import HEAD, RewardModel, is_reward_model, load_reward_model
+from trueup.models.tokenizer import hub_access, load_tokenizer
 from trueup.rollout.engines import Engine, Sampling
 from trueup.training.checkpoint import replace_files
 
@@ -242,26 +240,11 @@ class Model:
 
 def _load(cfg: RunConfig) -> Policy:
     section = cfg.model
-    if not is_reward_model(cfg):
+    if not is_reward_model(section):
         return load_for_inference(section, cfg.train)
     device = pick_device(section.device)
     dtype = pick_dtype(device, cfg.train.bf16, cfg.train.fp16)
-    return load_reward_model(
-        section, str(section.model_name_or_path), section.adapter_name_or_path, device, dtype
-    )  # fmt: skip
-
-
-def is_reward_model(cfg: RunConfig) -> bool:
-    """Whether a model, or the last adapter on it, was made to score answers."""
-    from peft import PeftConfig
-
-    section = cfg.model
-    name, location, starts = resolve_model(
-        section.model_name_or_path, section.adapter_name_or_path, hub_access(section)
-    )  # fmt: skip
-    if starts and not memory.is_name(starts[-1]):
-        return PeftConfig.from_pretrained(starts[-1]).task_type == RewardModel.task_type
-    return has_head(read_model_config(location, section, name))
+    return load_reward_model(section, str(section.model_name_or_path), section.adapter_name_or_path, device, dtype)
 
 
 def sampling_of(given: Mapping[str, Any]) -> Sampling:

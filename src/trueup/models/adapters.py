@@ -177,6 +177,15 @@ def add_frozen(model: PreTrainedModel | PeftModel, names: Sequence[str], paths: 
     return model
 
 
+def attach_alone(base: PreTrainedModel, path: str | Path) -> PeftModel:
+    """The base with one adapter as peft itself loads it, to be trained on. Raises ModelError if it does not fit."""
+    config, _ = part = _load_part(base, path)
+    config.inference_mode = False
+    model = _wrap(base, config, TRAINED)
+    _fill(model, TRAINED, part, path)
+    return model
+
+
 def merge_adapters(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTrainedModel:
     """Fold adapters into the base weights, in order: the starting point of full and freeze training, and of export."""
     for path in starts:

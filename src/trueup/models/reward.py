@@ -7,8 +7,10 @@ does this module, also where a tokenizer pads with the token that ends an answer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +18,13 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
+from trueup import memory
 from trueup.config.schema import ModelSection
 from trueup.errors import ModelError
-from trueup.models.load import load_frozen, load_tokenizer
+from trueup.models.hub import ADAPTER_CONFIG, resolve_model
+from trueup.models.load import load_frozen, read_model_config
 from trueup.models.policy import Policy
+from trueup.models.tokenizer import hub_access, load_tokenizer
 from trueup.types import Forest, Segment
 
 HEAD = "score"  # transformers' name for the head of every decoder that classifies sequences
@@ -104,6 +109,15 @@ def _projected(hidden: Tensor) -> Tensor:
 def has_head(config: PretrainedConfig) -> bool:
     """Whether a saved model is a sequence classifier."""
     return any(CLASSIFIER in name for name in config.architectures or ())
+
+
+def is_reward_model(model: ModelSection) -> bool:
+    """Whether a config's model, or the last adapter on it, was made to score answers."""
+    name, location, starts = resolve_model(model.model_name_or_path, model.adapter_name_or_path, hub_access(model))
+    if starts and not memory.is_name(starts[-1]):
+        config = json.loads((Path(starts[-1]) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return config.get("task_type") == RewardModel.task_type
+    return has_head(read_model_config(location, model, name))
 
 
 def at_ends(forest: Forest, pad_id: int | None) -> Forest:

@@ -101,7 +101,9 @@ def trl_reward(function: Callable[..., Any]) -> Callable[..., Any]:
         said: Sequence[Any] = completions
         if own and isinstance(own[0], Sequence) and not isinstance(own[0], str):
             said = [[{"role": "assistant", "content": text}] for text in completions]
-        return call(function, {**columns, "prompts": list(own), "completions": list(said)})
+        return call(function, {
+            **{name: list(values) for name, values in columns.items()}, "prompts": list(own), "completions": list(said)
+        })  # fmt: skip
 
     reward.__name__ = getattr(function, "__name__", type(function).__name__)
     return reward

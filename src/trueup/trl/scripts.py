@@ -70,7 +70,7 @@ def get_peft_config(args: ModelConfig) -> Any:
     targets = args.lora_target_modules
     return LoraConfig(
         task_type=args.lora_task_type, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets, use_rslora=args.use_rslora,
+        target_modules="all-linear" if targets == ["all-linear"] else targets, use_rslora=args.use_rslora,
         use_dora=args.use_dora, modules_to_save=args.lora_modules_to_save,
     )  # fmt: skip
 

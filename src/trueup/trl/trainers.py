@@ -14,13 +14,16 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.trainer_utils import TrainOutput
 
 from trueup import api
+from trueup.config.load import load_config
 from trueup.config.methods import STAGES
 from trueup.data.given import GivenRows, rows_of
 from trueup.errors import ConfigError
+from trueup.models.plain import load_plain, model_type
+from trueup.models.policy import Policy
+from trueup.models.reward import RewardModel
 from trueup.training import checkpoint as checkpoints
 from trueup.training.run_files import METRICS_FILE, read_metrics
 from trueup.training.signals import Stopped
@@ -34,6 +37,11 @@ log = logging.getLogger("trueup")
 _MODEL_FILES = (
     "adapter_", "model", "config.json", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab",
     "merges", "chat_template", "sentencepiece", "spiece",
+)  # fmt: skip
+#: keys that say how a model is loaded.
+_OF_LOADING = (
+    "device", "use_cpu", "no_cuda", "bf16", "fp16", "trust_remote_code", "model_revision", "revision", "cache_dir",
+    "hf_hub_token", "hub",
 )  # fmt: skip
 #: keys of a training that an evaluation has none of.
 _OF_TRAINING = (
@@ -190,11 +198,13 @@ class Trainer:
     def model(self) -> nn.Module:
         """The model that was given, with its adapter; of a name, what transformers and peft load."""
         if self._model is None:
-            from peft import PeftModel
-
-            loaded = self._auto_class().from_pretrained(self._trained_base(), dtype="auto")
+            reads = {name: value for name, value in self._keys.items() if name in _OF_LOADING}
             adapted = self._trained is not None and (self._trained / "adapter_config.json").exists()
-            self._model = PeftModel.from_pretrained(loaded, str(self._trained)) if adapted else loaded
+            adapter = {"adapter_name_or_path": str(self._trained)} if adapted else {}
+            name = str(self._given if adapted or self._trained is None else self._trained)
+            cfg = load_config({"model_name_or_path": name, **adapter, **reads}, verb="infer")
+            kind = RewardModel if self.config_class.stage == "rm" else Policy
+            self._model = load_plain(cfg.model, cfg.train, kind)
         return self._model
 
     # --- how it is told -----------------------------------------------------------------------
@@ -284,14 +294,6 @@ class Trainer:
         if STAGES[self.config_class.stage].reference and reference is not None:
             found["ref_model"] = reference
         return found
-
-    def _trained_base(self) -> str:
-        if self._trained is not None and not (self._trained / "adapter_config.json").exists():
-            return str(self._trained)
-        return str(self._given)
-
-    def _auto_class(self) -> Any:
-        return AutoModelForSequenceClassification if self.config_class.stage == "rm" else AutoModelForCausalLM
 
 
 class _WithReference(Trainer):
@@ -427,13 +429,11 @@ def _name_of(model: Any) -> str:
     return getattr(model, "name_or_path", "") or getattr(model.config, "name_or_path", "") or "model"
 
 
-def _type_of(model: Any) -> str | None:
+def _type_of(model: Any) -> str:
+    """What transformers calls its architecture."""
     if isinstance(model, nn.Module):
-        return model.config.model_type
-    try:
-        return AutoConfig.from_pretrained(model).model_type
-    except (OSError, ValueError):
-        return None  # the run will say why
+        return str(model.config.model_type)  # type: ignore[union-attr]
+    return model_type(load_config({"model_name_or_path": model}, verb="infer").model)
 
 
 def _copy_model(source: Path, target: Path) -> None:
