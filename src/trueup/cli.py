@@ -21,11 +21,14 @@ from trueup.cli_options import (
     PASS_ON,
     ConfigCommand,
     Verbs,
+    complete_word,
     config_words,
     debug_option,
     json_option,
+    leading_directories,
     only_text,
     read_config,
+    split_source,
 )
 from trueup.cli_serve import serve
 from trueup.console import Session, console
@@ -46,8 +49,6 @@ LATER = {
     ),
     "export": ("merging and exporting models", _PLAIN_PEFT),
     "merge": ("merging adapters", _PLAIN_PEFT),
-    "eval": ("evaluation", "`do_train: false, do_eval: true` in a config, or lm-eval"),
-    "generate": ("batch inference", "`trueup chat … < questions.txt`"),
 }
 
 
@@ -222,6 +223,66 @@ def score(session: Session, words: tuple[str, ...], output: Path, force: bool) -
         done, lines = score_answers(cfg, None if printed else output, force)
         result.data = done.to_dict() | ({"lines": lines} if printed else {})
         result.text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) if printed else done.render()
+
+
+@main.command(cls=ConfigCommand, context_settings=PASS_ON)
+@config_words
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("answers.jsonl"),
+              show_default=True, help="Where the JSON lines go; - prints them.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@debug_option
+@json_option
+@click.pass_obj
+def generate(session: Session, words: tuple[str, ...], output: Path, force: bool) -> None:
+    """Answer every prompt of a dataset or file.
+
+    Each line has the prompt, the answer, its log-probability, its seed and why it ended. The likeliest answer, unless
+    temperature asks for chance. The same command goes on after an interruption.
+
+    \b
+    trueup generate --model_name_or_path MODEL --dataset prompts.jsonl --output answers.jsonl
+    trueup generate --model_name_or_path BASE --adapter_name_or_path DIR --dataset NAME temperature=1 num_generations=4
+    """
+    cfg = read_config(words, verb="generate")
+    with importing():
+        from trueup.recipes.generating import generate as answer
+
+    with session.result() as result:
+        printed = str(output) == "-"
+        done, lines = answer(cfg, None if printed else output, force)
+        result.data = done.to_dict() | ({"lines": lines} if printed else {})
+        result.text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) if printed else done.render()
+
+
+@main.command("eval", cls=ConfigCommand, context_settings=PASS_ON)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_word,
+                metavar="[DIR]... [CONFIG] [KEY=VALUE | --KEY VALUE]...")  # fmt: skip
+@debug_option
+@json_option
+@click.pass_obj
+def eval_(session: Session, words: tuple[str, ...]) -> None:
+    """Measure models: preferences, answers, wins, tasks.
+
+    Held-out preference accuracy and margin, also with length taken out, perplexity, KL and entropy against the start,
+    what answers are like, who wins by a judge or by rewards, tasks of lm-evaluation-harness; with 95 % intervals, in
+    JSON, Markdown and HTML. DIR is a run: its result is measured beside its start.
+
+    \b
+    trueup eval saves/sql-tiny/dpo
+    trueup eval saves/a saves/b/checkpoint-60 --eval_dataset pairs.jsonl
+    trueup eval --model_name_or_path MODEL --task arc_easy,hellaswag --task_limit 100
+    """
+    directories, rest = leading_directories(words)
+    source, overrides = split_source(rest)
+    from trueup.recipes.evaluation.target import evaluation_config
+
+    cfg = evaluation_config(directories, source, overrides)
+    with importing():
+        from trueup.recipes.evaluation.evaluate import evaluate
+
+    with session.result() as result:
+        report = evaluate(cfg)
+        result.data, result.text = report.to_dict(), report.render()
 
 
 @main.command(context_settings=CONTEXT)

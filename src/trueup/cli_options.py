@@ -129,6 +129,14 @@ def split_source(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, rest
 
 
+def leading_directories(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`(directories, the other words)`: directories come first."""
+    count = 0
+    while count < len(words) and not words[count].startswith("--") and Path(words[count]).is_dir():
+        count += 1
+    return list(words[:count]), list(words[count:])
+
+
 def _config_in(path: Path) -> str:
     """What may have been meant by a word that is some other file, or a directory."""
     kept = path / "run.yaml"

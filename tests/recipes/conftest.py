@@ -130,6 +130,7 @@ def config(tiny_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[..., RunC
             "per_device_train_batch_size": 4, "learning_rate": 1e-3, "num_train_epochs": 2, "logging_steps": 1,
             "save_strategy": "no", "output_dir": str(tmp_path / "out"),
         }  # fmt: skip
-        return load_config({**base, **keys})
+        prefers = keys.get("stage", "dpo") not in ("pt", "sft", "rm")
+        return load_config({**base, **({"regression_report": False} if prefers else {}), **keys})
 
     return make

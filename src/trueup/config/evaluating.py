@@ -38,7 +38,7 @@ _RULE_KEYS = " ".join(key for key in SECTION_OF if key.startswith("rule_") and k
 _ROWS: list[tuple[str, dict[str, Any]]] = [
     (section_keys("model"), {}),
     (section_keys("objective"), {}),
-    ("eval_models eval_measures bootstrap_samples task eval_prompts", {}),
+    ("eval_models eval_measures bootstrap_samples task", {}),
     ("dataset eval_dataset val_size dataset_dir max_samples on_bad_rows", {}),
     ("cutoff_len truncation template default_system tool_format enable_thinking preserve_thinking", {}),
     ("do_eval eval_strategy per_device_eval_batch_size bf16 fp16 seed data_seed output_dir on_unused_keys", {}),
@@ -108,9 +108,10 @@ def _measures(cfg: RunConfig) -> list[str]:
     if all(map(is_url, cfg.evaluate.eval_models)) and cfg.evaluate.eval_models:
         found = ["answers"]
     asked = {"temperature", "max_new_tokens", "eval_prompts"} & cfg.explicit
-    if found and (asked or cfg.build.rank_by) and "answers" not in found:
+    speaks = found and stage_kind(cfg) != "text"
+    if speaks and (asked or cfg.build.rank_by) and "answers" not in found:
         found.append("answers")
-    if found and cfg.build.rank_by and len(cfg.evaluate.eval_models) > 1:
+    if speaks and cfg.build.rank_by and len(cfg.evaluate.eval_models) > 1:
         found.append("wins")
     return found + ["task"] * bool(cfg.evaluate.task)
 

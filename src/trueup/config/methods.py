@@ -276,6 +276,7 @@ _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("logging_steps", {"logging_strategy": ("steps",)}),
     ("log_entropy", {"stage": tuple(name for name in STAGES if name not in (*ONLINE, "rm"))}),
     ("eval_steps", {"eval_strategy": ("steps",)}),
+    ("regression_report", {"stage": (*_PREFERENCE, *ONLINE)}),
     ("eval_delay eval_on_start", {"eval_strategy": ("steps", "epoch")}),
     ("save_steps", {"save_strategy": ("steps",)}),
     ("warmup_steps warmup_ratio", {"lr_scheduler_type": tuple(name for name in SCHEDULES if name != "constant")}),

@@ -57,6 +57,11 @@ def _split(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+def listed(value: Any) -> list[str]:
+    """A list as a person may write it, of a key that is not checked yet."""
+    return [str(item) for item in _split(value)]
+
+
 def _pattern_or_split(value: Any) -> Any:
     """As `_split`, but a regular expression with a comma inside braces or brackets stays whole."""
     if isinstance(value, str) and any(mark in value for mark in r"\(|^$*"):

@@ -23,6 +23,7 @@ from trueup.data.report import DataReport
 from trueup.errors import DataError
 from trueup.models.hub import resolve_model
 from trueup.models.load import hub_access, load_for_inference, load_tokenizer, read_model_config
+from trueup.models.policy import Policy
 from trueup.recipes.collector import sampling_of
 from trueup.recipes.journal import Journal, digest
 from trueup.rollout.endpoint import Endpoint, Reply, Unanswered, ask_all
@@ -133,9 +134,12 @@ class LocalSource:
 
     Answers are drawn in groups that depend on the prompts, their number and `generation_batch_size` alone. A group of
     which the journal lacks something is drawn again as a whole, so that a resumed build repeats the bits.
+
+    `policy`: the config's model, where it is loaded already.
     """
 
-    def __init__(self, cfg: RunConfig, journal: Journal) -> None:
+    def __init__(self, cfg: RunConfig, journal: Journal, policy: Policy | None = None) -> None:
+        self.policy = policy
         self.cfg, self.journal = cfg.replace(default_system=None), journal  # the questions bring it
         self.tokenizer = load_tokenizer(cfg.model)
         self.template = run_template(self.cfg, self.tokenizer)
@@ -152,7 +156,8 @@ class LocalSource:
         todo = [g for g in groups if any(key not in self.journal for q in g for key in self._keys(q))]
         if not todo:
             return
-        engine = Engine(load_for_inference(self.cfg.model, self.cfg.train), self.tokenizer, self.template.stop_ids)
+        policy = self.policy or load_for_inference(self.cfg.model, self.cfg.train)
+        engine = Engine(policy, self.tokenizer, self.template.stop_ids)
         done = 0
         with waiting(f"answers of {self.cfg.model.model_name_or_path}", sum(map(len, todo)), "prompts") as tell:
             for group in todo:

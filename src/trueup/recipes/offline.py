@@ -27,6 +27,7 @@ from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_to
 from trueup.models.memory import fit_to_memory
 from trueup.models.reward import RewardModel, check_trained
 from trueup.recipes.batches import Tokens, count_tokens, eval_batches, in_layout, plan_batches, train_batches
+from trueup.recipes.evaluation import regression
 from trueup.recipes.feed import watched, write_report
 from trueup.recipes.feedback import tell_balance
 from trueup.recipes.header import evaluation_header, header
@@ -115,12 +116,14 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         asked = predictor if cfg.train.predict_with_generate else None
         program = OfflineProgram(cfg, loaded, tokenizer, prepared, plan, references, backend, asked)
         observers = standard_observers(cfg.train, directory, quiet=console.quiet)
+        started = regression.begin(cfg, loaded.policy, tokenizer, prepared, backend)
         torch.manual_seed(cfg.train.seed + backend.rank)  # processes drop different entries; a resume restores its own
         with watched(prepared, directory) as watchers:
             observers += watchers
             result = fit(program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint)
+        ended = regression.end(started, directory, console)
         predicted = predict(predictor, directory, backend, console) if predictor and cfg.train.do_predict else {}
-        return RunResult(directory.path, {**result.train, **result.evaluation, **predicted})
+        return RunResult(directory.path, {**result.train, **result.evaluation, **ended, **predicted})
 
 
 def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:

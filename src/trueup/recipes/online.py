@@ -18,6 +18,7 @@ from trueup.models.load import Loaded, load_for_evaluation, load_frozen, load_po
 from trueup.models.reference import LiveReference
 from trueup.recipes.batches import answered_tokens, in_layout, plan_batches
 from trueup.recipes.collector import Collector
+from trueup.recipes.evaluation import regression
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.judges import Judges, check_files, load_judges
 from trueup.recipes.learners import make_learner
@@ -76,10 +77,12 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         with open_directory(cfg, backend, prepared, identity) as directory:
             program = make_program(cfg, loaded, tokenizer, prepared, plan, judges, rows, backend, directory)
             observers = standard_observers(cfg.train, directory, quiet=console.quiet)
+            started = regression.begin(cfg, loaded.policy, tokenizer, prepared, backend)
             torch.manual_seed(cfg.train.seed + backend.rank)
             result = fit(program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint)
+            ended = regression.end(started, directory, console)
             predicted = predict(predictor, directory, backend, console) if predictor else {}
-            return RunResult(directory.path, {**result.train, **result.evaluation, **predicted})
+            return RunResult(directory.path, {**result.train, **result.evaluation, **ended, **predicted})
     finally:
         judges.close()
 

@@ -146,6 +146,13 @@ class ScoreRanker:
         found = [self.journal.get(key) for key in self._keys(contest)]
         return Ranked(tuple(None if f is None else p + f["score"] for p, f in zip(points, found, strict=True)))
 
+    def each(self, contest: Contest) -> list[dict[str, float]]:
+        """What each reward gave each answer, by its name; nothing of rules."""
+        found = (
+            [self.journal.get(key) for key in self._keys(contest)] if self.rewarded else [None] * len(contest.answers)
+        )
+        return [{} if f is None else f["each"] for f in found]
+
     def to_dict(self) -> dict[str, Any]:
         rules = {name: value for name, value in vars(self.rules).items() if value and name in Rules.__annotations__}
         online = self.cfg.online

@@ -28,7 +28,7 @@ FREE = frozenset(
     logging_nan_inf_filter log_level log_level_replica log_on_each_node disable_tqdm
     plot_loss profile include_num_input_tokens_seen save_strategy save_steps save_total_limit
     save_only_model save_on_each_node eval_strategy eval_steps eval_delay eval_on_start
-    per_device_eval_batch_size do_eval do_predict do_train dataloader_num_workers
+    per_device_eval_batch_size do_eval do_predict do_train regression_report dataloader_num_workers
     dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers
     preprocessing_num_workers overwrite_cache cache_dir ddp_timeout push_to_hub hub_model_id
     hub_strategy hub_private_repo hub_revision trackio_space_id print_param_status

@@ -197,6 +197,8 @@ class TrainSection(Section):
     """Whether more of that metric is better; no for losses when unset."""
     early_stopping_steps: Positive | None = None
     """Stop after this many evaluations without a better one."""
+    regression_report: bool = True
+    """After preference training, compare the model with its start: plain text, length, diversity, refusals, KL."""
 
     # checkpoints
     save_strategy: Annotated[Literal["no", "steps", "epoch", "best"], OffIsNo] = "steps"

@@ -77,7 +77,9 @@ class Bootstrap:
         return self.of(lambda w: finish(w @ sums / (w @ counts)), len(sums))
 
     def length_controlled(self, hits: np.ndarray, longer: np.ndarray) -> Estimate:
-        """See `at_equal_length`."""
+        """See `at_equal_length`; where all rows agree, length explains nothing."""
+        if len(hits) and np.all(np.asarray(hits) == hits[0]):
+            return self.share(hits)
         hits, longer = np.asarray(hits, dtype=np.float64), np.asarray(longer, dtype=np.float64)
         return self.of(lambda w: at_equal_length(hits, longer, w), len(hits))
 

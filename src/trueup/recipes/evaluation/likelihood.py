@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,11 @@ def read_answers(
         found["tokens"] = torch.ones_like(found["logps"])
         if divergence:
             found["entropy"] = token_entropy(hidden, policy.head)
-        if live is not None:
+        if live is not None and live.policy is policy and live.switch is nullcontext:  # the model is its own reference
+            found["reference"] = found["logps"]
+            if divergence:
+                found["kl"] = torch.zeros_like(found["logps"])
+        elif live is not None:
             with live.running():
                 other = live.policy.hidden(forest)
                 found["reference"] = token_logps(other, live.policy.head, forest.target)

@@ -1,0 +1,251 @@
+"""`trueup generate`: an answer to every prompt of datasets, as JSON lines.
+
+Every answer is in a journal beside the output as soon as it is there; the output is written whole at the end, and the
+journal goes. So the same command goes on after any interruption, and no half of a file is taken for all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from trueup.config.schema import RunConfig
+from trueup.data.encode import run_template
+from trueup.data.encoder import Policy as Lengths
+from trueup.data.encoder import encode_examples
+from trueup.data.examples import Prompt
+from trueup.data.load import load_examples_for
+from trueup.data.report import DataReport, Rows
+from trueup.errors import ConfigError, DataError, ResourceError
+from trueup.models.load import load_for_inference, load_tokenizer
+from trueup.recipes.candidates import Question, model_identity, seed_of
+from trueup.recipes.journal import Journal, digest
+from trueup.rollout.engines import Answer, Engine, Generation, Limits, Sampling, TooLong
+from trueup.training import durable
+from trueup.training.signals import sigterm_cleans_up
+from trueup.waiting import waiting
+
+log = logging.getLogger("trueup")
+
+#: A dataset's rows as they are: nothing held out, mixed or streamed.
+_PLAIN: dict[str, Any] = {
+    "eval_dataset": [], "val_size": 0.0, "do_eval": False, "do_predict": False, "eval_strategy": "no",
+    "mix_strategy": "concat", "interleave_probs": [],
+}  # fmt: skip
+
+
+@dataclass
+class Generated:
+    """What was answered. `found`: answers that an earlier, interrupted run had drawn; `left_out`: why, and which."""
+
+    output: str | None
+    rows: int = 0
+    answers: int = 0
+    found: int = 0
+    cut_off: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    left_out: dict[str, Rows] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        out = {why: {"count": rows.count, "rows": rows.ids} for why, rows in self.left_out.items()}
+        return {**asdict(self), "left_out": out}
+
+    def render(self) -> str:
+        cut = f", {self.cut_off:,} cut off" if self.cut_off else ""
+        kept = f", {self.found:,} of them from before" if self.found else ""
+        lines = [f"{self.answers:,} answers to {self.rows:,} rows{kept}{cut}"]
+        lines += [f"{r.count:,} rows left out: {why} ({', '.join(r.ids[:3])} …)" for why, r in self.left_out.items()]
+        if self.tokens:
+            lines.append(f"{self.tokens:,} tokens in {self.seconds:.0f} s")
+        return "\n".join([*lines, *([f"wrote {self.output}"] if self.output else [])])
+
+
+def generate(cfg: RunConfig, output: Path | None, force: bool = False) -> tuple[Generated, list[dict[str, Any]]]:
+    """Answer every row of the datasets; the lines go to `output` when all are there, or, without one, are returned.
+
+    A line holds `row`, `prompt`, `answer`, `finish_reason` ("stop" or "length"), `tokens`, `logprob` (Σ over the tokens
+    of the answer, at temperature 1, without the one that ends it), `seed`, and `sample` where a prompt gets several.
+
+    Raises:
+        ConfigError: `output` exists. UserError: from reading the data or the model.
+    """
+    if output is None:
+        return _Batch(cfg, None).run(None)
+    if output.exists() and not force:
+        raise ConfigError(f"{output} exists already", where="--output", fix="name another file, or add --force")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f"{output.name}.journal")
+    lock = FileLock(output.with_name(f"{output.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ResourceError(f"another process writes {output}", where="--output", fix="wait for it") from None
+    try:
+        with sigterm_cleans_up(), Journal(path) as journal:
+            done, lines = _Batch(cfg, output).run(journal)
+        durable.write_text(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        path.unlink()
+        return done, lines
+    except KeyboardInterrupt:
+        log.warning("what was answered so far is in %s; the same command goes on from there", path)
+        raise
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One answer to draw."""
+
+    question: Question
+    prompt: np.ndarray
+    key: str
+    seed: int
+    sample: int
+
+
+class _Batch:
+    """All prompts of a config, and the model that answers them."""
+
+    def __init__(self, cfg: RunConfig, output: Path | None) -> None:
+        self.cfg = cfg.replace(**_PLAIN)
+        self.done = Generated(str(output) if output else None)
+        self.tokenizer = load_tokenizer(cfg.model)
+        self.template = run_template(cfg, self.tokenizer)
+        data = load_examples_for(self.cfg, kind="prompt")
+        prompts = [example for example in data.train if isinstance(example, Prompt)]
+        system = cfg.data.default_system
+        self.questions = [Question.of(p, None if p.plain else system) for p in prompts]
+        self._account_for(data.report)
+        dataset, tally = encode_examples(prompts, self.template, Lengths(cfg.data.cutoff_len))
+        self.ids = {example.row: example.prompt for example in dataset}
+        for row, reason, _ in tally.dropped:
+            self._leave_out(row, reason)
+        g = cfg.generate
+        self.sampling = Sampling(
+            g.temperature, g.top_p, g.top_k, g.repetition_penalty, g.max_new_tokens, logprobs=0
+        )  # fmt: skip
+
+    def run(self, journal: Journal | None) -> tuple[Generated, list[dict[str, Any]]]:
+        """Draw what the journal lacks; every row's lines, in the order of the data."""
+        began = time.monotonic()
+        tasks = list(self._tasks())
+        if not tasks:
+            raise DataError("no row has a prompt that can be answered", where="dataset", expected=", ".join(
+                f"{rows.count:,} {why}" for why, rows in self.done.left_out.items()))  # fmt: skip
+        values = {t.key: journal.get(t.key) for t in tasks if journal is not None and t.key in journal}
+        self.done.found = sum(task.key in values for task in tasks)
+        todo = list({task.key: task for task in tasks if task.key not in values}.values())
+        values |= self._draw(todo, journal) if todo else {}
+        lines = [self._line(task, values[task.key]) for task in tasks if values[task.key] is not None]
+        done = self.done
+        done.rows, done.answers = len({line["row"] for line in lines}), len(lines)
+        done.cut_off = sum(line["finish_reason"] == "length" for line in lines)
+        done.tokens = sum(values[task.key]["tokens"] for task in todo if values[task.key])
+        done.seconds = round(time.monotonic() - began, 3)
+        return done, lines
+
+    def _tasks(self) -> Iterator[_Task]:
+        cfg = self.cfg
+        count = cfg.online.num_generations or 1
+        identity = model_identity(cfg) | {"template": self.template.fingerprint[:16]}
+        how = {**asdict(self.sampling), "tokens": cfg.generate.token_logprobs,
+               "special": cfg.generate.skip_special_tokens}  # fmt: skip
+        for question in self.questions:
+            prompt = self.ids.get(question.row)
+            if prompt is None:
+                continue
+            if not len(prompt):
+                self._leave_out(question.row, "empty prompt")
+                continue
+            about = identity, how, cfg.train.seed, cfg.data.default_system, question.key
+            for i in range(count):
+                seed = seed_of(cfg.train.seed, question.key, i)
+                yield _Task(question, prompt, digest("generated", *about, i), seed, i)
+
+    def _draw(self, todo: Sequence[_Task], journal: Journal | None) -> dict[str, Any]:
+        """Answers by key; None for a prompt that leaves no room for one."""
+        slots = self.cfg.online.generation_batch_size
+        values: dict[str, Any] = {}
+        under_way: deque[tuple[_Task, Generation]] = deque()
+        policy = load_for_inference(self.cfg.model, self.cfg.train)
+        limits = Limits(max_slots=slots, max_queue=2 * slots)
+        with (
+            Engine(policy, self.tokenizer, self.template.stop_ids, limits) as engine,
+            waiting("answering", len(todo), "answers") as tell,
+        ):
+            waiting_tasks = iter(todo)
+            task = next(waiting_tasks, None)
+            while task is not None or under_way:
+                while task is not None and len(under_way) < 2 * slots:
+                    generation = self._submit(engine, task)
+                    if generation is None:
+                        values[task.key] = None
+                    else:
+                        under_way.append((task, generation))
+                    task = next(waiting_tasks, None)
+                if under_way:
+                    asked, generation = under_way.popleft()
+                    values[asked.key] = self._value(generation.result())
+                    if journal is not None:
+                        journal.put(asked.key, values[asked.key])
+                tell(len(values))
+        return values
+
+    def _submit(self, engine: Engine, task: _Task) -> Generation | None:
+        try:
+            return engine.submit(task.prompt.tolist(), replace(self.sampling, seed=task.seed))
+        except TooLong as error:
+            log.warning("row %s: %s", task.question.row, error)
+            self._leave_out(task.question.row, "no room for an answer")
+            return None
+
+    def _value(self, answer: Answer) -> dict[str, Any]:
+        g = self.cfg.generate
+        text = answer.text
+        if not g.skip_special_tokens:
+            text = self.tokenizer.decode(list(answer.ids), skip_special_tokens=False)
+        value: dict[str, Any] = {
+            "text": text, "finish_reason": answer.finish_reason, "tokens": len(answer.ids),
+            "logprob": float(sum(token.logp for token in answer.logps)),
+        }  # fmt: skip
+        if g.token_logprobs:
+            pieces = self.tokenizer.convert_ids_to_tokens([token.id for token in answer.logps])
+            value["token_logprobs"] = [
+                [piece, token.id, token.logp] for piece, token in zip(pieces, answer.logps, strict=True)
+            ]
+        return value
+
+    def _line(self, task: _Task, value: dict[str, Any]) -> dict[str, Any]:
+        line = {
+            "row": task.question.row, "prompt": task.question.to_dicts(), "answer": value["text"],
+            "finish_reason": value["finish_reason"], "tokens": value["tokens"], "logprob": value["logprob"],
+            "seed": task.seed,
+        }  # fmt: skip
+        if task.question.tools:
+            line["tools"] = list(task.question.tools)
+        if (self.cfg.online.num_generations or 1) > 1:
+            line["sample"] = task.sample
+        return line | ({"token_logprobs": value["token_logprobs"]} if "token_logprobs" in value else {})
+
+    def _account_for(self, report: DataReport) -> None:
+        for dataset in report.datasets.values():
+            for why, rows in dataset.dropped.items():
+                known = self.done.left_out.setdefault(why, Rows())
+                for row in rows.ids:
+                    known.add(row)
+                known.count += rows.count - len(rows.ids)  # a report keeps the first ids only
+
+    def _leave_out(self, row: str, why: str) -> None:
+        self.done.left_out.setdefault(why, Rows()).add(row)
