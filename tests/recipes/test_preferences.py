@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,23 @@ def adds_up(report: BuildReport) -> bool:
     return told["read"] == told["kept"] + sum(parts) == 21
 
 
+def _length_ratio(row: dict) -> float:
+    lengths = sorted((row["chars_chosen"], row["chars_rejected"]))
+    return lengths[1] / lengths[0]
+
+
+def _likeness(row: dict) -> float:
+    one, other = (row[side][0]["content"] for side in ("chosen", "rejected"))
+    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
+
+
+def _middle(values: Iterable[float]) -> float:
+    """Between the least and the largest of what this machine's arithmetic happened to draw."""
+    found = sorted(values)
+    assert found[0] < found[-1]
+    return (found[0] + found[-1]) / 2
+
+
 def verdict(request: dict) -> str:
     """A judge with an opinion: the answer with more letters e, however they are placed."""
     text = request["messages"][-1]["content"]
@@ -113,10 +131,11 @@ def test_every_format_is_registered_and_read_by_its_stage(made, keys, format, st
 
 
 def test_filters_leave_out_what_they_say(made):
-    kept = made().kept
-    longer = made(max_length_ratio=1.0)
+    everything = made()
+    kept, rows = everything.kept, rows_of(everything)
+    longer = made(max_length_ratio=_middle(map(_length_ratio, rows)))
     assert longer.dropped["length ratio"].count > 0 and longer.kept < kept
-    alike = made(max_similarity=0.3)
+    alike = made(max_similarity=_middle(map(_likeness, rows)))
     assert alike.dropped["too alike"].count > 0 and alike.kept < kept
     assert all(adds_up(report) for report in (longer, alike))
     with pytest.raises(ResourceError, match="no prompt gave a row"):
