@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import dpo, memory, overhead, parity, report, startup, tokenize, workloads
+from benchmarks import data_report, dpo, memory, overhead, parity, report, startup, tokenize, workloads
 from benchmarks.measure import Failed, argv, environment, read_json, read_json_lines, run, spread, table
 from benchmarks.models import SHAPES
 from benchmarks.tools import variant, whole_loop
@@ -249,11 +249,16 @@ def test_nothing_is_wider_than_a_terminal():
     curves = {"trueup": [[0.69, 0.5]] * 5, "trl-nockpt": [[0.7, 0.4]] * 4 + [[0.6, 0.6]]}
     cells = [{"vocabulary": 32_768 << i, "answers": 8, "peak_mb": 12_345.0} for i in range(4)]
     names = ("trueup", "trueup, cached", "trueup, 1 process", "trl", "trl, 2 processes")
+    checks = (data_report.FEW, *data_report.LIMITS)
+    of_report = {"pairs": 100_000, "megabytes": 107.8, "mean_tokens": {"prompt": 116.0, "chosen": 38.0, "total": 200.6}}
     loops, starts = ("bare loop", "trueup train"), ("trueup", "transformers", "transformers, tokenizer")
     texts = [
         parity.summary({"fp32": [case], "bf16": {"window": 10, "curves": curves}}),
         memory.summary({"prompt": 512, "answer": 256, "cells": cells}),
         tokenize.summary({"pairs": 10_000, "seconds": dict.fromkeys(names, values)}),
+        data_report.summary(
+            {**of_report, "seconds": dict.fromkeys(checks, values), "peak_gb": dict.fromkeys(checks, [1.3])}
+        ),
         overhead.summary({"steps": 200, "seconds": dict.fromkeys(loops, values)}),
         startup.summary({"seconds": dict.fromkeys(starts, values)}),
     ]
