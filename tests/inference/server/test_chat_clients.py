@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.inference.server.conftest import MODEL
+from trueup.builtin import builtin_path
 
 openai = pytest.importorskip("openai")
 
@@ -116,8 +118,9 @@ def test_log_probabilities_are_those_of_a_forward_pass(client, served):
     assert "".join(one.token for one in content) == choice.message.content
     assert bytes(byte for one in content for byte in one.bytes).decode() == choice.message.content
     ids = [served.tokenizer.convert_tokens_to_ids(served.tokenizer.tokenize(one.token))[0] for one in content]
-    with torch.no_grad(), served.main.policy.generating():
-        logits = served.main.policy.base(torch.tensor([[*prompt, *ids]])).logits[0].float()
+    plain = AutoModelForCausalLM.from_pretrained(builtin_path(MODEL), dtype=served.main.policy.dtype)
+    with torch.no_grad():
+        logits = plain(torch.tensor([[*prompt, *ids]])).logits[0].float()
     logps = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
     expected = sum(float(row[token]) for row, token in zip(logps, ids, strict=True))
     assert sum(one.logprob for one in content) == pytest.approx(expected, abs=1e-4)

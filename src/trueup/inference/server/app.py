@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -32,7 +29,7 @@ from trueup.inference.server.under_way import while_wanted
 
 
 class State:
-    """What the routes know: the models, once they are loaded."""
+    """What the routes know: the models, once they are loaded. Whoever loaded them closes them: servers may share."""
 
     def __init__(self, settings: Settings, served: Served | None = None) -> None:
         self.settings, self.served = settings, served
@@ -43,10 +40,6 @@ class State:
             raise busy("the model is still loading")
         return self.served
 
-    def close(self) -> None:
-        if self.served is not None:
-            self.served.close()
-
 
 def make_app(state: State) -> ASGIApp:
     """The application, with its guard."""
@@ -55,14 +48,8 @@ def make_app(state: State) -> ASGIApp:
 
 def make_routes(state: State) -> FastAPI:
     """Without the guard."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        state.close()
-
     app = FastAPI(
-        title="trueup", version=__version__, lifespan=lifespan, redirect_slashes=False,
+        title="trueup", version=__version__, redirect_slashes=False,
         docs_url=None, redoc_url=None, openapi_url=None,
         exception_handlers={ApiError: on_api_error, HTTPException: on_http_error, Exception: on_bug},
     )  # fmt: skip

@@ -52,7 +52,11 @@ def serve(cfg: RunConfig, settings: Settings) -> None:
 
     with listener, _ends_quietly():
         threading.Thread(target=load, name="trueup-load", daemon=True).start()
-        server.run(sockets=[listener])
+        try:
+            server.run(sockets=[listener])
+        finally:
+            if state.served is not None:
+                state.served.close()
     if failed:
         raise failed[0]
 
@@ -65,7 +69,7 @@ def make_server(state: State) -> uvicorn.Server:
             make_app(state),
             http="h11",
             ws="none",
-            lifespan="on",
+            lifespan="off",
             log_config=None,
             log_level="error",
             access_log=False,
