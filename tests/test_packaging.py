@@ -87,7 +87,8 @@ def test_the_readme_names_every_module_and_only_those():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_load(path: Path):
-    load_config(path, verb="build" if path.stem.endswith("build") else "train")
+    verbs = {"builtin_build": "build", "builtin_eval": "eval"}
+    load_config(path, verb=verbs.get(path.stem, "train"))
 
 
 def test_examples_are_listed():
