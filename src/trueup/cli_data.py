@@ -177,7 +177,8 @@ def preview(
     trueup data preview pairs.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --cutoff_len 512
     trueup data preview dpo.yaml --row 17 --html row.html
     """
-    from trueup.recipes.datasets import preview_datasets, write_page
+    from trueup.recipes.dataset_views import preview_datasets
+    from trueup.recipes.datasets import write_page
 
     names, source, overrides = split_names(words)
     with session.result() as result:

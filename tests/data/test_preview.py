@@ -16,7 +16,7 @@ from trueup.data.template_safety import examine
 from trueup.data.templates import TEMPLATES, load_template, own_source
 from trueup.errors import ConfigError
 from trueup.models.load import load_tokenizer
-from trueup.recipes.datasets import preview_datasets
+from trueup.recipes.dataset_views import preview_datasets
 
 MODEL = "model_name_or_path=builtin:sql-tiny"
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.tiny_tokenizers import make_tokenizer
 from trueup.config.load import load_config
-from trueup.data import encode, tokenized
+from trueup.data import digests, encode, tokenized
 from trueup.data.encode import prepare
 from trueup.data.encoder import Policy, encode_examples
 from trueup.data.load import load_examples_for
@@ -42,7 +42,7 @@ def mixed_rows(tmp_path):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRUEUP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tokenized, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(digests, "_WORTH_BYTES", 0)
     return tmp_path / "cache" / "tokenized"
 
 
@@ -164,7 +164,7 @@ def test_a_damaged_copy_of_the_users_is_refused(rows, tmp_path):
 
 
 def test_small_data_are_not_cached(rows, tmp_path, monkeypatch, own_cache):
-    monkeypatch.setattr(tokenized, "_WORTH_BYTES", 10**9)
+    monkeypatch.setattr(digests, "_WORTH_BYTES", 10**9)
     prepare(config(rows, tmp_path), make_tokenizer("chatml"))
     assert not own_cache.exists()
 

@@ -13,15 +13,13 @@ from trueup.data.encoded import Block, EncodedDataset
 from trueup.data.encoder import CHUNK, Policy, Tally, encode_block
 from trueup.data.examples import Example, Kind
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
-from trueup.data.layout import Layout
+from trueup.data.layout import PEEKED, Layout
 from trueup.data.load import excerpt, has_placeholder, hidden_character, layout_for
 from trueup.data.readers import Row
 from trueup.data.row_files import Place
 from trueup.data.streams import MixedStream, RowStream, Source, StreamedRow
 from trueup.data.templates import ChatTemplate
 from trueup.errors import DataError
-
-PEEKED = 1000  # rows of each dataset that decide how it is read
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from trueup.config.methods import stage_kind
 from trueup.config.schema import RunConfig
+from trueup.data.digests import data_digest, is_worth_keeping, local_files
 from trueup.data.encoded import Answer, Encoded, EncodedDataset
 from trueup.data.encoder import (
     PROMPT_TOO_LONG,
@@ -34,15 +35,7 @@ from trueup.data.load import LoadedData, load_examples_for
 from trueup.data.report import DataReport, number
 from trueup.data.streaming import TokenStream, open_stream
 from trueup.data.templates import ChatTemplate, load_template, own_source
-from trueup.data.tokenized import (
-    CachedCopy,
-    Tokenised,
-    UsersCopy,
-    data_digest,
-    facts_of,
-    is_worth_keeping,
-    local_files,
-)
+from trueup.data.tokenized import CachedCopy, Tokenised, UsersCopy, facts_of
 from trueup.errors import ConfigError, DataError, Problem
 from trueup.garbage import no_collection
 
@@ -57,6 +50,7 @@ __all__ = [
 ]
 
 _SHOWN = 10
+_WORTH_ROWS = 5_000  # not of files; fewer are tokenised about as fast as they are looked up
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +81,9 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     if cfg.data.streaming:
         return _prepare_stream(cfg, template, policy)
     copy, data = _copy_of(cfg, template, policy, tokenizer)
-    found = copy.find() if copy else None
+    found = kept = copy.find() if copy else None
     if found:
-        report = DataReport.restored(found.report)
-        report.tell()
+        report = _report_of(found, data)
         for tally in found.tallies.values():
             say(tally, template, policy)
     else:
@@ -104,7 +97,7 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     if cfg.data.dataset:
         report.require_usable()
     _require_splits(found.datasets, tallies)
-    if copy and data and os.environ.get("RANK", "0") == "0":  # the first process of a run writes
+    if copy and not kept and os.environ.get("RANK", "0") == "0":  # the first process of a run writes
         copy.keep(found)
     report.splits = {name: len(dataset) for name, dataset in found.datasets.items()}
     report.cutoff_len = policy.cutoff_len
@@ -133,6 +126,17 @@ def _prepare_stream(cfg: RunConfig, template: ChatTemplate, policy: Policy) -> P
     return Prepared(stream.dataset, evaluation, report, template, stream)
 
 
+def _report_of(found: Tokenised, data: LoadedData | None) -> DataReport:
+    """The report on rows whose tokens were found: that of reading them, if they had to be read."""
+    if data is None:
+        report = DataReport.restored(found.report)
+        report.tell()
+        return report
+    for tally in found.tallies.values():
+        tell_lengths(data.report, tally)
+    return data.report
+
+
 def _copy_of(
     cfg: RunConfig, template: ChatTemplate, policy: Policy, tokenizer: Any
 ) -> tuple[UsersCopy | CachedCopy | None, LoadedData | None]:
@@ -140,7 +144,7 @@ def _copy_of(
     users = bool(cfg.data.tokenized_path)
     has_data = bool(cfg.data.dataset or cfg.data.eval_dataset)
     files = local_files(cfg) if has_data else None
-    if not users and not is_worth_keeping(files):
+    if not users and (not has_data or (files is not None and not is_worth_keeping(files))):
         return None, None
     facts = facts_of(cfg, template, policy, tokenizer)
     if not has_data:
@@ -151,9 +155,12 @@ def _copy_of(
     if files is not None:
         facts["data"] = data_digest(cfg, files)
         return (UsersCopy if users else CachedCopy)(cfg, facts), None
-    data = _load(cfg)  # from a hub: only its rows can tell whether they are the same
-    facts["data"] = _examples_fingerprint({"train": data.train, **data.eval})
-    return UsersCopy(cfg, facts), data
+    data = _load(cfg)  # from a hub, an address or a program: only the rows can tell whether they are the same
+    splits = {"train": data.train, **data.eval}
+    if not users and sum(map(len, splits.values())) < _WORTH_ROWS:
+        return None, data
+    facts["data"] = _examples_fingerprint(splits)
+    return (UsersCopy if users else CachedCopy)(cfg, facts), data
 
 
 def _load(cfg: RunConfig) -> LoadedData:

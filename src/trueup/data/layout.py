@@ -22,6 +22,8 @@ from trueup.errors import DataError, Problem
 
 log = logging.getLogger("trueup")
 
+PEEKED = 1000  # rows that decide how a dataset is read, where not all are at hand
+
 #: Usual names of the column of each role, best first.
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "prompt": ("instruction", "prompt", "question"),

@@ -28,19 +28,16 @@ from trueup import __version__
 from trueup.config.methods import stage_kind
 from trueup.config.schema import RunConfig
 from trueup.data.chat_template import ChatTemplate
+from trueup.data.digests import cache_folder
 from trueup.data.encoded import EncodedDataset
 from trueup.data.encoder import Policy, Tally
-from trueup.data.load import load_settings
-from trueup.data.registry import DatasetSpec, resolve_datasets
 from trueup.data.report import DataReport
-from trueup.data.sources import files_of
 from trueup.errors import ConfigError, CorruptStateError
 
 log = logging.getLogger("trueup")
 
 NOTE = "about.json"
 FORMAT = 2  # to be raised whenever the same data would give other tokens, or a copy is kept in another way
-_WORTH_BYTES = 2_000_000  # of data files; fewer are tokenised about as fast as they are looked up
 _MOST_BYTES = 10 * 2**30  # of all copies below the cache
 
 
@@ -70,35 +67,6 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
     text = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = json.dumps([tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", False)], default=str)
     return hashlib.sha256(f"{text}{special}".encode()).hexdigest()
-
-
-# --- the data, without reading a row ------------------------------------------------------
-
-
-def local_files(cfg: RunConfig) -> list[tuple[DatasetSpec, list[Path]]] | None:
-    """The files that a run's data are read from; None if some come from a hub, an address or memory."""
-    names = list(dict.fromkeys([*cfg.data.dataset, *cfg.data.eval_dataset]))
-    found = []
-    for spec in resolve_datasets(names, cfg.data.dataset_dir, cfg.model.hub):
-        if spec.url:
-            return None
-        paths = [file.path for file in files_of(spec) if file.path]
-        if not paths:
-            return None
-        found.append((spec, paths))
-    return found
-
-
-def data_digest(cfg: RunConfig, files: list[tuple[DatasetSpec, list[Path]]]) -> str:
-    """sha256 of every byte of the data and of all that is said about reading, mixing and splitting them."""
-    digest = hashlib.sha256(json.dumps(load_settings(cfg), sort_keys=True).encode())
-    for spec, paths in files:
-        digest.update(repr(spec).encode())
-        for path in paths:
-            digest.update(f"\0{path}\0".encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 # --- a copy in a folder -------------------------------------------------------------------
@@ -206,23 +174,12 @@ class UsersCopy:
 # --- the cache ----------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where copies are kept that nobody named a folder for."""
-    root = os.environ.get("TRUEUP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "trueup")
-    return Path(root) / "tokenized"
-
-
-def is_worth_keeping(files: list[tuple[DatasetSpec, list[Path]]] | None) -> bool:
-    """Whether looking the data up is faster than tokenising them again."""
-    return files is not None and sum(path.stat().st_size for _, paths in files for path in paths) >= _WORTH_BYTES
-
-
 class CachedCopy:
     """The copy below the cache, named by all facts. A cache never stops a run: it costs time when it fails."""
 
     def __init__(self, cfg: RunConfig, facts: dict[str, Any]) -> None:
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        self.folder = cache_folder() / key[:32]
+        self.folder = cache_folder("tokenized") / key[:32]
         self.facts = facts
         self.ignored = cfg.data.overwrite_cache
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trueup import memory
 from trueup.builtin import builtin_path, is_builtin
+from trueup.config.schema import ModelSection
 from trueup.errors import ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -44,6 +45,16 @@ class HubAccess:
     revision: str = "main"
     token: str | None = None
     cache_dir: str | None = None
+
+
+def hub_access(model: ModelSection) -> HubAccess:
+    """The hub settings of a config."""
+    token = {
+        "huggingface": model.hf_hub_token,
+        "modelscope": model.ms_hub_token,
+        "modelers": model.om_hub_token,
+    }
+    return HubAccess(model.hub, model.model_revision, token[model.hub], model.cache_dir)
 
 
 #: hub -> the module whose `snapshot_download` fetches a repository

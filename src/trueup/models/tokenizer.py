@@ -10,17 +10,7 @@ from trueup import memory
 from trueup.config.schema import ModelSection
 from trueup.errors import ModelError
 from trueup.garbage import no_collection
-from trueup.models.hub import HubAccess, resolve_model, unreachable
-
-
-def hub_access(model: ModelSection) -> HubAccess:
-    """The hub settings of a config."""
-    token = {
-        "huggingface": model.hf_hub_token,
-        "modelscope": model.ms_hub_token,
-        "modelers": model.om_hub_token,
-    }
-    return HubAccess(model.hub, model.model_revision, token[model.hub], model.cache_dir)
+from trueup.models.hub import hub_access, resolve_model, unreachable
 
 
 @no_collection()
