@@ -138,10 +138,10 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def not_yet(cfg: RunConfig, place: Place, training: bool) -> list[Problem]:
-    """Keys and values that are known and not supported yet, and values that nobody knows."""
+def not_yet(cfg: RunConfig, place: Place, training: bool, acting: Collection[str] = ()) -> list[Problem]:
+    """Keys and values that are known and not supported yet, and values that nobody knows; `acting` are supported."""
     found = []
-    for key in sorted(cfg.explicit, key=list(SECTION_OF).index):
+    for key in sorted(cfg.explicit.difference(acting), key=list(SECTION_OF).index):
         if key in OTHER_VERBS if training else SECTION_OF[key] not in INFERENCE_SECTIONS:
             continue
         value = cfg[key]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from trueup.config import building, evaluating, generating, names
+from trueup.config import building, evaluating, exporting, generating, names
 from trueup.config.checks import check, derive, say, say_inference
 from trueup.config.explain import closest_choice, describe_error, explain, known_keys, nearest
 from trueup.config.read import Entry, Takes, read_file, read_words
@@ -39,7 +39,7 @@ IDLE_VARIABLES = ("USE_RAY", "USE_KT", "USE_MCA", "USE_MEGATRON_BRIDGE", "USE_V1
 
 
 #: verbs that read keys by a table of their own.
-_OWN_TABLES = {"build": building, "generate": generating, "eval": evaluating}
+_OWN_TABLES = {"build": building, "generate": generating, "eval": evaluating, "export": exporting}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     keys: Mapping[str, Any] | None = None,
-    verb: Literal["train", "infer", "build", "generate", "eval"] = "train",
+    verb: Literal["train", "infer", "build", "generate", "eval", "export"] = "train",
 ) -> RunConfig:
     """Read, resolve and check a config.
 
@@ -64,8 +64,8 @@ def load_config(
         source: a YAML or JSON file, a dict of keys, or nothing.
         overrides: raw words of a command line (`key=value`, `--key value`, `--flag` …); they win.
         keys: the same from a program: keys and their values.
-        verb: "infer" for chat, export and serve, which need a model but neither data nor a method; "build" for
-            preference data; "generate" for answers to prompts; "eval" for evaluations.
+        verb: "infer" for chat and serve, which need a model but neither data nor a method; "build" for preference
+            data; "generate" for answers to prompts; "eval" for evaluations; "export" for exports.
 
     Raises:
         ConfigError: with every problem found, each with its place.

@@ -117,9 +117,6 @@ LATER: dict[str, str] = {
     "fsdp": _DDP,
     "fsdp_config": _DDP,
     "ray_init_kwargs": _DDP,
-    # export
-    "export_quantization_bit": "export without it",
-    "export_hub_model_id": "upload export_dir with the hub's own tool",
 }
 
 _OTHER_OPTIMISERS = words(

@@ -43,21 +43,41 @@ class GenerateSection(Section):
     """Write the log-probability of every token, beside their sum."""
 
 
+MergeMethod = Literal[
+    "sum", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd", "ties_svd", "dare_linear_svd",
+    "dare_ties_svd", "magnitude_prune_svd",
+]  # fmt: skip
+
+
 class ExportSection(Section):
     export_dir: str | None = None
-    """Where the merged model goes."""
-    export_size: Positive = 5
+    """Where the exported model goes: a directory that is new or empty."""
+    overwrite_export_dir: bool = False
+    """When export_dir holds something, move it aside."""
+    export_size: PositiveFloat = 5
     """Largest file of the exported model, in GB."""
     export_device: Annotated[Literal["cpu", "auto"], Lower] = "cpu"
     """Where the merge is computed."""
+    merge_method: Annotated[MergeMethod, Lower] = "sum"
+    """How several adapters become one change of the weights: sum adds what each does, exactly; the others are peft's
+    (linear, ties, dare_linear …, and on whole matrices …_svd)."""
+    merge_weights: Annotated[list[Float], Split] = []
+    """Weight of each adapter; unset: 1."""
+    merge_density: Annotated[PositiveFloat, Field(le=1)] = 0.5
+    """Share of an adapter's values that ties, dare_linear, dare_ties and magnitude_prune keep."""
     export_quantization_bit: Bits | None = None
     """Quantise the exported model to this many bits."""
+    export_quantization_method: Annotated[Literal["bnb", "gptq", "awq"], Lower] | None = None
+    """Library that does it: bnb (bitsandbytes), gptq (gptqmodel) or awq (llm-compressor); unset: gptq where there is
+    export_quantization_dataset, else bnb."""
     export_quantization_dataset: str | None = None
     """Text to calibrate that quantisation on."""
     export_quantization_nsamples: Positive = 128
     """Rows of it to use."""
     export_quantization_maxlen: Positive = 1024
     """Longest of those rows in tokens."""
+    export_gguf: Annotated[Literal["f32", "f16", "bf16", "q8_0"], Lower] | None = None
+    """Write a GGUF file too, with weights in this format, for llama.cpp and Ollama."""
     export_hub_model_id: str | None = None
     """Push the exported model to this hub repository."""
 
