@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data_report, dpo, machine, memory, online, overhead, parity, reward, startup, tokenize
+from benchmarks import data_report, dpo, machine, memory, online, overhead, parity, reward, serving, startup, tokenize
 from benchmarks.measure import REPOSITORY, RESULTS, read_json
 
 PAGE = REPOSITORY / "docs" / "benchmarks.md"
@@ -47,6 +47,7 @@ def sections() -> list[tuple[str, str, str, Show]]:
         *((f"{module}-{shape}-{key}", f"{title}, {shape.upper()} shape, workload ({key}): {work}", module, show)
           for module, title, show in with_peers for shape, key, work in shapes),
         ("online", "GRPO, RLOO and PPO", "online", online.summary),
+        ("serving", "Serving", "serving", serving.summary),
         ("parity", "Parity with TRL", "parity", parity.summary),
         ("memory", "Peak memory of one step", "memory", memory.summary),
         ("tokenize", "Tokenising", "tokenize", tokenize.summary),

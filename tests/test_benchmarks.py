@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import data_report, dpo, memory, overhead, parity, report, startup, tokenize, workloads
+from benchmarks import data_report, dpo, memory, overhead, parity, report, serving, startup, tokenize, workloads
 from benchmarks.measure import Failed, argv, environment, read_json, read_json_lines, run, spread, table
 from benchmarks.models import SHAPES
 from benchmarks.tools import variant, whole_loop
@@ -243,6 +243,31 @@ def test_every_benchmark_that_is_stored_has_a_place_on_the_page():
     assert "## Reward model, 0.5B shape, workload (a)" in text and "4.00" in text
 
 
+def served_runs() -> list[dict]:
+    known = {"first_p50": 1.095, "first_p95": 1.868, "peak_gb": 0.92, "texts": ["SELECT 1;"]}
+    rates = [("trueup", 1000.0), ("llamafactory", 250.0), ("llamafactory-32", 100.0)]
+    return [
+        {"round": number, "tool": tool, "clients": clients, "rate": rate + number, **known}
+        for number in range(2) for clients in (8, 32) for tool, rate in rates
+    ]  # fmt: skip
+
+
+def test_servers_are_compared_with_ours_and_say_whether_they_answered_the_same():
+    runs = served_runs()
+    text = serving.summary({"runs": runs})
+    assert "4.0" in text and "8 of 8 answers are the same" in text
+    runs[1]["texts"] = ["SELECT 2;"]
+    assert "7 of 8 answers" in serving.summary({"runs": runs})
+
+
+def test_what_clients_saw_is_counted_in_tokens_and_seconds():
+    answers = [serving.Answered(1, "select 1;", 10.0, 10.5, 12.0), serving.Answered(0, "select 2;", 10.0, 10.1, 11.0)]
+    found = serving.measured(answers)
+    assert found["tokens"] == sum(serving.tokens_of(one.text) for one in answers)
+    assert found["rate"] == pytest.approx(found["tokens"] / 2.0)
+    assert found["first_p50"] == pytest.approx(0.3) and found["texts"] == ["select 2;", "select 1;"]
+
+
 def test_nothing_is_wider_than_a_terminal():
     values = [100.5, 120.25, 99.0]
     case = {"workload": "sql", "batch": 4, "steps": 20, "losses": [[0.6931, 0.6931], [0.68, 0.68]], **parity.LIMITS}
@@ -261,6 +286,7 @@ def test_nothing_is_wider_than_a_terminal():
         ),
         overhead.summary({"steps": 200, "seconds": dict.fromkeys(loops, values)}),
         startup.summary({"seconds": dict.fromkeys(starts, values)}),
+        serving.summary({"runs": served_runs()}),
     ]
     assert "among TRL's in 2 of 2 windows" in texts[0]
     assert max(len(line) for text in texts for line in text.splitlines()) <= 80
