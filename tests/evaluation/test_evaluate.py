@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.rollout.judge_server import serving
 from trueup.config.load import load_config
-from trueup.errors import ConfigError
+from trueup.errors import ConfigError, UserError
 from trueup.recipes.evaluation.evaluate import evaluate
 from trueup.recipes.evaluation.target import evaluation_config
 from trueup.recipes.run import run
@@ -42,7 +42,7 @@ def test_a_run_is_measured_beside_its_start_and_its_own_evaluation_is_reproduced
         "eval_report.json", "eval_report.md", "eval_report.html", "eval_answers.jsonl", "journal.jsonl",
     }  # fmt: skip
     page = (trained / "eval" / "eval_report.html").read_text(encoding="utf-8")
-    assert "data:image/png;base64," in page and not re.search(r'(?:src|href)="http', page)
+    assert "data:image/png;base64," in page and "img-src data:" in page and not re.search(r'(?:src|href)="http', page)
     saved = json.loads((trained / "eval" / "eval_report.json").read_text(encoding="utf-8"))
     assert saved["models"][1]["figures"]["accuracy"]["count"] == 6 and saved["settings"]["seed"] == 42
     assert saved["models"][1]["data_fingerprint"] and saved["models"][1]["template"]["fingerprint"]
@@ -205,6 +205,31 @@ def test_a_reward_model_is_known_by_its_files(config: Callable, data_dir: Path, 
     assert figures(report)["accuracy"] == pytest.approx(told["eval_accuracy"])
     assert figures(report)["margin"] == pytest.approx(told["eval_margin"], rel=1e-4)
     assert figures(report)["loss"] == pytest.approx(told["eval_loss"], rel=1e-4)
+
+
+def test_all_that_is_wrong_is_told_before_weights_load(keys: dict, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(torch, "load", None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    models = f"start,{tmp_path}/a,{tmp_path}/b"
+    with pytest.raises(UserError) as caught:
+        measured(
+            keys, stage="dpo", eval_dataset=str(tmp_path / "none.jsonl"), eval_models=models,
+            eval_measures="preference,wins", reward_funcs="none.py:f",
+        )  # fmt: skip
+    places = [problem.where for problem in caught.value.problems]
+    assert places.count("eval_models") == 2 and {"eval_models", "reward_funcs"} < set(places), caught.value
+    assert len(places) == 4 and not Path(keys["output_dir"]).exists()
+
+
+def test_rows_that_do_not_fit_are_counted_once_however_many_models_read_them(keys: dict, tiny_dir: Path):
+    report = measured(
+        keys, stage="sft", eval_dataset="chats", eval_models=f"start,{tiny_dir}", eval_measures="perplexity",
+        cutoff_len=24, truncation="drop",
+    )  # fmt: skip
+    left = report.data["left_out"]["chats"]
+    assert 0 < left < 21 and {m.figures["perplexity"].count for m in report.models} == {21 - left}
+    told = json.loads((Path(keys["output_dir"]) / "eval_data_report.json").read_text(encoding="utf-8"))
+    assert told["datasets"]["chats"]["dropped"] and str(left) in " ".join(report.notes)
 
 
 def test_preference_without_a_reference_is_refused(keys: dict):

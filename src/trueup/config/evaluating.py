@@ -13,8 +13,8 @@ from trueup.config.building import has_rules, is_url
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.losses import loss_defaults
 from trueup.config.methods import SET, STAGES, missing_condition, stage_kind
+from trueup.config.rules import QUANTISATION, Rule
 from trueup.config.rules import RULES as TRAINING_RULES
-from trueup.config.rules import Rule
 from trueup.config.schema import SECTION_OF, RunConfig
 from trueup.config.verbs import read_with, section_keys, without_effect
 from trueup.errors import Problem
@@ -23,6 +23,7 @@ START = "start"  # of eval_models: model_name_or_path with its adapters
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 512}
 
 _ANSWERED = ("answers", "wins")
+_CHINESE = ("cmmlu", "ceval")
 _MEASURED: dict[str, list[str]] = {
     "pair": ["preference", "perplexity", "divergence"],
     "ranking": ["preference"],
@@ -47,7 +48,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("eval_group_by", {"eval_measures": ("preference",)}),
     ("temperature max_new_tokens do_sample generation_batch_size eval_prompts", {"eval_measures": _ANSWERED}),
     ("top_p top_k", {"eval_measures": _ANSWERED}),
-    ("task_dir task_limit task_chat batch_size n_shot", {"task": SET}),
+    ("task_dir task_limit task_chat batch_size n_shot lang download_mode", {"task": SET}),
     ("rank_by", {"eval_measures": _ANSWERED}),
     ("judge_model judge_mode judge_rubric judge_max_tokens", {"rank_by": ("judge",)}),
     ("judge_key_env", {"rank_by": ("judge",), "judge_model": SET}),
@@ -133,6 +134,7 @@ def check(cfg: RunConfig, place: Place, bad: set[str]) -> tuple[list[Problem], l
 
 
 RULES = [
+    *QUANTISATION,
     *(rule for rule in TRAINING_RULES if all(SECTION_OF[key] == "objective" for key in rule.keys)),
     Rule(
         ("stage",),
@@ -211,6 +213,18 @@ RULES = [
         lambda c: ("task" in c.eval_measures) != bool(c.task),
         "`task` names what the measure `task` asks, and both belong together",
         "set task, or leave it out of eval_measures",
+    ),
+    Rule(
+        ("lang", "task"),
+        lambda c: c.lang == "zh" and any(not name.startswith(_CHINESE) for name in c.task),
+        "`lang` has no effect: a task of the harness asks in the words that it has",
+        "drop it; Chinese tasks are cmmlu, ceval-valid, or one of your own in task_dir",
+    ),
+    Rule(
+        ("download_mode",),
+        lambda c: c.download_mode != "reuse_dataset_if_exists",
+        "`download_mode` has no effect: what has been downloaded is used again",
+        "drop it; to fetch a set anew, remove it from the cache of the hub's library",
     ),
     Rule(
         ("stage", "eval_measures"),

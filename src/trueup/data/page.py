@@ -26,6 +26,7 @@ table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; te
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 @media print { body { margin: 0; } section, .card { break-inside: avoid; } }
 """
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # pictures that are in the page itself
 
 
 def page(title: str, body: str, style: str = "") -> str:
@@ -36,7 +37,7 @@ def page(title: str, body: str, style: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head>\n"
         f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
     )

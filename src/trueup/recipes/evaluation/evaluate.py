@@ -6,6 +6,7 @@ that the same command goes on after an interruption.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -19,14 +20,13 @@ from trueup.config.methods import stage_kind
 from trueup.config.schema import RunConfig
 from trueup.data.encode import encode_dataset, run_template
 from trueup.data.encoded import EncodedDataset
-from trueup.data.examples import Example
-from trueup.data.load import LoadedData, load_examples_for
-from trueup.errors import ConfigError, DataError
+from trueup.data.report import DataReport
+from trueup.errors import DataError
 from trueup.models.load import load_tokenizer, pick_device, pick_dtype
 from trueup.models.policy import Policy
 from trueup.models.reward import RewardModel, load_reward_model
 from trueup.recipes.candidates import Candidate, model_identity
-from trueup.recipes.evaluation.answers import Asked, answers_of, duel, look_at, prompts_of, scores_of
+from trueup.recipes.evaluation.answers import Asked, answers_of, duel, look_at, scores_of
 from trueup.recipes.evaluation.benchmarks import run_tasks
 from trueup.recipes.evaluation.groups import by_group, groups_of, sections
 from trueup.recipes.evaluation.intervals import Bootstrap
@@ -38,12 +38,13 @@ from trueup.recipes.evaluation.likelihood import (
     scored_preferences,
     wins,
 )
+from trueup.recipes.evaluation.preflight import Ready, ready
 from trueup.recipes.evaluation.report import EvaluationReport, Measured
 from trueup.recipes.evaluation.report_page import report_page
-from trueup.recipes.evaluation.subjects import Reference, Subject, require_reference, subjects_of
+from trueup.recipes.evaluation.subjects import Reference, Subject, subjects_of
 from trueup.recipes.journal import Journal
 from trueup.recipes.prompts import PromptRows
-from trueup.recipes.rankers import Ranker, ScoreRanker, make_ranker
+from trueup.recipes.rankers import Ranker, ScoreRanker
 from trueup.training import durable
 from trueup.training.run_files import RUN_FILE, finite
 from trueup.training.run_lock import RunLock
@@ -64,30 +65,18 @@ def evaluate(cfg: RunConfig) -> EvaluationReport:
         UserError: of the kind that tells who can mend it.
     """
     directory = Path(str(cfg.train.output_dir))
-    if directory.is_file():
-        raise ConfigError(f"{directory} is a file", where="output_dir", expected="a directory")
     if (directory / RUN_FILE).exists():
         directory = directory / "eval"  # beside the run's own files, not among them
-    data = _load(cfg)
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(directory)
-    lock.acquire()
-    try:
-        with sigterm_cleans_up(), Journal(directory / JOURNAL_FILE) as journal:
-            return _Evaluation(cfg, directory, data, journal).run()
-    finally:
-        lock.release()
-
-
-def _load(cfg: RunConfig) -> LoadedData | None:
-    """The rows to evaluate on; None where only tasks are asked."""
-    if not (cfg.data.dataset or cfg.data.eval_dataset):
-        return None
-    kind = "pair" if cfg.objective.stage == "rm" else stage_kind(cfg)
-    data = load_examples_for(cfg, kind=kind)  # type: ignore[arg-type]
-    if not any(data.eval.values()):
-        raise DataError("no row is left to evaluate on", where="eval_dataset")
-    return data
+    journal = Journal(directory / JOURNAL_FILE)
+    with ready(cfg, directory, journal) as found:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(directory)
+        lock.acquire()
+        try:
+            with sigterm_cleans_up(), journal:
+                return _Evaluation(cfg, directory, found, journal).run()
+        finally:
+            lock.release()
 
 
 @dataclass
@@ -96,41 +85,30 @@ class _Evaluation:
 
     cfg: RunConfig
     directory: Path
-    data: LoadedData | None
+    found: Ready
     journal: Journal
 
     def __post_init__(self) -> None:
         cfg = self.cfg
         self.boot = Bootstrap(cfg.evaluate.bootstrap_samples, cfg.train.seed)
         self.measures = set(cfg.evaluate.eval_measures)
-        self.examples: list[Example] = [e for part in self.data.eval.values() for e in part] if self.data else []
-        self.asked: list[Asked] = []
-        if self.measures & {"answers", "wins"}:
-            self.asked = prompts_of(self.examples, cfg.evaluate.eval_prompts, cfg.data.default_system)
-            if not self.asked:
-                raise DataError(
-                    "no row has a prompt to answer", where="eval_dataset",
-                    fix="set eval_measures without answers and wins, or give chats, pairs or prompts",
-                )  # fmt: skip
+        self.data, self.asked = self.found.data, self.found.asked
         self.rows = PromptRows(cfg) if self.data else None
         self.reference = Reference(cfg)
         self.answers: dict[str, list[Candidate | None]] = {}
+        self.accounts: dict[str, DataReport] = {}  # model → what became of every row
         self.used_reference = False
 
     def run(self) -> EvaluationReport:
-        ranker = make_ranker(self.cfg, self.journal) if self.asked and self.cfg.build.rank_by else None
-        try:
-            models = [self._measure(subject) for subject in subjects_of(self.cfg)]
-            if isinstance(ranker, ScoreRanker):
-                for model in models:
-                    figures, rows = scores_of(self.boot, ranker, self.asked, self.answers[model.name])
-                    self._add(model, figures, rows, self._asked_rows())
-            report = self._report(models)
-            if ranker is not None:
-                self._duels(report, ranker)
-        finally:
-            if ranker is not None:
-                ranker.close()
+        ranker = self.found.ranker
+        models = [self._measure(subject) for subject in subjects_of(self.cfg)]
+        if isinstance(ranker, ScoreRanker):
+            for model in models:
+                figures, rows = scores_of(self.boot, ranker, self.asked, self.answers[model.name])
+                self._add(model, figures, rows, self._asked_rows())
+        report = self._report(models)
+        if ranker is not None:
+            self._duels(report, ranker)
         report.compare(self.boot)
         self._write(report)
         return report
@@ -158,13 +136,15 @@ class _Evaluation:
         return model
 
     def _encode(self, model: Measured, subject: Subject) -> EncodedDataset:
-        cfg, assert_data = subject.cfg, self.data
-        assert assert_data is not None
+        cfg = subject.cfg
+        assert self.data is not None
         template = run_template(cfg, load_tokenizer(cfg.model))
+        account = copy.deepcopy(self.data.report)  # each model reads the rows by itself
         dataset = encode_dataset(
-            self.examples, template, cutoff_len=cfg.data.cutoff_len, truncation=cfg.data.truncation,
-            mask_history=cfg.data.mask_history, on_bad_rows=cfg.data.on_bad_rows, report=assert_data.report,
+            self.found.examples, template, cutoff_len=cfg.data.cutoff_len, truncation=cfg.data.truncation,
+            mask_history=cfg.data.mask_history, on_bad_rows=cfg.data.on_bad_rows, report=account,
         )  # fmt: skip
+        self.accounts[model.name] = account
         if not len(dataset):
             raise DataError("no row is left to evaluate on", where="eval_dataset", fix="raise cutoff_len")
         model.template = {"name": template.name, "fingerprint": template.fingerprint[:16]}
@@ -175,8 +155,6 @@ class _Evaluation:
         """What the model makes of the data's answers."""
         dataset, cfg = self._encode(model, subject), subject.cfg
         live = self.reference.of(subject, policy) if self.measures & {"preference", "divergence"} else None
-        if "preference" in self.measures:
-            require_reference(cfg, live, subject)
         self.used_reference |= live is not None
         with waiting(f"reading by {subject.name}", len(dataset), "rows") as tell:
             size = cfg.train.per_device_eval_batch_size
@@ -270,7 +248,11 @@ class _Evaluation:
         data: dict[str, Any] = {"datasets": list(cfg.data.eval_dataset or cfg.data.dataset)}
         if self.data:
             data["rows"] = {name: len(part) for name, part in self.data.eval.items()}
-            data["left_out"] = {name: d.num_dropped for name, d in self.data.report.datasets.items() if d.num_dropped}
+            accounts = list(self.accounts.values()) or [self.data.report]
+            data["left_out"] = {
+                name: count for name in self.data.report.datasets
+                if (count := max(account.datasets[name].num_dropped for account in accounts))
+            }  # fmt: skip
         reference = (self.reference.name or "the base without adapters") if self.used_reference else None
         report = EvaluationReport(str(self.directory / f"{REPORT}.html"), models, reference, data, settings)
         for name, count in data.get("left_out", {}).items():
@@ -284,7 +266,8 @@ class _Evaluation:
                 self.directory / ANSWERS_FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             )
         if self.data:
-            durable.write_json(self.directory / "eval_data_report.json", self.data.report.to_dict())
+            account = next(iter(self.accounts.values()), self.data.report)
+            durable.write_json(self.directory / "eval_data_report.json", account.to_dict())
         durable.write_json(self.directory / f"{REPORT}.json", finite(report.to_dict()))
         durable.write_text(self.directory / f"{REPORT}.md", report.markdown())
         durable.write_text(self.directory / f"{REPORT}.html", report_page(report))

@@ -16,6 +16,10 @@ from trueup.recipes.evaluation.report import INTERVALS, EvaluationReport, Measur
 
 _COLOURS = ["#2457a6", "#d9622b", "#2a8c5a", "#8a4fb0", "#b08a1e", "#4a4f57"]
 _MOST_GROUPS = 40
+_STYLE = """
+img { max-width: 100%; background: #fff; border-radius: 6px; }
+.wide { overflow-x: auto; } .wide td { white-space: nowrap; }
+"""
 
 
 def report_page(report: EvaluationReport) -> str:
@@ -25,14 +29,13 @@ def report_page(report: EvaluationReport) -> str:
     pictures = "".join(
         f'<h3>{escape(title)}</h3><img alt="{escape(title)}" src="{data}">' for title, data in _pictures(report)
     )
-    style = "<style>img { max-width: 100%; background: #fff; border-radius: 6px; } td { white-space: nowrap; }</style>"
-    return page("Evaluation", f"{style}<ul>{facts}</ul>{tables}<p class=soft>{escape(INTERVALS)}</p>{pictures}")
+    return page("Evaluation", f"<ul>{facts}</ul>{tables}<p class=soft>{escape(INTERVALS)}</p>{pictures}", _STYLE)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+    return f"<div class=wide><table><tr>{top}</tr>{body}</table></div>"
 
 
 def _pictures(report: EvaluationReport) -> Iterator[tuple[str, str]]:

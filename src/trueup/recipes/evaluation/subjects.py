@@ -14,19 +14,22 @@ from trueup.config.methods import needs_reference
 from trueup.config.schema import RunConfig
 from trueup.errors import ConfigError, ModelError
 from trueup.models.hub import resolve_model
-from trueup.models.load import hub_access, load_for_inference, load_tokenizer
+from trueup.models.load import hub_access, load_for_inference, load_tokenizer, read_model_config
 from trueup.models.policy import Policy
 from trueup.models.reference import LiveReference
 
 log = logging.getLogger("trueup")
 
+MODELS = "eval_models"
+
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be measured. `cfg`: the evaluation's, with this model in it."""
+    """A model to be measured. `cfg`: the evaluation's, with this model in it; `key`: which of its keys named it."""
 
     name: str
     cfg: RunConfig
+    key: str = "model_name_or_path"
 
     @property
     def is_endpoint(self) -> bool:
@@ -47,8 +50,9 @@ def subjects_of(cfg: RunConfig) -> list[Subject]:
         found.append((name, own))
     shorts = [short(name) for name, _ in found]
     return [
-        Subject(s if shorts.count(s) == 1 else name, own) for s, (name, own) in zip(shorts, found, strict=True)
-    ]  # fmt: skip
+        Subject(s if shorts.count(s) == 1 else name, own, "model_name_or_path" if name == START else MODELS)
+        for s, (name, own) in zip(shorts, found, strict=True)
+    ]
 
 
 def short(name: str) -> str:
@@ -68,7 +72,24 @@ class Reference:
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = _reference_config(cfg)
         self._policy: Policy | None = None
-        self._of_start = self.cfg is not None
+        named = bool(cfg.objective.ref_model)
+        self._keys = ("ref_model", "ref_model_adapters") if named else ("model_name_or_path", "adapter_name_or_path")
+
+    def check(self) -> None:
+        """Whether it can be had. Raises ModelError."""
+        if self.cfg is not None:
+            name, location, _ = located(self.cfg, *self._keys)
+            read_model_config(location, self.cfg.model, name, self._keys[0])
+
+    def exists_for(self, subject: Subject) -> bool:
+        """Whether there is something to compare a model with. Raises ModelError where it reads other tokens."""
+        _, location, starts = located(subject.cfg)
+        if self.cfg is None:
+            return bool(starts)
+        _, base, adapters = located(self.cfg)
+        if base != location or (adapters and adapters != starts):
+            _same_tokens(subject, self.cfg)
+        return True
 
     def of(self, subject: Subject, policy: Policy) -> LiveReference | None:
         """The reference of one model; None where there is nothing to compare with.
@@ -76,7 +97,7 @@ class Reference:
         Raises:
             ModelError: the two do not read the same tokens.
         """
-        location, starts = _resolved(subject.cfg)
+        _, location, starts = located(subject.cfg)
         if self.cfg is None:
             if not starts:
                 return None
@@ -85,13 +106,12 @@ class Reference:
                 "ref_model_adapters", location,
             )  # fmt: skip
             return LiveReference(policy, policy.model.disable_adapter)
-        base, adapters = _resolved(self.cfg)
+        _, base, adapters = located(self.cfg)
         if (base, adapters) == (location, starts):
             return LiveReference(policy)
         if base == location and not adapters:
             switch: Callable[[], AbstractContextManager] = policy.model.disable_adapter if starts else nullcontext
             return LiveReference(policy, switch)
-        _same_tokens(subject, self.cfg)
         if self._policy is None:
             self._policy = load_for_inference(self.cfg.model, self.cfg.train)
         return LiveReference(self._policy)
@@ -120,13 +140,11 @@ def _reference_config(cfg: RunConfig) -> RunConfig | None:
     return cfg.replace(model_name_or_path=first, adapter_name_or_path=[]) if first else None
 
 
-def _resolved(cfg: RunConfig) -> tuple[str, list[str]]:
-    """Where the base is, and the adapters on it."""
+def located(cfg: RunConfig, *keys: str) -> tuple[str, str, list[str]]:
+    """A config's base by name and by place, and the adapters on it; `keys` named the model and its adapters."""
     model = cfg.model
-    _, location, starts = resolve_model(
-        str(model.model_name_or_path), model.adapter_name_or_path, hub_access(model)
-    )  # fmt: skip
-    return location, starts
+    both = (*keys, *("model_name_or_path", "adapter_name_or_path")[len(keys) :])
+    return resolve_model(str(model.model_name_or_path), model.adapter_name_or_path, hub_access(model), both)
 
 
 def _same_tokens(subject: Subject, reference: RunConfig) -> None:
@@ -139,9 +157,9 @@ def _same_tokens(subject: Subject, reference: RunConfig) -> None:
         )  # fmt: skip
 
 
-def require_reference(cfg: RunConfig, live: LiveReference | None, subject: Subject) -> None:
+def require_reference(cfg: RunConfig, exists: bool, subject: Subject) -> None:
     """Whether preference can be measured by this objective. Raises ConfigError."""
-    if live is None and needs_reference(cfg):
+    if not exists and needs_reference(cfg):
         raise ConfigError(
             f"preference by `pref_loss: {cfg.objective.pref_loss}` compares {subject.name} with a reference, and none "
             "is named", where="ref_model",
