@@ -514,7 +514,7 @@ def test_a_second_trainer_is_refused_at_once(make_case) -> None:
             second.unlink(missing_ok=True)
             assert attempts.call(words, second) == 4
             said = second.read_text(encoding="utf-8")
-            assert f"another process trains in this directory: pid {owner.pid} " in said
+            assert f"another process works in this directory: pid {owner.pid} " in said
             assert "p95" not in said, "the data was read before it was said"
     finally:
         owner.kill()

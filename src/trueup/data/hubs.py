@@ -10,6 +10,7 @@ from typing import Any
 from trueup.data.files import first_line
 from trueup.data.registry import DatasetSpec
 from trueup.errors import ConfigError, DataError, ModelError
+from trueup.network import mind_the_hub
 
 
 def load_from_hub(
@@ -82,6 +83,7 @@ def stream_from_hub(
 def _load_huggingface(spec: DatasetSpec, token: str | None, cache_dir, **options):
     from datasets import load_dataset
 
+    mind_the_hub()
     return load_dataset(
         spec.hub_id,
         name=spec.subset,

@@ -13,6 +13,7 @@ from trueup import memory
 from trueup.builtin import builtin_path, is_builtin
 from trueup.config.schema import ModelSection
 from trueup.errors import ModelError
+from trueup.network import mind_the_hub
 
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?").fullmatch
@@ -77,6 +78,7 @@ def locate(name: str, access: HubAccess, key: str = "model_name_or_path") -> str
     if not _HUB_ID(name):
         raise _missing_directory(name, key)
     if access.hub == "huggingface":
+        mind_the_hub()
         return name
     module = _CLIENTS[access.hub]
     try:

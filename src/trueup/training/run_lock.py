@@ -95,7 +95,7 @@ def read_owner(path: Path) -> dict[str, Any]:
 
 def in_use(path: Path, owner: Mapping[str, Any]) -> ResourceError:
     return ResourceError(
-        f"another process trains in this directory: pid {owner.get('pid', 'unknown')} "
+        f"another process works in this directory: pid {owner.get('pid', 'unknown')} "
         f"on {owner.get('host', 'this machine')}",
         where=str(path),
         fix="wait for it, stop it, or choose another output_dir",
