@@ -178,23 +178,41 @@ def check(session: Session, words: tuple[str, ...]) -> None:
 
 
 @main.command(cls=ConfigCommand, context_settings=PASS_ON)
-@config_words
-@click.option("--compare", is_flag=True, help="Show the base model's answer beside the adapter's.")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_word,
+                metavar="[DIR]... [CONFIG] [KEY=VALUE | --KEY VALUE]...")  # fmt: skip
+@click.option("--compare", is_flag=True, help="Show the base model's answer too.")
+@click.option("--with", "beside", multiple=True, metavar="MODEL",
+              help="Another model beside it: a run, a checkpoint, an adapter, a model or URL#MODEL.")  # fmt: skip
+@click.option("--preferences", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Where /prefer keeps pairs [default: chat_preferences.jsonl in dataset_dir].")  # fmt: skip
+@click.option("--key-env", metavar="NAME", help="Environment variable with the API key of a URL.")
 @debug_option
 @click.pass_obj
-def chat(session: Session, words: tuple[str, ...], compare: bool) -> None:
-    """Talk to a model, with or without an adapter.
+def chat(
+    session: Session, words: tuple[str, ...], compare: bool, beside: tuple[str, ...], preferences: Path | None,
+    key_env: str | None,
+) -> None:  # fmt: skip
+    """Talk to a model, or to several side by side.
+
+    DIR is a run, a checkpoint or an adapter, with its base. Several answer side by side.
 
     \b
-    trueup chat --model_name_or_path MODEL
+    trueup chat saves/sql-tiny/dpo --compare
+    trueup chat saves/a saves/b/checkpoint-60 --with http://127.0.0.1:8000/v1#qwen
     trueup chat --model_name_or_path MODEL --adapter_name_or_path DIR --compare --device cpu
     """
     only_text(session, "chat")
-    cfg = read_config(words, verb="infer")
+    from trueup.config.load import given, load_config
+
+    directories, rest = leading_directories(words)
+    source, overrides = split_source(rest)
+    if directories and "model_name_or_path" not in given(source, overrides):
+        overrides += ["--model_name_or_path", directories.pop(0)]
+    cfg = load_config(source, overrides, verb="infer")
     with importing():
         from trueup.inference.chat import chat as talk
 
-    talk(cfg, compare)
+    talk(cfg, compare, [*directories, *beside], preferences, key_env)
 
 
 @main.command(cls=ConfigCommand, context_settings=PASS_ON)

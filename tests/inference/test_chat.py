@@ -15,8 +15,10 @@ from tests.data.tiny_tokenizers import make_tokenizer
 from tests.models.tiny import tiny_model
 from trueup.config.load import load_config
 from trueup.errors import ConfigError
-from trueup.inference import chat as module
-from trueup.inference.chat import answer, chat, load_sides, sampling_of
+from trueup.inference.chat import Conversation, chat, load_sides, sampling_of
+from trueup.inference.chat.screen import Screen
+from trueup.rollout.generation import Generation
+from trueup.rollout.sampling import Piece
 
 
 @pytest.fixture(scope="module")
@@ -95,24 +97,25 @@ def test_a_sentence_that_begins_with_a_command_word_is_a_question(model_dir, mon
 
 
 def test_the_system_message_changes_the_answer(model_dir):
-    [side] = load_sides(config(model_dir), compare=False)
+    [side] = load_sides(config(model_dir))
+    talk = Conversation([side], sampling_of(config(model_dir)), [], Screen(Console(file=io.StringIO())))
     prompts = []
+    submit = side.engine.submit
 
-    def stream(prompt, sampling, voice):
+    def listen(prompt, *rest, **more):
         prompts.append(prompt)
-        yield "fine"
+        return submit(prompt, *rest, **more)
 
-    side.engine.stream = stream
-    for start in ([], [module.Message("system", "Be brief.")]):
-        side.messages = [*start, module.Message("user", "hello")]
-        list(side.answer(sampling_of(config(model_dir))))
+    side.engine.submit = listen
+    for line in ("hello", "/system Be brief.", "hello"):
+        talk.hear(line)
     assert prompts[0] != prompts[1]
 
 
 def test_base_and_adapter_answer_side_by_side(model_dir, adapter_dir, monkeypatch, capsys):
     cfg = config(model_dir, "--adapter_name_or_path", str(adapter_dir))
     both = talk(cfg, "hello\n", monkeypatch, capsys, compare=True)
-    base, adapted = both.split("base: ")[1].split("adapter: ")
+    base, adapted = both.split("base: ")[1].partition("rewards: ")[0].split("adapter: ")
     alone = talk(config(model_dir), "hello\n", monkeypatch, capsys).removeprefix("assistant: ")
     with_adapter = talk(cfg, "hello\n", monkeypatch, capsys).removeprefix("assistant: ")
     assert base == alone
@@ -124,7 +127,7 @@ def test_on_a_terminal_the_two_stand_in_columns(model_dir, adapter_dir):
     cfg = config(model_dir, "--adapter_name_or_path", str(adapter_dir))
     sides = load_sides(cfg, compare=True)
     terminal = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
-    answer(sides, "hello", sampling_of(cfg), terminal)
+    Conversation(sides, sampling_of(cfg), [], Screen(terminal)).ask("hello")
     header = next(line for line in terminal.file.getvalue().splitlines() if "base" in line)
     assert "adapter" in header
     assert [len(side.messages) for side in sides] == [2, 2]
@@ -146,14 +149,28 @@ def test_a_conversation_longer_than_the_model_says_so(model_dir, monkeypatch, ca
     assert "/clear starts anew" in shown
 
 
-def test_ctrl_c_ends_the_answer_and_keeps_the_conversation(model_dir, capsys):
-    cfg = config(model_dir)
-    [side] = load_sides(cfg, compare=False)
+class Interrupted(Generation):
+    """An answer in whose middle Ctrl-C is pressed."""
 
-    def interrupted(prompt, sampling, voice):
-        yield "half an"
+    pressed = False
+
+    def next_piece(self, timeout=None):
+        if not self.pressed:
+            self.pressed = True
+            return Piece("half an")
+        if self.cancelled:
+            return Piece("", finish_reason="cancelled")
         raise KeyboardInterrupt
 
-    side.engine.stream = interrupted
-    answer([side], "hello", sampling_of(cfg), Console())
+    def wait(self, timeout=None):
+        return True
+
+
+def test_ctrl_c_ends_the_answer_and_keeps_the_conversation(model_dir):
+    cfg = config(model_dir)
+    [side] = load_sides(cfg)
+    side.engine.submit = lambda prompt, sampling, voice: Interrupted(prompt, sampling, voice, 0)
+    talk = Conversation([side], sampling_of(cfg), [], Screen(Console(file=io.StringIO())))
+    assert talk.hear("hello")
     assert [m.content for m in side.messages] == ["hello", "half an"]
+    assert not talk.candidates[0].ended
