@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.conftest import ROOT
 from trueup.config.load import load_config
 from trueup.errors import ConfigError
 from trueup.recipes import generating
@@ -50,15 +55,15 @@ def test_every_row_has_its_lines_and_log_probabilities_are_the_models_own(keys: 
         assert line["finish_reason"] in ("stop", "length")
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(keys: dict, tmp_path: Path, monkeypatch):
-    cfg = load_config({**keys, "temperature": 1.0}, verb="generate")
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(keys: dict, tmp_path: Path, monkeypatch):
+    cfg = load_config({**keys, "temperature": 1.0, "generation_batch_size": 1}, verb="generate")  # blocks of four
     generate(cfg, tmp_path / "whole.jsonl")
     put, count = generating.Journal.put, []
 
     def interrupted(journal, key, value) -> None:
         put(journal, key, value)
         count.append(key)
-        if len(count) == 3:
+        if len(count) == 5:
             raise KeyboardInterrupt
 
     output = tmp_path / "answers.jsonl"
@@ -68,12 +73,26 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(keys: dict, tmp_
     assert not output.exists() and (tmp_path / "answers.jsonl.journal").exists()
     monkeypatch.setattr(generating.Journal, "put", put)
     done, _ = generate(cfg, output)
-    assert done.found == 3 and done.answers == 6
-    same = [
-        [(line["row"], line["answer"], line["seed"]) for line in lines_of(p)]
-        for p in (output, tmp_path / "whole.jsonl")
-    ]
-    assert same[0] == same[1]
+    assert done.found == 4 and done.answers == 6
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_killed_process_goes_on_and_ends_with_the_same_bytes(keys: dict, tmp_path: Path):
+    keys |= {"temperature": 1.0, "num_generations": 3, "generation_batch_size": 2}
+    words = [f"{key}={value}" for key, value in keys.items()]
+    output = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-m", "trueup", "generate", *words, "--output", str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TRUEUP_FAULT_AT": "journal:put:11"}
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    assert not output.exists()
+    cfg = load_config(keys, verb="generate")
+    done, _ = generate(cfg, output)
+    assert (done.found, done.answers) == (8, 18)
+    generate(cfg, tmp_path / "whole.jsonl")
+    told, whole = lines_of(output), lines_of(tmp_path / "whole.jsonl")
+    assert [line | {"logprob": 0} for line in told] == [line | {"logprob": 0} for line in whole]
+    assert [line["logprob"] for line in told] == pytest.approx([line["logprob"] for line in whole], abs=1e-4)
 
 
 def test_an_output_is_not_replaced_without_a_word(keys: dict, tmp_path: Path):

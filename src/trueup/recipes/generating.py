@@ -1,7 +1,8 @@
 """`trueup generate`: an answer to every prompt of datasets, as JSON lines.
 
-Every answer is in a journal beside the output as soon as it is there; the output is written whole at the end, and the
-journal goes. So the same command goes on after any interruption, and no half of a file is taken for all of it.
+Answers are drawn in blocks that the prompts alone decide, and are in a journal beside the output as soon as they are
+there; the output is written whole at the end, and the journal goes. So no half of a file is taken for all of it, and
+the same command goes on after any interruption: a block of which something is missing is drawn again, to the same bits.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,6 +35,8 @@ from trueup.training.signals import sigterm_cleans_up
 from trueup.waiting import waiting
 
 log = logging.getLogger("trueup")
+
+_BLOCK = 4  # batches drawn together: what an interruption costs at most, against slots that idle at a block's end
 
 #: A dataset's rows as they are: nothing held out, mixed or streamed.
 _PLAIN: dict[str, Any] = {
@@ -144,15 +146,22 @@ class _Batch:
         if not tasks:
             raise DataError("no row has a prompt that can be answered", where="dataset", expected=", ".join(
                 f"{rows.count:,} {why}" for why, rows in self.done.left_out.items()))  # fmt: skip
-        values = {t.key: journal.get(t.key) for t in tasks if journal is not None and t.key in journal}
+        unique = list({task.key: task for task in tasks}.values())
+        size = _BLOCK * self.cfg.online.generation_batch_size
+        blocks = [unique[i : i + size] for i in range(0, len(unique), size)]
+        kept = [b for b in blocks if journal is not None and all(task.key in journal for task in b)]
+        values = {task.key: journal.get(task.key) for b in kept for task in b} if journal is not None else {}
         self.done.found = sum(task.key in values for task in tasks)
-        todo = list({task.key: task for task in tasks if task.key not in values}.values())
-        values |= self._draw(todo, journal) if todo else {}
+        todo = [b for b in blocks if b[0].key not in values]
+        drawn = self._draw(todo, journal) if todo else {}
+        values |= drawn
         lines = [self._line(task, values[task.key]) for task in tasks if values[task.key] is not None]
+        for row in dict.fromkeys(task.question.row for task in tasks if values[task.key] is None):
+            self._leave_out(row, "no room for an answer")
         done = self.done
         done.rows, done.answers = len({line["row"] for line in lines}), len(lines)
         done.cut_off = sum(line["finish_reason"] == "length" for line in lines)
-        done.tokens = sum(values[task.key]["tokens"] for task in todo if values[task.key])
+        done.tokens = sum(value["tokens"] for value in drawn.values() if value)
         done.seconds = round(time.monotonic() - began, 3)
         return done, lines
 
@@ -174,33 +183,23 @@ class _Batch:
                 seed = seed_of(cfg.train.seed, question.key, i)
                 yield _Task(question, prompt, digest("generated", *about, i), seed, i)
 
-    def _draw(self, todo: Sequence[_Task], journal: Journal | None) -> dict[str, Any]:
+    def _draw(self, blocks: Sequence[Sequence[_Task]], journal: Journal | None) -> dict[str, Any]:
         """Answers by key; None for a prompt that leaves no room for one."""
-        slots = self.cfg.online.generation_batch_size
         values: dict[str, Any] = {}
-        under_way: deque[tuple[_Task, Generation]] = deque()
         policy = load_for_inference(self.cfg.model, self.cfg.train)
-        limits = Limits(max_slots=slots, max_queue=2 * slots)
+        limits = Limits(self.cfg.online.generation_batch_size, max(map(len, blocks)))
         with (
             Engine(policy, self.tokenizer, self.template.stop_ids, limits) as engine,
-            waiting("answering", len(todo), "answers") as tell,
+            waiting("answering", sum(map(len, blocks)), "answers") as tell,
         ):
-            waiting_tasks = iter(todo)
-            task = next(waiting_tasks, None)
-            while task is not None or under_way:
-                while task is not None and len(under_way) < 2 * slots:
-                    generation = self._submit(engine, task)
-                    if generation is None:
-                        values[task.key] = None
-                    else:
-                        under_way.append((task, generation))
-                    task = next(waiting_tasks, None)
-                if under_way:
-                    asked, generation = under_way.popleft()
-                    values[asked.key] = self._value(generation.result())
+            for block in blocks:
+                with engine.together():
+                    asked = [(task, self._submit(engine, task)) for task in block]
+                for task, generation in asked:
+                    values[task.key] = None if generation is None else self._value(generation.result())
                     if journal is not None:
-                        journal.put(asked.key, values[asked.key])
-                tell(len(values))
+                        journal.put(task.key, values[task.key])
+                    tell(len(values))
         return values
 
     def _submit(self, engine: Engine, task: _Task) -> Generation | None:
@@ -208,7 +207,6 @@ class _Batch:
             return engine.submit(task.prompt.tolist(), replace(self.sampling, seed=task.seed))
         except TooLong as error:
             log.warning("row %s: %s", task.question.row, error)
-            self._leave_out(task.question.row, "no room for an answer")
             return None
 
     def _value(self, answer: Answer) -> dict[str, Any]:

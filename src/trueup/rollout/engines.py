@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -113,6 +114,14 @@ class Engine:
         row = self._row(prompt_ids, sampling, adapter, on_piece)
         self._worker.submit(row)
         return row.generation
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Requests submitted in here begin after it, all at once: the same ones then share the same steps, and repeat
+        the bits, where nothing else is asked meanwhile.
+        """
+        with self._turns:
+            yield
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Iterator[str]:
         """The answer in pieces of text as they come. Closing the iterator stops the generation. Raises as `submit`."""
