@@ -69,7 +69,7 @@ def test_unused_keys_can_be_let_pass(caplog):
         ({"judge_mode": "scores"}, "has no effect with `rank_by: scores`"),
         ({"rule_sql_schema": "s.sql"}, "has no effect with no `rule_format`"),
         ({"max_length_ratio": 0.5}, "at least 1"),
-        ({"quantization_bit": 4}, "not supported yet"),
+        ({"quantization_bit": 5}, "in so many bits"),
         ({"model_name_or_path": None, "sample_from": "http://h#m", "template": "qwen"}, "only endpoints are asked"),
         ({"judge_model": "http://me:secret@h/v1#m", "rule_min_chars": None}, "a name or a password"),
     ],

@@ -53,17 +53,11 @@ WORKS = {
     "G4 mixed": G4 + "--stage dpo --model_name_or_path ./sft_output "
         "--dataset my_dpo_data,my_knowledge_data --dpo_beta 0.1 --kto_alpha 0.5",
     "G4 rm": G4 + "--stage rm --model_name_or_path ./sft_output --dataset my_rm --lora_target value",
+    "G4 qlora": G4 + "--stage sft --model_name_or_path m --dataset my_sft --load_in_4bit True",
+    "G3 qlora": G3 + "quantization_bit=4",
     "G4 dpo": G4 + "--stage dpo --model_name_or_path ./sft_output --dataset my_dpo_data "
     "--dpo_beta 0.1",
 }  # fmt: skip
-
-LATER = {
-    "G4 qlora": (
-        G4 + "--stage sft --model_name_or_path m --dataset my_sft --load_in_4bit True",
-        ["quantization_bit"],
-    ),
-    "G3 qlora": (G3 + "quantization_bit=4", ["quantization_bit"]),
-}
 
 LLAMA_FACTORY = """
 ### model
@@ -132,15 +126,6 @@ def test_supported_lines_of_the_guides_load(line):
     assert cfg.train.do_train or "evaluation" in line or cfg.train.do_eval
 
 
-@pytest.mark.parametrize("line, keys", LATER.values(), ids=LATER.keys())
-def test_lines_for_later_say_only_that(line, keys):
-    with pytest.raises(ConfigError) as caught:
-        load_config(None, shlex.split(line))
-    said = [problem.what for problem in caught.value.problems]
-    assert said == [f"`{key}` is not supported yet" for key in keys]
-    assert all(problem.fix and problem.where for problem in caught.value.problems)
-
-
 @pytest.mark.parametrize("line", INFERENCE)
 def test_chat_and_export_lines_need_no_data(line):
     assert load_config(None, shlex.split(line), verb="infer").model.model_name_or_path
@@ -154,8 +139,7 @@ def test_chat_and_export_lines_need_no_data(line):
         ("pt", "", None),
         ("kto", "pref_beta: 0.1", None),
         ("sft", "deepspeed: ds_z3_config.json", "`deepspeed` is not supported yet"),
-        ("sft", "quantization_bit: 4\nquantization_method: bnb\ndouble_quantization: false",
-         "`quantization_bit` is not supported yet"),
+        ("sft", "quantization_bit: 4\nquantization_method: bnb\ndouble_quantization: false", None),
     ],
 )  # fmt: skip
 def test_llama_factorys_example_files_load_as_they_are(tmp_path, stage, method, later):

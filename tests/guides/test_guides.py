@@ -435,23 +435,22 @@ def test_g4_a_base_model_without_a_template_gets_the_default_said_once(work: Pat
     assert "template  default" in result.stdout
 
 
+@pytest.mark.parametrize("words", ["--load_in_4bit True", "--quantization_bit 4"])
+def test_g4_on_four_bits(work: Path, words: str):
+    pytest.importorskip("bitsandbytes")
+    g4_data()
+    result = succeed(f"{G4_SFT.replace('./pretrain_output', './Qwen2.5-7B')} --max_steps 1 {words}")
+    assert "4-bit weights (bitsandbytes nf4, constants too)" in result.stdout
+
+
 # --- what is for later ---------------------------------------------------------------------------
 
 LATER = {
-    "G4 load_in_4bit": (
-        f"{G4_SFT.replace('./pretrain_output', './Qwen2.5-7B')} --load_in_4bit True",
-        "quantization_bit",
-    ),
-    "G4 quantization_bit": (
-        f"{G4_SFT.replace('./pretrain_output', './Qwen2.5-7B')} --quantization_bit 4",
-        "quantization_bit",
-    ),
     "G4 export": (
         "export --model_name_or_path ./Qwen2.5-7B --adapter_name_or_path ./dpo_output --finetuning_type lora "
         "--export_dir ./merged_model --export_size 2 --export_legacy_format False",
         "trueup export",
     ),
-    "G1 webui": ("webui", "trueup web"),
 }  # fmt: skip
 
 

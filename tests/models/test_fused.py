@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tests.models.test_layout import random_rows
 from tests.models.tiny import tiny_model
 from trueup.data.forest import build_forest
-from trueup.models.fused import FusedLoraLinear, fuse
+from trueup.models.fused import FusedLora, fuse
 from trueup.models.policy import Policy
 
 
@@ -42,7 +42,7 @@ def test_equals_the_layers_it_replaces(architecture: str) -> None:
     plain = adapted(architecture)
     fused = copy.deepcopy(plain)
     assert fuse(fused) > 0
-    assert any(type(module) is FusedLoraLinear for module in fused.modules())
+    assert any(isinstance(module, FusedLora) for module in fused.modules())
     (expected, expected_gradients), (logps, gradients) = map(values_and_gradients, (plain, fused))
     torch.testing.assert_close(logps, expected, atol=1e-5, rtol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
@@ -59,7 +59,7 @@ def test_every_layer_of_llama_is_fused() -> None:
 def test_dropout_and_several_adapters_are_left_to_peft() -> None:
     model = adapted("llama", lora_dropout=0.5)
     fuse(model)
-    layer = next(module for module in model.modules() if type(module) is FusedLoraLinear)
+    layer = next(module for module in model.modules() if isinstance(module, FusedLora))
     x = torch.randn(3, layer.in_features)
     model.train()
     assert layer.single_adapter(x) is None and not torch.equal(layer(x), layer(x))

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.methods import SET, is_off
-from trueup.config.rules import Rule
+from trueup.config.rules import QUANTISATION, Rule
 from trueup.config.schema import SECTION_OF, RunConfig
 from trueup.config.sections.online import SAMPLING
 from trueup.config.values import words
@@ -120,6 +120,7 @@ def _compiles(pattern: str) -> bool:
 
 
 RULES = [
+    *QUANTISATION,
     Rule(
         ("model_name_or_path", "sample_from"),
         lambda c: not c.model_name_or_path and not c.sample_from,

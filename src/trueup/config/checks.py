@@ -25,7 +25,7 @@ from trueup.config.methods import (
     missing_condition,
     other_verb,
 )
-from trueup.config.rules import RULES, Rule
+from trueup.config.rules import QUANTISATION, RULES, Rule
 from trueup.config.schema import SECTION_OF, RunConfig, default
 from trueup.config.sections.online import SAMPLING, unset_values
 from trueup.errors import Problem
@@ -104,7 +104,7 @@ def _seeks_best(cfg: RunConfig) -> bool:
     return bool(train.load_best_model_at_end or train.early_stopping_steps or train.save_strategy == "best")
 
 
-_INFERENCE_RULES = [rule for rule in RULES if rule.keys == ("model_name_or_path",)]
+_INFERENCE_RULES = [rule for rule in RULES if rule.keys == ("model_name_or_path",)] + QUANTISATION
 
 
 def check(cfg: RunConfig, place: Place, bad: set[str], *, training: bool) -> tuple[list[Problem], list[Problem]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.evaluating import SAMPLING
-from trueup.config.rules import Rule
+from trueup.config.rules import QUANTISATION, Rule
 from trueup.config.schema import RunConfig
 from trueup.config.verbs import read_with, section_keys, without_effect
 from trueup.errors import Problem
@@ -48,6 +48,7 @@ def check(cfg: RunConfig, place: Place, bad: set[str]) -> tuple[list[Problem], l
 
 
 RULES = [
+    *QUANTISATION,
     Rule(
         ("model_name_or_path",),
         lambda c: not c.model_name_or_path,

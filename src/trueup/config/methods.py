@@ -58,7 +58,6 @@ STAGES: dict[str, Stage] = {
 
 _ADAPTERS = "plain LoRA (finetuning_type: lora)"
 _OPTIMISERS = "optim: adamw_torch with LoRA, which needs little optimizer memory"
-_BF16_LORA = "LoRA on a bf16 base (the default)"
 _DDP = "one process per device with torchrun"
 
 LATER: dict[str, str] = {
@@ -78,10 +77,7 @@ LATER: dict[str, str] = {
     "upcast_layernorm": "drop it: norms are computed in fp32 by most models",
     "upcast_lmhead_output": "drop it: log-probs are always fp32",
     "print_param_status": "drop it: the header counts trained weights",
-    "quantization_bit": _BF16_LORA,
-    "quantization_device_map": _BF16_LORA,
-    "ref_model_quantization_bit": "precompute_ref_log_probs: true",
-    "reward_model_quantization_bit": _BF16_LORA,
+    "quantization_device_map": "drop it: the model is put on one device",
     "infer_dtype": "bf16: true, or fp16: true on a GPU",
     "vllm_config": "infer_backend: huggingface",
     # data
@@ -258,9 +254,11 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
         {"mix_strategy": ("interleave_under", "interleave_over", "interleave_once")},
     ),
     (
-        "quantization_type double_quantization quantization_device_map quantization_method",
+        "quantization_device_map quantization_method",
         {"quantization_bit": SET},
     ),
+    ("quantization_type", {"quantization_bit": (4, 8), "quantization_method": ("bnb", "torchao")}),
+    ("double_quantization", {"quantization_bit": (4,), "quantization_method": ("bnb",)}),
     ("new_special_tokens_config init_special_tokens", {"add_special_tokens": SET}),
     (
         "lr_scheduler_kwargs",

@@ -86,6 +86,45 @@ _ONLINE = ("ppo", "grpo", "rloo", "online_dpo")
 #: keys that choose or make up the loss.
 _OF_LOSSES = ("pref_loss", "loss_weights", "pref_ftx", "pref_bco_weight", "knowledge_weight", "reward_loss")
 
+#: method → the bits it keeps weights in.
+QUANTISED_BITS = {"bnb": (4, 8), "hqq": (1, 2, 3, 4, 8), "eetq": (8,), "torchao": (8,)}
+
+
+def _impossible_bits(c: Any) -> bool:
+    bits = QUANTISED_BITS.get(c.quantization_method)
+    return bool(bits and c.quantization_bit and c.quantization_bit not in bits)
+
+
+def _foreign_type(c: Any) -> bool:
+    """Whether the number format is another method's."""
+    if not c.quantization_bit or "quantization_type" not in c.explicit:
+        return False
+    return (c.quantization_type == "fp8") != (c.quantization_method == "torchao")
+
+
+#: How a base is quantised; training and inference alike.
+QUANTISATION = [
+    Rule(
+        ("quantization_method", "quantization_bit"),
+        lambda c: c.quantization_bit and c.quantization_method in ("gptq", "awq"),
+        "GPTQ and AWQ quantise with the help of data, not while loading",
+        "name a checkpoint that is quantised so, without quantization_bit; or set quantization_method: bnb",
+    ),
+    Rule(
+        ("quantization_method", "quantization_bit"),
+        _impossible_bits,
+        "this `quantization_method` does not keep weights in so many bits",
+        "; ".join(f"{name}: {', '.join(map(str, bits))}" for name, bits in QUANTISED_BITS.items())
+        + " (torchao's 4-bit weights pass no gradient on)",
+    ),
+    Rule(
+        ("quantization_type", "quantization_method"),
+        _foreign_type,
+        "`quantization_type: nf4` and `fp4` are bitsandbytes' formats of 4 bits, `fp8` is torchao's of 8 bits",
+        "drop quantization_type",
+    ),
+]
+
 RULES = [
     Rule(
         ("stage", "pref_loss"),
@@ -291,10 +330,11 @@ RULES = [
     ),
     Rule(
         ("quantization_bit", "finetuning_type"),
-        lambda c: c.quantization_bit and c.finetuning_type not in ("lora", "oft"),
+        lambda c: c.quantization_bit and c.finetuning_type in ("full", "freeze"),
         "a quantised base cannot be trained itself: `quantization_bit` excludes `finetuning_type: full` and `freeze`",
         "drop quantization_bit, or set finetuning_type: lora",
     ),
+    *QUANTISATION,
     Rule(
         ("resume_from_checkpoint", "new_run"),
         lambda c: c.resume_from_checkpoint and c.new_run,

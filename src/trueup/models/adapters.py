@@ -52,7 +52,7 @@ class Adapters:
         """Make exactly these adapters act; gradients flow to the trained one only."""
         self.model.base_model.set_adapter(list(names) if len(names) > 1 else names[0])
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(f".{TRAINED}." in name or name.endswith(f".{TRAINED}"))
+            parameter.requires_grad_(belongs_to(name, TRAINED))
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -83,6 +83,11 @@ class Adapters:
             directory / WEIGHTS_FILE,
             {"format": "pt"},
         )
+
+
+def belongs_to(path: str, adapter: str) -> bool:
+    """Whether a parameter of this path is one of an adapter's."""
+    return f".{adapter}." in path or path.endswith(f".{adapter}")
 
 
 def attach_lora(
@@ -172,7 +177,7 @@ def add_frozen(model: PreTrainedModel | PeftModel, names: Sequence[str], paths: 
     assert isinstance(model, PeftModel)
     _match_dtype(model, base.dtype)
     for path, parameter in model.named_parameters():
-        if any(f".{name}." in path or path.endswith(f".{name}") for name in names):
+        if any(belongs_to(path, name) for name in names):
             parameter.requires_grad_(False)
     return model
 

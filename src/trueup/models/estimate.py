@@ -30,6 +30,7 @@ from trueup.models.memory import (
     optimizer_bytes,
 )
 from trueup.models.policy import Policy
+from trueup.models.quantise import expected_bytes
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,11 @@ def shape_only(cfg: RunConfig, kind: type[Policy] = Policy) -> PreTrainedModel:
     name, location, _ = resolve_model(*names, hub_access(cfg.model))
     config = read_model_config(location, cfg.model, name)
     kind.prepare(config)
-    return _without_weights(config, cfg.model, kind)
+    return without_weights(config, cfg.model, kind)
 
 
-def count_parameters(config: PretrainedConfig, model: ModelSection) -> int:
-    """Parameters of a language model that is not loaded."""
-    return sum(p.numel() for p in _without_weights(config, model, Policy).parameters())
-
-
-def _without_weights(config: PretrainedConfig, model: ModelSection, kind: type[Policy]) -> PreTrainedModel:
+def without_weights(config: PretrainedConfig, model: ModelSection, kind: type[Policy] = Policy) -> PreTrainedModel:
+    """A model that is not loaded, by its config alone (meta device)."""
     with torch.device("meta"):
         return kind.auto_class.from_config(config, trust_remote_code=model.trust_remote_code)
 
@@ -90,9 +87,9 @@ def estimate(
     """
     device = pick_device(cfg.model.device)
     dtype = pick_dtype(device, cfg.train.bf16, cfg.train.fp16)
-    width = dtype.itemsize
     base.requires_grad_(False)
     parameters = sum(p.numel() for p in base.parameters())
+    weights = expected_bytes(base, cfg.model, dtype)
     if cfg.tuning.finetuning_type == "lora":
         model = attach_lora(base, lora_config(cfg.tuning, kind), [], "estimate").model
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -104,7 +101,7 @@ def estimate(
     optimizer = optimizer_bytes(trainable, dtype)
     head = head_bytes(base, dtype, device)
     beside = reference(base, dtype)
-    room = int(USABLE * free_memory(device)) - parameters * width - optimizer - head - beside
+    room = int(USABLE * free_memory(device)) - weights - optimizer - head - beside
     costs = layer_costs(base, cfg.tuning, dtype, device)
     recomputation = decide(cfg.train.gradient_checkpointing, costs, micro_batch_tokens, max(room, 0))
     return Estimate(
@@ -112,7 +109,7 @@ def estimate(
         trainable=trainable,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        weights=parameters * width,
+        weights=weights,
         optimizer=optimizer,
         activations=recomputation.needed,
         head=head,

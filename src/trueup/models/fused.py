@@ -1,6 +1,7 @@
 """Layers of the step in fewer passes over memory: LoRA projections, gated MLPs, RMSNorm.
 
-`fuse` swaps the class of modules that are exactly what the fused forms compute; everything else stays as it is. The
+`fuse` swaps the class of modules that are exactly what the fused forms compute; everything else stays as it is. Where
+the base is quantised, its weight is written out for each product and not kept (models/quantise.py). The
 parameters, their names and what peft saves do not change. Less is kept for the backward, and on a CPU the elementwise
 passes around the products cost as much as page faults and caches make them (docs/log.md). On a GPU it is unmeasured.
 """
@@ -10,15 +11,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+
+from trueup.models.quantise import Weighted, bias_of, weight_of
 
 
 def fuse(model: nn.Module) -> int:
     """Swap in the fused classes where a module is certain to compute the same; returns how many were swapped."""
     swapped = 0
     for module in model.modules():
-        if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
-            module.__class__ = FusedLoraLinear
+        if _is_plain_lora(module):
+            module.__class__ = _fused_lora(type(module))
         elif _is_gated_mlp(module):
             module.__class__ = _gated(type(module))
         elif _is_plain_rms_norm(module):
@@ -32,22 +36,34 @@ def fuse(model: nn.Module) -> int:
 def unfuse(model: nn.Module) -> None:
     """Put the modules' own classes back."""
     for module in model.modules():
-        if isinstance(module, FusedLoraLinear | _GatedMLP | _RMSNorm):
+        if isinstance(module, FusedLora | _GatedMLP | _RMSNorm):
             module.__class__ = type(module).__bases__[-1]
 
 
 # --- LoRA -------------------------------------------------------------------------------------
 
 
-class FusedLoraLinear(LoraLinear):
-    """peft's LoRA layer; one plain adapter over a frozen projection runs as one autograd node."""
+#: peft's LoRA layers over quantised weights, which do what its plain one does.
+_OVER_QUANTISED = ("Linear4bit", "Linear8bitLt", "HqqLoraLinear", "TorchaoLoraLinear")
+
+
+def _is_plain_lora(module: nn.Module) -> bool:
+    """LoRA over one frozen projection, plain or quantised with a weight that can be written out."""
+    if type(module) is LoraLinear:
+        return type(module.base_layer) is nn.Linear or isinstance(module.base_layer, Weighted)
+    known = isinstance(module, LoraLayer) and type(module).__name__ in _OVER_QUANTISED
+    return known and isinstance(module.base_layer, Weighted)
+
+
+class FusedLora:
+    """Forward of a LoRA layer of peft's; one plain adapter over a frozen projection runs as one autograd node."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., in] → [..., out]."""
         weights = None if args or kwargs else self.single_adapter(x)
         if weights is None:
-            return super().forward(x, *args, **kwargs)
-        return _LoraLinear.apply(x, self.base_layer.weight, self.base_layer.bias, *weights)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return _LoraLinear.apply(x, self.base_layer, *weights)
 
     def single_adapter(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
         """(A, B, scale) when exactly one plain adapter acts, without dropout; None where peft has to decide."""
@@ -64,6 +80,10 @@ class FusedLoraLinear(LoraLinear):
         return a.weight, b.weight, self.scaling[name]
 
 
+def _fused_lora(cls: type) -> type:
+    return type(f"Fused{cls.__name__}", (FusedLora, cls), {})
+
+
 def _trains(linear: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in linear.parameters())
 
@@ -72,25 +92,26 @@ class _LoraLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ with W frozen; the low-rank part is added in place by its own product."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):
-        y, low = _project(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale)
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scale = scale
+    def forward(ctx, x, base, a, b, scale):
+        y, low = _project(x.reshape(-1, x.shape[-1]), base, a, b, scale)
+        ctx.save_for_backward(x, a, b, low)
+        ctx.base, ctx.scale = base, scale
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, a, b, low = ctx.saved_tensors
+        x, a, b, low = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         d_a, d_b, d_low = _low_rank_gradients(rows, x.reshape(-1, x.shape[-1]), b, low, ctx.scale)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (rows @ weight).addmm_(d_low, a).view_as(x)
-        return d_x, None, None, d_a, d_b, None
+            d_x = (rows @ weight_of(ctx.base, rows.dtype)).addmm_(d_low, a).view_as(x)
+        return d_x, None, d_a, d_b, None
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float):
+def _project(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float):
     """(y [N, out], x Aᵀ [N, r])."""
+    weight, bias = weight_of(base, x.dtype), bias_of(base, x.dtype)
     low = x @ a.t()
     y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
     return y.addmm_(low, b.t(), alpha=scale), low
@@ -131,10 +152,10 @@ class _GatedMLP:
         gate, up = self.gate_proj(x), self.up_proj(x)
         down = self.down_proj
         hooked = down._forward_hooks or down._forward_pre_hooks
-        weights = down.single_adapter(up) if type(down) is FusedLoraLinear and not hooked else None
+        weights = down.single_adapter(up) if isinstance(down, FusedLora) and not hooked else None
         if weights is None:
             return down(_SwiGLU.apply(gate, up))
-        return _SwiGLULora.apply(gate, up, down.base_layer.weight, down.base_layer.bias, *weights)
+        return _SwiGLULora.apply(gate, up, down.base_layer, *weights)
 
 
 def _gated(cls: type) -> type:
@@ -163,24 +184,24 @@ class _SwiGLULora(torch.autograd.Function):
     """(silu(gate) · up) through a LoRA projection; the product is made again in the backward."""
 
     @staticmethod
-    def forward(ctx, gate, up, weight, bias, a, b, scale):
+    def forward(ctx, gate, up, base, a, b, scale):
         inner = F.silu(gate).mul_(up)
-        y, low = _project(inner.view(-1, inner.shape[-1]), weight, bias, a, b, scale)
-        ctx.save_for_backward(gate, up, weight, a, b, low)
-        ctx.scale = scale
+        y, low = _project(inner.view(-1, inner.shape[-1]), base, a, b, scale)
+        ctx.save_for_backward(gate, up, a, b, low)
+        ctx.base, ctx.scale = base, scale
         return y.view(*gate.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up, weight, a, b, low = ctx.saved_tensors
+        gate, up, a, b, low = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         activated = F.silu(gate)
         inner = (activated * up).view(-1, up.shape[-1])
         d_a, d_b, d_low = _low_rank_gradients(rows, inner, b, low, ctx.scale)
-        d_inner = torch.mm(rows, weight, out=inner).addmm_(d_low, a).view_as(gate)
+        d_inner = torch.mm(rows, weight_of(ctx.base, rows.dtype), out=inner).addmm_(d_low, a).view_as(gate)
         d_up = activated.mul_(d_inner)
         d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)
-        return d_gate, d_up, None, None, d_a, d_b, None
+        return d_gate, d_up, None, d_a, d_b, None
 
 
 # --- RMSNorm ----------------------------------------------------------------------------------

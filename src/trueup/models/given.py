@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trueup.errors import ModelError
 from trueup.models.fused import unfuse
+from trueup.models.quantise import is_packed, settle, unsettle
 
 TRAINED = "default"  # peft's own name for an adapter, and that of the one a run trains
 
@@ -35,6 +36,7 @@ class GivenModel:
         self.adapter: tuple[LoraConfig, dict[str, Tensor]] | None = None
         self._lent: tuple[PreTrainedModel, str | None] | None = None  # with its own attention
         self._wrapped: nn.Module | None = None
+        self._settled = False  # whether its quantised layers computed otherwise before
 
     @property
     def base(self) -> PreTrainedModel:
@@ -57,8 +59,11 @@ class GivenModel:
             self.adapter = _take_off(self.model)
             self._wrapped = self.model
         base.to(device)
-        for parameter in base.parameters():  # buffers keep their dtype: RoPE's frequencies are fp32 in every model
-            parameter.data = parameter.data.to(dtype)
+        self._settled = bool(settle(base))
+        for name, parameter in base.named_parameters():
+            # Buffers keep their dtype: RoPE's frequencies are fp32 in every model. Packed weights are no such numbers.
+            if not is_packed(base.get_submodule(name.rpartition(".")[0])):
+                parameter.data = parameter.data.to(dtype)
         self._lent = base, base.config._attn_implementation
         return base
 
@@ -72,6 +77,8 @@ class GivenModel:
             return
         base, attention = self._lent
         unfuse(base)
+        if self._settled:
+            unsettle(base)
         base.set_attn_implementation(attention)
         if base.is_activation_checkpointing:
             base.activation_checkpointing_disable()
@@ -85,9 +92,7 @@ class GivenModel:
 
 def _check(model: nn.Module, base: PreTrainedModel, auto_class: Any, key: str) -> None:
     problem = None
-    if getattr(base, "quantization_method", None) or getattr(base, "is_quantized", False):
-        problem = "its weights are quantised, which is not supported yet", "the model in bf16, trained with LoRA"
-    elif type(base) not in auto_class._model_mapping.values():
+    if type(base) not in auto_class._model_mapping.values():
         wanted = "AutoModelFor" + auto_class.__name__.removeprefix("AutoModelFor")
         problem = f"a {type(base).__name__} is not what this run trains", f"load it with {wanted}, or give its name"
     elif not isinstance(model, PeftModel) and any(".lora_" in name for name, _ in base.named_parameters()):

@@ -25,6 +25,7 @@ from trueup import memory
 from trueup.config.schema import ModelSection, TrainSection, TuningSection
 from trueup.errors import ModelError
 from trueup.garbage import no_collection
+from trueup.models import quantise
 from trueup.models.adapters import Adapters, attach_frozen, attach_lora, merge_adapters
 from trueup.models.allocator import keep_memory
 from trueup.models.fused import fuse
@@ -115,8 +116,13 @@ def load_base(
     dtype: torch.dtype,
     name: str | None = None,
     kind: type[Policy] = Policy,
+    quantised: bool = True,
 ) -> PreTrainedModel:
     """A model of a policy's kind in eval mode, safetensors only, code from the hub only when trusted.
+
+    Args:
+        quantised: whether the config's quantisation applies; without it, the weights of a checkpoint that is quantised
+            already are written out.
 
     Raises:
         ModelError: it cannot be loaded; the message says what and how to mend it.
@@ -133,6 +139,8 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(location, **common)
         kind.prepare(config)
+        asked = model if quantised else model.model_copy(update={"quantization_bit": None})
+        plan = quantise.loading(asked, config, dtype, device, kind.always_trained)
         with _expecting_a_new_head(bool(kind.always_trained)):
             base = kind.auto_class.from_pretrained(
                 location,
@@ -141,10 +149,15 @@ def load_base(
                 use_safetensors=True,
                 attn_implementation=_plain_attention(model),
                 device_map={"": device},  # straight to the device: no process holds a copy in host memory first
+                **({"quantization_config": plan.config} if plan.config is not None else {}),
                 **common,
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(name or location, access, error) from error
+    base = plan.after(base)
+    quantise.settle(base)
+    if not quantised and quantise.is_quantised(base):
+        base = quantise.dequantise(base, dtype)
     return base.eval()
 
 
@@ -206,7 +219,7 @@ class Loaded:
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.policy.model.parameters())
+        return quantise.count_parameters(self.policy.model)
 
 
 @no_collection()
@@ -236,6 +249,7 @@ def load_policy(
     torch.manual_seed(train.seed)  # a new head's first weights
     base = load_base(location, model, device, torch.float32 if merging else dtype, name, kind)
     check_vocabulary(base, tokenizer, name)
+    _check_trainable(base, tuning)
     base.requires_grad_(False)
 
     adapters = None
@@ -259,6 +273,15 @@ def load_policy(
         log.warning("prompts are not shared between answers on this architecture: %s", note)
     recomputation = fit_to_memory(policy.base, tuning, train.gradient_checkpointing)
     return Loaded(policy, adapters, name, starts, device, dtype, note, recomputation)
+
+
+def _check_trainable(base: PreTrainedModel, tuning: TuningSection) -> None:
+    """Quantised weights do not move; a checkpoint may hold such weights without any key that says so (C4)."""
+    if tuning.finetuning_type in ("full", "freeze") and quantise.is_quantised(base):
+        raise ModelError(
+            f"the model has {quantise.describe(base)}, which cannot be trained themselves", where="finetuning_type",
+            expected="lora, oft or ia3 on a quantised model", fix="set finetuning_type: lora",
+        )  # fmt: skip
 
 
 def lora_config(tuning: TuningSection, kind: type[Policy] = Policy) -> LoraConfig:

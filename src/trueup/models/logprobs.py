@@ -59,7 +59,9 @@ class Head:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a head is its weight and bias and nothing more: no adapter, no quantised weight, no hook."""
-    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return type(module.weight.data) is Tensor
 
 
 def vocabulary_of(module: nn.Module) -> int:

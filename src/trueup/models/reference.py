@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trueup import __version__
-from trueup.models.adapters import TRAINED, Adapters
+from trueup.models.adapters import TRAINED, Adapters, belongs_to
 from trueup.models.distributions import projection
 from trueup.models.policy import Policy
+from trueup.models.quantise import tensors_of
 from trueup.types import Forest
 from trueup.waiting import waiting
 
@@ -90,15 +91,15 @@ class LiveReference:
         adapters = {name: _shape_of(config) for name, config in peft_configs.items() if name != TRAINED}
         facts = [str(policy.dtype), policy.shared, policy.plain_attention, transformers.__version__, config, adapters]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-        tensors = self.policy.base.state_dict()
+        tensors = dict(tensors_of(self.policy.base))
         if self.switch is not nullcontext:  # the adapter being trained is off
-            tensors = {name: tensor for name, tensor in tensors.items() if f".{TRAINED}." not in name}
+            tensors = {name: tensor for name, tensor in tensors.items() if not belongs_to(name, TRAINED)}
         megabytes = sum(tensor.nbytes for tensor in tensors.values()) >> 20
         done = 0
         with waiting("hashing the reference", megabytes, "MB") as tell:
             for name, tensor in sorted(tensors.items()):
                 digest.update(name.encode())
-                digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+                digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
                 done += tensor.nbytes
                 tell(done >> 20)
         return digest.hexdigest()

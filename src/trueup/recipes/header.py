@@ -11,6 +11,7 @@ from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared
 from trueup.models.load import Loaded
 from trueup.models.memory import Recomputation
+from trueup.models.quantise import count_parameters, describe, resident_bytes
 from trueup.recipes.batches import Arithmetic, Tokens
 from trueup.recipes.objective import describe_objective
 from trueup.recipes.online_words import describe_online
@@ -28,6 +29,7 @@ def header(
         begun = f", {how} {', '.join(loaded.starts)}"
     lines = {
         "model": f"{loaded.base_name}{begun}",
+        **({"base": quantised} if (quantised := quantised_words(loaded)) else {}),
         "training": f"{cfg.tuning.finetuning_type}, {loaded.num_trainable:,} of {loaded.num_parameters:,} parameters",
         "objective": _objective(cfg),
         "batch": batch_words(a),
@@ -39,6 +41,16 @@ def header(
         "output": str(cfg.train.output_dir),
     }
     return _aligned(lines)
+
+
+def quantised_words(loaded: Loaded) -> str | None:
+    """`4-bit weights (bitsandbytes nf4): 463 MB instead of 988 MB`; None for a base that is not quantised."""
+    base = loaded.policy.base
+    kind = describe(base)
+    if kind is None:
+        return None
+    plain = count_parameters(base) * loaded.dtype.itemsize
+    return f"{kind}: {sized(resident_bytes(base))} instead of {sized(plain)}"
 
 
 def batch_words(a: Arithmetic) -> str:

@@ -17,6 +17,7 @@ from trueup.data.templates import load_template, own_source
 from trueup.errors import ConfigError
 from trueup.models.hub import is_adapter_dir, resolve_model
 from trueup.models.load import hub_access, load_tokenizer
+from trueup.models.quantise import in_bits
 from trueup.models.reward import RewardModel, load_reward_model
 from trueup.models.scorer import is_text_classifier, load_text_scorer
 from trueup.recipes.prompts import PromptRows
@@ -106,9 +107,15 @@ def _reward_model(
         return HttpReward(name)
     _check_kind(cfg, name)
     if not cfg.online.reward_model_adapters and not is_adapter_dir(name) and is_text_classifier(cfg.model, name):
+        if cfg.online.reward_model_quantization_bit:
+            raise ConfigError(
+                f"`reward_model: {name}` is no decoder, and is small enough to stay as it is",
+                where="reward_model_quantization_bit", fix="drop it",
+            )  # fmt: skip
         scorer = load_text_scorer(cfg.model, name, device, dtype)
         return ModelReward(lambda answers: scorer([a.prompt for a in answers], [a.completion for a in answers]))
-    found = load_reward_model(cfg.model, name, cfg.online.reward_model_adapters, device, dtype)
+    section = in_bits(cfg.model, cfg.online.reward_model_quantization_bit)
+    found = load_reward_model(section, name, cfg.online.reward_model_adapters, device, dtype)
     return ModelReward(_Rendered(found, _template_of(cfg, name, template), rows))
 
 

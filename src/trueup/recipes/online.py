@@ -27,7 +27,7 @@ from trueup.recipes.online_program import OnlineProgram
 from trueup.recipes.predict import make_predictor, predict
 from trueup.recipes.program import tidy_generation
 from trueup.recipes.prompts import PromptRows, check_prompts
-from trueup.recipes.references import check_reference
+from trueup.recipes.references import check_reference, reference_section
 from trueup.recipes.reported import check_metric
 from trueup.rollout.completions import CompletionsLog
 from trueup.rollout.engines import Engine
@@ -147,5 +147,5 @@ def _reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
     """The policy as it stands now, before the first step, or `ref_model`."""
     if cfg.objective.ref_model:
         names = cfg.objective.ref_model, cfg.objective.ref_model_adapters
-        return LiveReference(load_frozen(cfg.model, *names, loaded.device, loaded.dtype))
+        return LiveReference(load_frozen(reference_section(cfg), *names, loaded.device, loaded.dtype))
     return LiveReference.of(loaded.policy, loaded.adapters)

@@ -14,14 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trueup.config.methods import ONLINE, needs_reference
-from trueup.config.schema import RunConfig
+from trueup.config.schema import ModelSection, RunConfig
 from trueup.data.encode import EncodedDataset
 from trueup.data.forest import build_forest, num_predictions
 from trueup.errors import ConfigError, DivergenceError, ModelError
-from trueup.models.estimate import count_parameters
+from trueup.models.estimate import without_weights
 from trueup.models.hub import resolve_model
 from trueup.models.load import Loaded, hub_access, load_frozen, read_model_config
 from trueup.models.memory import FP32
+from trueup.models.quantise import expected_bytes, in_bits
 from trueup.models.reference import LiveReference, MovingReference, ReferenceTable, table_path
 from trueup.recipes.batches import Batch
 from trueup.recipes.objective import terms_of
@@ -177,11 +178,16 @@ def _check_tokens(cfg: RunConfig, name: str, location: str, num_tokens: int) -> 
         )  # fmt: skip
 
 
+def reference_section(cfg: RunConfig) -> ModelSection:
+    """How `ref_model` is loaded."""
+    return in_bits(cfg.model, cfg.objective.ref_model_quantization_bit)
+
+
 def live_reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
     """The model that stands for the reference, ready to be run."""
     if cfg.objective.ref_model:
         names = cfg.objective.ref_model, cfg.objective.ref_model_adapters
-        return LiveReference(load_frozen(cfg.model, *names, loaded.device, loaded.dtype))
+        return LiveReference(load_frozen(reference_section(cfg), *names, loaded.device, loaded.dtype))
     if not cfg.train.do_train:
         return base_reference(loaded)
     if cfg.objective.sync_ref_model:
@@ -213,7 +219,8 @@ def reference_bytes(cfg: RunConfig, base: PreTrainedModel, dtype: torch.dtype) -
     if cfg.objective.ref_model:
         names = cfg.objective.ref_model, cfg.objective.ref_model_adapters
         name, location, _ = resolve_model(*names, hub_access(cfg.model), ("ref_model", "ref_model_adapters"))
-        return count_parameters(read_model_config(location, cfg.model, name, "ref_model"), cfg.model) * dtype.itemsize
+        config = read_model_config(location, cfg.model, name, "ref_model")
+        return expected_bytes(without_weights(config, cfg.model), reference_section(cfg), dtype)
     if cfg.objective.sync_ref_model:  # what trains, as it runs and in fp32
         trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
         return trained * (dtype.itemsize + (FP32 if dtype != torch.float32 else 0))

@@ -90,11 +90,12 @@ class ModelSection(Section):
 
     # quantised base
     quantization_method: Annotated[Literal["bnb", "hqq", "eetq", "torchao", "gptq", "awq"], Lower] = "bnb"
-    """Library that quantises the base while loading."""
+    """Library that quantises the base while loading: bnb (4 or 8 bits), hqq (1 to 8), torchao (8) or eetq (8).
+    Checkpoints quantised by GPTQ or AWQ need no key."""
     quantization_bit: Bits | None = None
     """Quantise the frozen base to this many bits while loading (QLoRA: 4)."""
-    quantization_type: Annotated[Literal["nf4", "fp4"], Lower] = "nf4"
-    """Number format of 4-bit weights."""
+    quantization_type: Annotated[Literal["nf4", "fp4", "fp8"], Lower] = "nf4"
+    """Number format of bitsandbytes' 4-bit weights, nf4 or fp4; fp8 for torchao's 8-bit ones."""
     double_quantization: bool = True
     """Quantise the quantisation constants too."""
     quantization_device_map: Literal["auto"] | None = None
