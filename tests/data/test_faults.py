@@ -178,6 +178,15 @@ def test_d10_duplicate_rows_are_counted_and_kept(tmp_path, caplog):
     assert "duplicates" in caplog.text
 
 
+def test_d10_an_id_that_stands_twice_is_counted_with_both_rows(tmp_path, caplog):
+    rows = [row | {"id": own} for row, own in zip(pairs(5), ("a", "b", "a", None, None), strict=True)]
+    data = load(tmp_path, jsonl(rows))
+    assert len(data.train) == 5 and not data.report.duplicates.count
+    assert data.report.repeated_ids.ids == ["train:2"] and data.report.repeated_ids.excerpt == "a, as train:0"
+    assert "1 rows have the id of an earlier row: train:2" in caplog.text
+    assert "rows with the id of an earlier row" in data.report.render()
+
+
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
 def test_d10_a_key_given_twice_is_an_error(tmp_path, name):
     line = '{"prompt": "q", "chosen": "a", "chosen": "b", "rejected": "c"}'

@@ -165,6 +165,17 @@ def test_a_url_is_fetched_through_fsspec(tmp_path):
     assert list(rows) == ROWS[:1] and rows.where(0) == "memory://bucket/a.jsonl:1"
 
 
+def test_the_first_rows_are_read_without_those_behind_them(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f"{dump(ROWS[0])}\n{dump(ROWS[1])}\n{{broken", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("not read", encoding="utf-8")
+    spec = DatasetSpec("mine", "test", source=tmp_path)
+    rows = read_rows(spec, first=2)
+    assert list(rows) == ROWS and rows.where(1) == f"{rows.labels[0]}:2"
+    with pytest.raises(DataError, match="b.jsonl:1") as caught:  # a fault among them: all are told
+        read_rows(spec, first=3)
+    assert len(caught.value.problems) == 2
+
+
 # ---- hubs ----
 
 

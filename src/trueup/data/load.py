@@ -33,6 +33,7 @@ HELD_OUT = 0.05  # share held out when evaluation is asked for without data to e
 _SHOWN = 10
 #: Control characters but for tab, line ends and form feed, and marks that turn the direction of writing around.
 _HIDDEN = re.compile(r"[\x01-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]").search
+_ID_COLUMNS = ("id", "_id", "uid", "uuid", "row_id", "example_id")
 _PLACEHOLDER = re.compile(r"\{\{ *(name|author) *\}\}")
 _TOKENS = {
     "huggingface": "hf_hub_token",
@@ -82,19 +83,21 @@ def load_examples(
     seed: int = 42,
     eval_wanted: bool = False,
     eval_on_each_dataset: bool = False,
+    first: int | None = None,
 ) -> LoadedData:
     """Examples of `kind` from the named datasets, and the report on every row of theirs.
 
     Datasets that do not hold `kind` may hold `beside`, if it is given. A name given twice counts twice.
     `max_samples` takes the first rows of each dataset. `val_size` (a share below 1, or a number of rows)
     is held out of the training data before mixing, so that no copy of a held-out row is trained on;
-    without any evaluation data, `eval_wanted` holds out 5 %. Raises ConfigError, DataError or
+    without any evaluation data, `eval_wanted` holds out 5 %. Files are read no further than `first` rows of a
+    dataset, if it is given; what comes behind them is not known then. Raises ConfigError, DataError or
     ModelError, with every problem of all datasets at once.
     """
     names = list(dict.fromkeys([*dataset, *eval_dataset]))
     specs = dict(zip(names, resolve_datasets(names, dataset_dir, hub), strict=True))
     report = DataReport()
-    loaded = _load_all(specs, (kind, beside), report, hub_token, cache_dir, max_samples, seed)
+    loaded = _load_all(specs, (kind, beside), report, hub_token, cache_dir, max_samples, seed, first)
     report.require_usable()
     if on_bad_rows == "error":
         report.refuse_bad_rows()
@@ -130,13 +133,14 @@ def _load_all(
     cache_dir,
     max_samples,
     seed,
+    first,
 ) -> dict[str, _Dataset]:
     """Every dataset, each read once. Raises DataError with the structural faults of all of them."""
     loaded: dict[str, _Dataset] = {}
     problems: list[Problem] = []
     for name, spec in specs.items():
         try:
-            rows = read_rows(spec, token=token, cache_dir=cache_dir)
+            rows = read_rows(spec, token=token, cache_dir=cache_dir, first=first)
             loaded[name] = _parse(spec, rows, kinds, report, max_samples, seed)
         except DataError as error:
             problems += error.problems
@@ -177,9 +181,16 @@ def _parse(
             tell(done)
     if faults:
         raise DataError(_shape_problems(spec, rows, faults, len(chosen)))
+    if column := _id_column(layout, rows[chosen[0]]):
+        report.compare_ids((f"{spec.name}:{index}", rows[index].get(column)) for index in chosen)
     _tell_placeholders(result, report)
     _tell_hidden(result, report)
     return result
+
+
+def _id_column(layout: Layout, row: Row) -> str | None:
+    """The column that gives each row a name of its own, if there is one."""
+    return next((name for name in _ID_COLUMNS if name in row and name not in layout.columns.values()), None)
 
 
 def layout_for(spec: DatasetSpec, rows: Sequence[Row], kind: Kind, beside: Kind | None) -> Layout:
@@ -327,12 +338,13 @@ def name_splits(evaluation: dict[str, list[Example]], each: bool) -> dict[str, l
     return {"eval": together} if together else {}
 
 
-def load_examples_for(cfg: RunConfig, kind: Kind | None = None) -> LoadedData:
+def load_examples_for(cfg: RunConfig, kind: Kind | None = None, first: int | None = None) -> LoadedData:
     """`load_examples` with what a run's configuration says; `kind` is its stage's unless it is given."""
     return load_examples(
         **{**load_settings(cfg), "kind": kind or stage_kind(cfg)},
         **hub_settings(cfg),
         on_bad_rows=cfg.data.on_bad_rows,
+        first=first,
     )
 
 

@@ -48,6 +48,7 @@ class DatasetReport:
     dropped: dict[str, Rows] = field(default_factory=dict)
     truncated: dict[str, Rows] = field(default_factory=dict)  # by part: answer, chosen, rejected …
     duplicates: Rows = field(default_factory=Rows)
+    repeated_ids: Rows = field(default_factory=Rows)  # rows with the id of an earlier row
     reversed_pairs: Rows = field(default_factory=Rows)
     overlap: Rows = field(default_factory=Rows)  # evaluation rows whose prompt is trained on as well
     labels: Counter[str] = field(default_factory=Counter)
@@ -91,6 +92,7 @@ class DatasetReport:
             "truncated_rows": self.cut,
             "equal_pairs": self.equal_pairs,
             "duplicates": self.duplicates.to_dict(),
+            "repeated_ids": self.repeated_ids.to_dict(),
             "reversed_pairs": self.reversed_pairs.to_dict(),
             "train_eval_overlap": self.overlap.to_dict(),
             "labels": dict(sorted(self.labels.items())),
@@ -108,7 +110,7 @@ class DatasetReport:
     def restored(cls, state: Mapping[str, Any]) -> DatasetReport:
         """The one whose `state` this was, read from JSON."""
         made: dict[str, Any] = {**state, "labels": Counter(state["labels"]), "sides": Sides(**state["sides"])}
-        for name in ("duplicates", "reversed_pairs", "overlap"):
+        for name in ("duplicates", "repeated_ids", "reversed_pairs", "overlap"):
             made[name] = Rows(**state[name])
         for name in ("dropped", "truncated"):
             made[name] = {reason: Rows(**rows) for reason, rows in state[name].items()}
@@ -145,6 +147,10 @@ class DataReport:
     @property
     def duplicates(self) -> Rows:
         return self._together("duplicates")
+
+    @property
+    def repeated_ids(self) -> Rows:
+        return self._together("repeated_ids")
 
     @property
     def reversed_pairs(self) -> Rows:
@@ -270,6 +276,16 @@ class DataReport:
                     self.of_row(example.row).reversed_pairs.add(example.row, f"the reverse of {mirror}")
                 pairs.setdefault(_digest(example.prompt, better, worse), example.row)
 
+    def compare_ids(self, ids: Iterable[tuple[str, Any]]) -> None:
+        """Count rows that have the id of an earlier one (D10): of (row, its id), None for a row without one."""
+        seen: dict[Any, str] = {}
+        for row, own in ids:
+            if own is None or not isinstance(own, (str, int)):
+                continue
+            first = seen.setdefault(own, row)
+            if first != row:
+                self.of_row(row).repeated_ids.add(row, f"{own}, as {first}")
+
     def compare_splits(self, train: Iterable[Example], evaluation: Iterable[Example]) -> None:
         """Count evaluation rows whose prompt (or, without prompts, text) is trained on as well
         (D11).
@@ -333,6 +349,7 @@ class DataReport:
                 )
         for rows, what in (
             (self.duplicates, "rows are exact duplicates of earlier ones"),
+            (self.repeated_ids, "rows have the id of an earlier row"),
             (self.reversed_pairs, "pairs contradict another row (chosen and rejected swapped)"),
             (self.overlap, "evaluation rows have a prompt that is also trained on"),
         ):
@@ -354,6 +371,7 @@ class DataReport:
             "cutoff_len": self.cutoff_len,
             "datasets": {name: d.to_dict() for name, d in self.datasets.items()},
             "duplicates": self.duplicates.to_dict(),
+            "repeated_ids": self.repeated_ids.to_dict(),
             "reversed_pairs": self.reversed_pairs.to_dict(),
             "train_eval_overlap": self.overlap.to_dict(),
             "tokens": self.statistics(),

@@ -103,6 +103,7 @@ def _looks(report: Mapping[str, Any]) -> Iterator[str]:
         for key, words in (
             ("reversed_pairs", "pairs contradict another row: chosen and rejected are swapped"),
             ("duplicates", "rows say what an earlier row says"),
+            ("repeated_ids", "rows have the id of an earlier row"),
             ("train_eval_overlap", "evaluation rows ask what is trained on"),
         )
         if (rows := report[key])["count"]
@@ -166,6 +167,7 @@ def _dataset(d: Mapping[str, Any]) -> str:
 
 _PAIRINGS = (
     ("duplicates", "duplicates, kept"),
+    ("repeated_ids", "ids that an earlier row has, kept"),
     ("reversed_pairs", "pairs whose reverse is there too"),
     ("train_eval_overlap", "evaluation rows whose prompt is trained on"),
 )

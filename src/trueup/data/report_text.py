@@ -104,6 +104,7 @@ def _facts(report: DataReport) -> Iterator[str]:
 def _findings(report: DataReport) -> Iterator[str]:
     for rows, what in (
         (report.duplicates, "duplicate rows"),
+        (report.repeated_ids, "rows with the id of an earlier row"),
         (report.reversed_pairs, "reversed pairs"),
         (report.overlap, "evaluation rows whose prompt is trained on"),
     ):

@@ -37,7 +37,7 @@ from trueup.errors import ConfigError, CorruptStateError
 log = logging.getLogger("trueup")
 
 NOTE = "about.json"
-FORMAT = 2  # to be raised whenever the same data would give other tokens, or a copy is kept in another way
+FORMAT = 3  # to be raised whenever the same data would give other tokens, or a copy is kept in another way
 _MOST_BYTES = 10 * 2**30  # of all copies below the cache
 
 

@@ -12,6 +12,7 @@ from trueup.config.schema import RunConfig
 from trueup.data.encode import prepare, run_template
 from trueup.data.encoder import Policy, encode_examples
 from trueup.data.examples import Kind
+from trueup.data.layout import PEEKED
 from trueup.data.load import LoadedData, load_examples_for
 from trueup.data.mixing import sample_indices
 from trueup.data.preview import Preview, preview
@@ -60,7 +61,8 @@ def _load(cfg: RunConfig, kind: Kind | None, name: str, count: int, row: str | N
         alone = alone.replace(max_samples=count)
     elif spec.num_samples is None:
         alone = alone.replace(max_samples=index + 1)
-    loaded = load_examples_for(alone, kind)
+    enough = max(PEEKED, alone.data.max_samples or 0) if spec.num_samples is None else None
+    loaded = load_examples_for(alone, kind, first=enough)
     total = loaded.report.dataset(spec.name).available
     order = sample_indices(total, spec.num_samples, _seed(cfg)).tolist()
     if index is None:

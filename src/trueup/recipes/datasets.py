@@ -6,8 +6,6 @@ What needs a tokenizer is in `dataset_views.py`, imported when it is needed: a r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,12 @@ from trueup.config.schema import RunConfig
 from trueup.data.examples import Kind
 from trueup.data.layout import PEEKED, kind_of
 from trueup.data.load import load_examples_for
-from trueup.data.readers import Row
-from trueup.data.registry import DatasetSpec, resolve_datasets
+from trueup.data.registry import resolve_datasets
 from trueup.data.report import DataReport
-from trueup.data.row_files import RowFile
-from trueup.data.sources import files_of, read_rows
+from trueup.data.sources import read_rows
 from trueup.data.stats import DatasetStats, Stats, measure
 from trueup.data.write import check_free, write_text
-from trueup.errors import ConfigError, DataError
+from trueup.errors import ConfigError
 from trueup.recipes.kept_reports import KeptReport
 
 _STAGES: dict[Kind, str] = {"text": "pt", "chat": "sft", "pair": "dpo", "ranking": "rm", "feedback": "kto"}
@@ -78,19 +74,7 @@ def _listed(value: Any) -> list[str]:
 
 def _kind(name: str, known: dict[str, Any]) -> Kind:
     (spec,) = resolve_datasets([name], known.get("dataset_dir") or "data", known.get("hub") or "huggingface")
-    return kind_of(spec, _first_rows(spec))
-
-
-def _first_rows(spec: DatasetSpec) -> list[Row]:
-    """Enough rows to tell what they are; all, where they cannot be read one by one."""
-    rows: list[Row] = []
-    try:
-        for file in files_of(spec):
-            with closing(RowFile(file)) as opened:
-                rows += [row for row, _ in islice(opened, PEEKED - len(rows))]
-    except DataError:
-        rows = []  # reading all of them tells all that is wrong
-    return rows or read_rows(spec).values
+    return kind_of(spec, read_rows(spec, first=PEEKED).values)
 
 
 def check_datasets(names: Sequence[str], source: str | None, words: Sequence[str]) -> DataReport:
