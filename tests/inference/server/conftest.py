@@ -21,11 +21,17 @@ from trueup.inference.server.settings import Settings  # noqa: E402
 MODEL = "builtin:sql-tiny"
 
 
+def load(settings: Settings, *words: str, model: str = MODEL) -> Served:
+    """In fp32: in bf16 an answer in a batch may be another one, as other shapes round otherwise."""
+    words = (f"model_name_or_path={model}", "bf16=false", *words)
+    return Served(load_config(None, words, verb="infer"), settings)
+
+
 @contextmanager
 def serving(settings: Settings, *words: str, served: Served | None = None) -> Iterator[tuple[str, State]]:
     """(base URL, state) of a server that runs until the block ends."""
     if served is None:
-        served = Served(load_config(None, ["model_name_or_path=" + MODEL, *words], verb="infer"), settings)
+        served = load(settings, *words)
     state = State(settings, served)
     server = make_server(state)
     with listen(settings) as listener:
@@ -44,6 +50,7 @@ def serving(settings: Settings, *words: str, served: Served | None = None) -> It
 def server():
     with serving(Settings(port=0)) as found:
         yield found
+        found[1].served.close()
 
 
 @pytest.fixture(scope="session")
