@@ -52,12 +52,17 @@ def test_version_in_all_its_spellings():
     assert run("version").output == run("--version").output == run("-V").output == f"trueup {__version__}\n"
 
 
-@pytest.mark.parametrize("name", [*LATER, "webui", "webchat"])
+@pytest.mark.parametrize("name", LATER)
 def test_a_verb_to_come_says_what_to_use_until_then(name: str):
     result = run(name, "--model_name_or_path", "x", "--whatever")
     assert result.exit_code == 2
     assert "arrives with" in result.stderr
     assert "until then" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["webui", "webchat"])
+def test_the_studio_has_other_names(name: str):
+    assert main.get_command(click.Context(main), name) is main.commands["web"]
 
 
 def test_env_is_doctor():
@@ -335,7 +340,7 @@ def test_a_terminal_that_cannot_show_a_character_gets_a_stand_in(encoding: str, 
 
 def test_colour_only_where_there_is_a_terminal_that_wants_it():
     for environment in ({}, {"NO_COLOR": "1", "FORCE_COLOR": ""}):
-        assert "\x1b[" not in run_process("web", env=environment).stderr
+        assert "\x1b[" not in run_process("export", env=environment).stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")

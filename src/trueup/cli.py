@@ -31,6 +31,7 @@ from trueup.cli_options import (
     split_source,
 )
 from trueup.cli_serve import serve
+from trueup.cli_web import web
 from trueup.console import Session, console
 from trueup.errors import ConfigError
 from trueup.garbage import importing
@@ -40,22 +41,14 @@ if TYPE_CHECKING:
 
 COMPLETE_VARIABLE = "_TRUEUP_COMPLETE"
 
-_PLAIN_PEFT = "peft's `merge_and_unload()`: what a run saves is a plain peft adapter"
 #: Verbs that users of other tools type and that are still to come: (what it is, what to use now).
-LATER = {
-    "web": (
-        "the studio in a browser",
-        "`trueup train`, `trueup runs` and `report_to: tensorboard`",
-    ),
-    "export": ("merging and exporting models", _PLAIN_PEFT),
-    "merge": ("merging adapters", _PLAIN_PEFT),
-}
+LATER: dict[str, tuple[str, str]] = {}
 
 
 class Program(Verbs):
     """The group of all verbs; every way it can end goes through one `Session`."""
 
-    aliases = {"env": "doctor", "api": "serve", "webui": "web", "webchat": "web"}
+    aliases = {"env": "doctor", "merge": "export", "api": "serve", "webui": "web", "webchat": "web"}
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
         words = list(sys.argv[1:] if args is None else args)
@@ -342,7 +335,9 @@ def init(session: Session, file: Path | None, stage: str, model: str | None, for
         result.text = f"wrote {target}\nnext: trueup check {target}, then trueup train {target}"
 
 
+main.add_command(export)
 main.add_command(serve)
+main.add_command(web)
 main.add_command(data)
 
 

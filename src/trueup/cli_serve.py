@@ -60,7 +60,7 @@ def serve(
 
     only_text(session, "serve")
     settings = Settings(
-        host=host, port=port, key=_key(api_key_file), hosts=hosts, name=name, adapters=_named(adapters),
+        host=host, port=port, key=read_key(api_key_file), hosts=hosts, name=name, adapters=_named(adapters),
         reward_models=reward_models, limits=Limits(slots=slots, queue=queue, deadline=deadline, drain=drain),
     )  # fmt: skip
     cfg = read_config(words, verb="infer")
@@ -72,7 +72,8 @@ def serve(
     start(cfg, settings)
 
 
-def _key(file: Path | None) -> str | None:
+def read_key(file: Path | None) -> str | None:
+    """The token in a file, or in API_KEY. Raises ConfigError."""
     if file is None:
         return os.environ.get("API_KEY") or None
     try:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from trueup.config.schema import RunConfig
-from trueup.errors import ModelError, ResourceError
+from trueup.errors import ModelError
+from trueup.inference.server.listening import base_url, ends_quietly, listen
 from trueup.inference.server.settings import SHORT_KEY, Settings
 
 try:
@@ -50,7 +48,7 @@ def serve(cfg: RunConfig, settings: Settings) -> None:
         else:
             log.info("serving %s on %s", ", ".join(state.served.ids), address(listener))
 
-    with listener, _ends_quietly():
+    with listener, ends_quietly():
         threading.Thread(target=load, name="trueup-load", daemon=True).start()
         try:
             server.run(sockets=[listener])
@@ -81,31 +79,6 @@ def make_server(state: State) -> uvicorn.Server:
     )
 
 
-def listen(settings: Settings) -> socket.socket:
-    """A socket that listens. Raises ResourceError."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=512)
-    except (OSError, OverflowError) as error:
-        raise ResourceError(
-            f"cannot listen on {settings.host}:{settings.port}: {error}", where="--port",
-            fix="another --port; 0 takes any that is free",
-        ) from error  # fmt: skip
-
-
 def address(listener: socket.socket) -> str:
     """The URL that clients are given."""
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-
-
-@contextmanager
-def _ends_quietly() -> Iterator[None]:
-    """uvicorn raises the signal that ended it once more, when all is done; here it has no more to say."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {one: signal.signal(one, lambda *_: None) for one in signals}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    return f"{base_url(listener)}/v1"

@@ -1,0 +1,159 @@
+"""How every chart of the studio looks: colours, fonts, axes and numbers, in one place.
+
+Drawn as SVG with the page's own CSS variables, so that a chart follows the theme without being drawn again. The
+colours are Okabe and Ito's, told apart by people who do not see red and green.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nicegui import ui
+
+#: CSS variables of static/studio.css, which has a value for each theme.
+COLOURS = tuple(f"var(--series-{number})" for number in range(1, 9))
+_INK, _QUIET, _LINE = "var(--ink-2)", "var(--ink-3)", "var(--grid)"
+_FONT = "Inter, system-ui, -apple-system, 'Segoe UI', 'PingFang SC', 'Microsoft YaHei', 'Noto Sans CJK SC', sans-serif"
+Points = Sequence[Sequence[float]]
+
+#: a number in few characters; JavaScript that ECharts calls, the same everywhere. No user text gets in.
+_SHORT = (
+    "v => { const a = Math.abs(v); return a === 0 ? '0' : a >= 1e9 ? +(v/1e9).toPrecision(3) + 'G' "
+    ": a >= 1e6 ? +(v/1e6).toPrecision(3) + 'M' : a >= 1e4 ? +(v/1e3).toPrecision(3) + 'k' "
+    ": a < 1e-3 ? v.toExponential(1).replace('e-0', 'e-') : +v.toPrecision(4) + '' }"
+)
+_SECONDS = (
+    "v => v >= 3600 ? +(v/3600).toPrecision(3) + ' h' : v >= 60 ? +(v/60).toPrecision(3) + ' min' "
+    ": Math.round(v) + ' s'"
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: its name in the legend, its points, its colour's number; `raw` is drawn faintly behind it."""
+
+    name: str
+    points: Points
+    colour: int = 0
+    raw: Points | None = None
+    dashed: bool = False
+    dots: bool = False
+
+
+def lines(
+    curves: Sequence[Line], *, x_label: str = "", y_label: str = "", log: bool = False, x_kind: str = "number",
+    zoom: bool = True, y_range: tuple[float | None, float | None] = (None, None),
+) -> dict[str, Any]:  # fmt: skip
+    """ECharts options of curves over steps, tokens or time (`x_kind="seconds"`)."""
+    series: list[dict[str, Any]] = []
+    for curve in curves:
+        colour = COLOURS[curve.colour % len(COLOURS)]
+        if curve.raw is not None:
+            series.append(_line("", curve.raw, colour, width=1, opacity=0.25, silent=True))
+        series.append(_line(curve.name, curve.points, colour, dashed=curve.dashed, dots=curve.dots))
+    several = sum(bool(one["name"]) for one in series) > 1
+    low, high = y_range
+    return {
+        **_base(),
+        "grid": _grid(top=34 if several else 14, bottom=26 if x_label else 8),
+        "legend": _legend([one["name"] for one in series if one["name"]]) if several else {"show": False},
+        "tooltip": {**_tooltip("axis"), ":valueFormatter": _SHORT},
+        "xAxis": {
+            **_axis(x_label, _SECONDS if x_kind == "seconds" else _SHORT), "type": "value", "min": "dataMin",
+            "max": "dataMax", "nameLocation": "middle", "nameGap": 26, "splitLine": {"show": False},
+        },
+        "yAxis": {
+            **_axis(y_label, _SHORT), "type": "log" if log else "value", "scale": True, "min": low, "max": high,
+            "axisLine": {"show": False}, "axisTick": {"show": False},
+        },
+        "dataZoom": [{"type": "inside", "filterMode": "none", "zoomOnMouseWheel": "shift"}] if zoom else [],
+        "series": series,
+    }  # fmt: skip
+
+
+def bars(
+    names: Sequence[str], values: Sequence[float], *, x_label: str = "", y_label: str = "", colour: int = 0
+) -> dict[str, Any]:
+    """ECharts options of a histogram, or of a few figures side by side."""
+    return {
+        **_base(),
+        "grid": _grid(top=14, bottom=26 if x_label else 8),
+        "tooltip": {**_tooltip("axis"), "axisPointer": {"type": "shadow"}, ":valueFormatter": _SHORT},
+        "xAxis": {
+            **_axis(x_label, None), "type": "category", "data": list(names), "nameLocation": "middle", "nameGap": 26,
+        },
+        "yAxis": {
+            **_axis(y_label, _SHORT), "type": "value", "axisLine": {"show": False}, "axisTick": {"show": False},
+        },
+        "series": [
+            {
+                "type": "bar", "data": list(values), "barCategoryGap": "12%",
+                "itemStyle": {"color": COLOURS[colour % len(COLOURS)], "borderRadius": [3, 3, 0, 0]},
+            }
+        ],
+    }  # fmt: skip
+
+
+def chart(options: dict[str, Any], label: str) -> ui.echart:
+    """A chart on the page; `label` is what a screen reader says."""
+    shown = ui.echart(options, renderer="svg").classes("chart")
+    shown.props["role"], shown.props["aria-label"] = "img", label
+    return shown
+
+
+def update(shown: ui.echart, options: dict[str, Any]) -> None:
+    """New options for a chart that is on the page; nothing is sent if they are the same."""
+    if shown.options != options:
+        shown.options.clear()
+        shown.options.update(options)
+        shown.update()
+
+
+def _line(
+    name: str, points: Points, colour: str, *, width: float = 2, opacity: float = 1.0, dashed: bool = False,
+    dots: bool = False, silent: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "type": "line", "name": name, "data": [list(point) for point in points], "color": colour,
+        "showSymbol": dots or len(points) == 1, "symbol": "circle", "symbolSize": 5, "silent": silent,
+        "lineStyle": {"width": width, "opacity": opacity, "type": "dashed" if dashed else "solid", "color": colour},
+        "itemStyle": {"color": colour}, "emphasis": {"disabled": True}, "z": 1 if silent else 2,
+        **({"tooltip": {"show": False}} if silent else {}),
+    }  # fmt: skip
+
+
+def _base() -> dict[str, Any]:
+    return {
+        "animation": False,
+        "textStyle": {"fontFamily": _FONT, "fontSize": 12, "color": _INK},
+        "aria": {"show": False},
+    }
+
+
+def _grid(*, top: int, bottom: int) -> dict[str, Any]:
+    return {"left": 8, "right": 18, "top": top, "bottom": bottom, "containLabel": True}
+
+
+def _axis(name: str, formatter: str | None) -> dict[str, Any]:
+    label: dict[str, Any] = {"color": _QUIET, "fontSize": 11, "hideOverlap": True}
+    if formatter:
+        label[":formatter"] = formatter
+    return {
+        "name": name, "nameTextStyle": {"color": _QUIET, "fontSize": 11}, "axisLabel": label,
+        "axisLine": {"lineStyle": {"color": _LINE}}, "axisTick": {"lineStyle": {"color": _LINE}, "length": 4},
+        "splitLine": {"lineStyle": {"color": _LINE}}, "splitNumber": 4,
+    }  # fmt: skip
+
+
+def _legend(names: list[str]) -> dict[str, Any]:
+    return {
+        "type": "scroll", "top": 0, "left": 4, "itemWidth": 14, "itemHeight": 3, "icon": "roundRect", "itemGap": 16,
+        "textStyle": {"color": _INK, "fontSize": 12}, "data": names,
+    }  # fmt: skip
+
+
+def _tooltip(trigger: str) -> dict[str, Any]:
+    """Styled by CSS, because it is HTML. Names in it are escaped by ECharts' own formatter."""
+    return {"trigger": trigger, "className": "chart-tip", "confine": True, "renderMode": "html", "borderWidth": 0}

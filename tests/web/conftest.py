@@ -1,0 +1,169 @@
+"""A real studio on a free port, and a real browser that looks at it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nicegui")
+
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright  # noqa: E402
+
+START_SECONDS = 120
+PAGE_MILLISECONDS = int(os.environ.get("STUDIO_TEST_MILLISECONDS", "60000"))
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_QUIET = {"PYTEST_CURRENT_TEST", "NICEGUI_SCREEN_TEST_PORT", "API_KEY"}
+expect.set_options(timeout=PAGE_MILLISECONDS)
+
+
+@dataclass
+class Studio:
+    """A server of its own: `url` to look at, `root` to look into."""
+
+    root: Path
+    words: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    url: str = ""
+    port: int = 0
+    process: subprocess.Popen | None = None
+    said: list[str] = field(default_factory=list)
+
+    def start(self) -> Studio:
+        """Start it, at the port it had before."""
+        command = [
+            sys.executable,
+            "-m",
+            "trueup",
+            "web",
+            "--port",
+            str(self.port),
+            "--root",
+            str(self.root),
+            *self.words,
+        ]
+        kept = {
+            name: value for name, value in os.environ.items() if name not in _QUIET and not name.startswith("PYTEST")
+        }
+        kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **self.environment}
+        self.process = subprocess.Popen(command, env=kept, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+        found = threading.Event()
+        threading.Thread(target=self._listen, args=(self.process, found), daemon=True).start()
+        if not found.wait(START_SECONDS) or not self.url:
+            self.stop()
+            raise AssertionError("the studio did not start:\n" + "".join(self.said))
+        return self
+
+    def _listen(self, process: subprocess.Popen, found: threading.Event) -> None:
+        for line in process.stderr:
+            self.said.append(line)
+            if match := re.search(r"studio is at (http://\S+:(\d+))", line):
+                self.url, self.port = match[1], int(match[2])
+                found.set()
+        found.set()
+
+    def stop(self, *, kill: bool = False) -> None:
+        if self.process is not None:
+            self.process.kill() if kill else self.process.terminate()
+            self.process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def make_studio() -> Iterator:
+    """make_studio(root, *words, **environment): a studio that ends with the tests."""
+    made: list[Studio] = []
+
+    def make(root: Path, *words: str, **environment: str) -> Studio:
+        made.append(Studio(root, words, environment))
+        return made[-1].start()
+
+    yield make
+    for studio in made:
+        studio.stop()
+
+
+@pytest.fixture(scope="session")
+def studio(make_studio, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    """One for all tests that mind their own names in it."""
+    return make_studio(tmp_path_factory.mktemp("studio"))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed (Debian: apt install chromium)")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield started
+        started.close()
+
+
+@dataclass
+class Watch:
+    """What a browser complains of. `allowed`: pieces of complaints that a test expects."""
+
+    host: str
+    found: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
+
+    def watch(self, context: BrowserContext) -> None:
+        context.on("console", self._console)
+        context.on("weberror", lambda error: self.found.append(f"error in the page: {error.error}"))
+        context.on("requestfailed", self._failed)
+        context.on("request", self._request)
+
+    def _console(self, message: ConsoleMessage) -> None:
+        if message.type == "error" or "Content Security Policy" in message.text:
+            self.found.append(f"console: {message.text}")
+
+    def _failed(self, request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # the page was left
+            self.found.append(f"failed: {request.url} {request.failure}")
+
+    def _request(self, request: Request) -> None:
+        if not request.url.startswith((self.host, "data:", "blob:")):
+            self.found.append(f"outside: {request.url}")
+
+    def check(self) -> None:
+        wrong = [text for text in self.found if not any(piece in text for piece in self.allowed)]
+        assert not wrong, "\n".join(wrong)
+
+
+@pytest.fixture
+def make_page(browser: Browser, studio: Studio) -> Iterator:
+    """make_page(studio=…, language="en", theme="light", width=1280): a page of a browser context of its own.
+
+    The test fails if the browser had anything to complain of: an error, a failed request, one to elsewhere.
+    """
+    opened: list[tuple[BrowserContext, Watch]] = []
+
+    def make(at: Studio = studio, language: str = "en", theme: str = "light", width: int = 1280) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        context.set_default_timeout(PAGE_MILLISECONDS)
+        cookies = {"trueup_language": language, "trueup_theme": theme}
+        context.add_cookies([{"name": name, "value": value, "url": at.url} for name, value in cookies.items()])
+        watch = Watch(at.url)
+        watch.watch(context)
+        opened.append((context, watch))
+        page = context.new_page()
+        page.watch = watch  # type: ignore[attr-defined]
+        return page
+
+    yield make
+    for context, _ in opened:
+        context.close()
+    for _, watch in opened:
+        watch.check()
+
+
+@pytest.fixture
+def page(make_page) -> Page:
+    return make_page()
