@@ -21,8 +21,8 @@ WEATHER = {
 }  # fmt: skip
 ASK = [{"role": "user", "content": "Weather in Köln and Oslo?"}]
 CALLS = "".join(
-    f'<tool_call>\n{{"name": "weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>\n' for city in ("Köln", "Oslo")
-)
+    f'<tool_call>\n{{"name": "weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>\n'
+    for city in ("Köln", "Oslo")
 )
 
 
