@@ -79,7 +79,6 @@ LATER: dict[str, str] = {
     "print_param_status": "drop it: the header counts trained weights",
     "quantization_device_map": "drop it: the model is put on one device",
     "infer_dtype": "bf16: true, or fp16: true on a GPU",
-    "vllm_config": "infer_backend: huggingface",
     # data
     "eval_num_beams": "temperature: 0, which takes the likeliest token",
     # tuning
@@ -138,7 +137,10 @@ LATER_VALUES: dict[str, dict[str, str | None]] = {
     "optim": OPTIMISERS,
     "finetuning_type": {"oft": "finetuning_type: lora"},
     "lr_scheduler_type": {"reduce_lr_on_plateau": "cosine", "greedy": "cosine"},
-    "infer_backend": dict.fromkeys(("vllm", "sglang", "ktransformers"), "huggingface"),
+    "infer_backend": {
+        "vllm": "huggingface; vLLM's own server is started by trueup serve --engine vllm",
+        **dict.fromkeys(("sglang", "ktransformers"), "huggingface"),
+    },
     "booster": {"liger": "auto", "flash_attn": "flash_attn: fa2", "none": "auto, or flash_attn: disabled"},
     "train_sampling_strategy": {
         "sequential": "disable_shuffling: true",
