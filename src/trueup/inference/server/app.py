@@ -40,6 +40,11 @@ class State:
             raise busy("the model is still loading")
         return self.served
 
+    def drain(self) -> None:
+        """Take nothing new, and let what is under way end, as long as the settings say."""
+        if self.served is not None and self.served.engine is not None:
+            self.served.engine.close(drain=True, timeout=self.settings.limits.drain)
+
 
 def make_app(state: State) -> ASGIApp:
     """The application, with its guard."""

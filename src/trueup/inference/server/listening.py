@@ -7,6 +7,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
+
 from trueup.errors import ResourceError
 from trueup.inference.server.settings import Settings
 
@@ -17,10 +19,21 @@ def listen(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=512)
     except (OSError, OverflowError) as error:
+        owner = who_listens(settings.port)
         raise ResourceError(
-            f"cannot listen on {settings.host}:{settings.port}: {error}", where="--port",
-            fix="another --port; 0 takes any that is free",
+            f"cannot listen on {settings.host}:{settings.port}: {error}" + (f": {owner}" if owner else ""),
+            where="--port", fix="another --port; 0 takes any that is free",
         ) from error  # fmt: skip
+
+
+def who_listens(port: int) -> str | None:
+    """The process that has a port, as far as this user may see it: `it belongs to nginx (pid 17)`."""
+    try:
+        owners = [one.pid for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.laddr[1] == port]
+        found = next(pid for pid in owners if pid)
+        return f"it belongs to {psutil.Process(found).name()} (pid {found})"
+    except (psutil.Error, OSError, StopIteration):
+        return None
 
 
 def base_url(listener: socket.socket) -> str:

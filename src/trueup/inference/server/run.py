@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from collections.abc import Callable
 
 from trueup.config.schema import RunConfig
 from trueup.errors import ModelError
@@ -25,6 +26,8 @@ except ImportError as error:
 
 log = logging.getLogger("trueup")
 
+LAST_WORDS = 5  # seconds beyond the drain, for answers that were cut short to say so
+
 
 def serve(cfg: RunConfig, settings: Settings) -> None:
     """Listen at once, load, and answer until SIGINT or SIGTERM; then end what is under way, and return.
@@ -35,7 +38,7 @@ def serve(cfg: RunConfig, settings: Settings) -> None:
     if settings.key and len(settings.key) < SHORT_KEY:
         log.warning("the API key has %d characters: a short one can be guessed", len(settings.key))
     state = State(settings)
-    server = make_server(state)
+    server = make_server(state, state.drain)
     listener = listen(settings)
     failed: list[BaseException] = []
 
@@ -59,10 +62,22 @@ def serve(cfg: RunConfig, settings: Settings) -> None:
         raise failed[0]
 
 
-def make_server(state: State) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn's, which says when its end begins: connections are then taken no more, and answers go on."""
+
+    def __init__(self, config: uvicorn.Config, ending: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ending = ending
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        threading.Thread(target=self._ending, name="trueup-drain", daemon=True).start()
+        await super().shutdown(sockets)
+
+
+def make_server(state: State, ending: Callable[[], None] = lambda: None) -> Server:
     """uvicorn, with our limits and without its chatter: requests are not logged."""
     limits = state.settings.limits
-    return uvicorn.Server(
+    return Server(
         uvicorn.Config(
             make_app(state),
             http="h11",
@@ -74,8 +89,9 @@ def make_server(state: State) -> uvicorn.Server:
             server_header=False,
             proxy_headers=False,
             h11_max_incomplete_event_size=limits.headers,
-            timeout_graceful_shutdown=max(int(limits.drain), 1),
-        )  # fmt: skip
+            timeout_graceful_shutdown=int(limits.drain) + LAST_WORDS,
+        ),
+        ending,
     )
 
 
