@@ -15,6 +15,7 @@ from click.shell_completion import get_completion_class, shell_complete
 
 from trueup import __version__
 from trueup.cli_data import data
+from trueup.cli_export import export
 from trueup.cli_options import (
     CONFIG_SUFFIXES,
     CONTEXT,
@@ -72,8 +73,9 @@ class Program(Verbs):
             ("Verbs", now),
             ("To come", {name: what for name, (what, _) in LATER.items()}),
         ):
-            with formatter.section(title):
-                formatter.write_dl(list(verbs.items()))
+            if verbs:
+                with formatter.section(title):
+                    formatter.write_dl(list(verbs.items()))
 
 
 @click.group(

@@ -1,5 +1,5 @@
 """README.md of a trained model: what it is, from what, how, and how well, with the front matter
-hubs read.
+hubs read. What other cards have in common with it is here too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import yaml
 from trueup.training.events import Ended, Event
 from trueup.training.run_directory import RunDirectory, read_metrics
 
-_METHODS = {
+METHODS = {
     "pt": "pre-training",
     "sft": "supervised fine-tuning",
     "rm": "reward modelling",
@@ -21,7 +21,7 @@ _METHODS = {
     "kto": "Kahneman-Tversky optimisation",
     "ppo": "proximal policy optimisation",
 }
-_HYPERPARAMETERS = (
+HYPERPARAMETERS = (
     "learning_rate lr_scheduler_type warmup_ratio warmup_steps num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps optim weight_decay max_grad_norm seed "
     "cutoff_len lora_rank lora_alpha lora_target pref_beta pref_loss pref_ftx"
@@ -41,15 +41,15 @@ def model_card(directory: Path, config: Mapping[str, Any], results: Mapping[str,
         "pipeline_tag": "text-classification" if stage == "rm" else "text-generation",
         "tags": [tag for tag in ("trueup", stage, config.get("finetuning_type")) if tag],
     }
-    method = _METHODS.get(stage, stage or "training")
+    method = METHODS.get(stage, stage or "training")
     kind = "An adapter for" if adapter else "Trained from"
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
         f"# {directory.name}",
         f"{kind} `{base}`, made with trueup by {method} "
         f"on {', '.join(f'`{name}`' for name in datasets) or 'data that the run does not name'}.",
-        "## Results\n" + _table(results, "metric"),
-        "## Hyper-parameters\n" + _table({k: config[k] for k in _HYPERPARAMETERS.split() if config.get(k)}, "key"),
+        "## Results\n" + table(results, "metric"),
+        "## Hyper-parameters\n" + table({k: config[k] for k in HYPERPARAMETERS.split() if config.get(k)}, "key"),
         "Everything else is in `run.yaml`, `environment.json` and `metrics.jsonl`.",
     ]
     parts += [f"![{name}]({name})" for name in pictures]
@@ -78,7 +78,8 @@ class ModelCard:
         self.run.write_text("README.md", text)
 
 
-def _table(values: Mapping[str, Any], heading: str) -> str:
+def table(values: Mapping[str, Any], heading: str) -> str:
+    """Two columns of Markdown: names under `heading`, and their values."""
     rows = [f"| {key} | {_short(value)} |" for key, value in values.items()]
     return "\n".join([f"| {heading} | value |", "|---|---|", *rows])
 
