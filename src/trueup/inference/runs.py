@@ -65,7 +65,7 @@ def find_runs(directory: Path) -> list[Run]:
             where="runs",
             fix="name the directory that holds your runs, or one run: trueup runs DIRECTORY",
         )
-    found = [read_run(path) for path in _run_directories(directory)]
+    found = [read_run(path) for path in run_directories(directory)]
     return sorted(found, key=lambda run: run.touched, reverse=True)
 
 
@@ -162,7 +162,7 @@ def age(seconds: float) -> str:
     return f"{max(0, int(seconds))}s"
 
 
-def _run_directories(directory: Path) -> Iterator[Path]:
+def run_directories(directory: Path) -> Iterator[Path]:
     """Directories with a run's files. What is inside a run (checkpoints, logs) is not searched."""
     base = len(directory.parts)
     for folder, children, files in os.walk(directory):

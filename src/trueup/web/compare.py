@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def best(metrics: Mapping[str, Mapping[str, float]]) -> tuple[str, str] | None:
     """(run, metric) of the best run by the first metric that at least two of them report; None if there is none."""
     for metric, more_is_better in JUDGED_BY:
-        found = {run: row[metric] for run, row in metrics.items() if row.get(metric) == row.get(metric, "")}
+        found = {run: row[metric] for run, row in metrics.items() if math.isfinite(row.get(metric, math.nan))}
         if len(found) > 1:
             choose = max if more_is_better else min
             return choose(found, key=lambda run: found[run]), metric

@@ -19,6 +19,7 @@ POINTS = 800  # of a curve on a screen
 _MOST_FILES = 32
 _NAN = math.nan
 _AXES = {"step": "step", "time": "time", "tokens": "num_tokens", "epoch": "epoch"}
+AXIS_COLUMNS = frozenset(_AXES.values())  # say where a row stands, and are no curves
 
 
 class Table:
