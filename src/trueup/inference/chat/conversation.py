@@ -11,6 +11,7 @@ from pathlib import Path
 from trueup.data.examples import Message
 from trueup.data.rendering import TemplateRefusal
 from trueup.errors import UserError
+from trueup.inference.chat.critics import Critic
 from trueup.inference.chat.pairs import PairFile
 from trueup.inference.chat.screen import Coming, Screen
 from trueup.inference.chat.settings import changed, shown
@@ -138,22 +139,23 @@ class Conversation:
 
     def _list(self) -> None:
         """The answers by number, with what they are worth."""
-        critics = [side.critic for side in self.sides if side.critic]
-        rows = []
-        columns = [self._worth(critic) for critic in critics]
-        for number, one in enumerate(self.candidates, 1):
-            worth = [column[number - 1] for column in columns]
-            rows.append((str(number), one.side.name, *worth))
+        critics = {side.name: side.critic for side in self.sides if side.critic}
+        columns = [self._worth(critic) for critic in critics.values()]
+        rows = [
+            (str(number), one.side.name, *(column[number - 1] for column in columns))
+            for number, one in enumerate(self.candidates, 1)
+        ]
         if not critics:
             if self.screen.console.is_terminal:
-                self.screen.say(" · ".join(f"{row[0]} {row[1]}" for row in rows))
+                self.screen.say(" · ".join(f"{number} {name}" for number, name in rows))
             return
-        for critic in critics:
-            name = f"{critic.name}: " if len(critics) > 1 else ""
-            self.screen.say(f"rewards: {name}β·(log π − log π_ref), β {critic.beta:g}, against {critic.against}")
-        self.screen.table([("", "", *(critic.name for critic in critics)), *rows])
+        for name, critic in critics.items():
+            self.screen.say(
+                f"rewards: by {name}, β·(log π − log π_ref), β {critic.beta:g}, against {critic.against}"
+            )  # fmt: skip
+        self.screen.table([("", "", *critics), *rows] if len(critics) > 1 else rows)
 
-    def _worth(self, critic) -> list[str]:
+    def _worth(self, critic: Critic) -> list[str]:
         """A critic's reward of each candidate."""
         found = []
         for one in self.candidates:

@@ -21,7 +21,6 @@ class Critic:
         against: what the reference is, in words.
     """
 
-    name: str
     engine: Engine
     template: ChatTemplate
     voice: str | None

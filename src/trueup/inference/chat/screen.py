@@ -111,7 +111,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A remark of the program's."""
-        self.console.print(Text(text, style="dim"))
+        self.console.print(Text(text, style="dim"), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A remark that is no part of what a pipe carries on."""
@@ -206,24 +206,22 @@ class _Shown:
             self._said = len(split.said)
 
     def _think(self, split: Split) -> None:
-        terminal = self.screen.console.is_terminal
+        """A thought has lines of its own: one, or all of them."""
+        console = self.screen.console
+        if not self._thought:
+            console.file.write("\n")
         if self.screen.unfolded:
-            if new := split.thought[self._thought :]:
-                self.screen.console.print(Text(new.translate(_CONTROLS), style="dim"), end="", soft_wrap=True)
-                self._thought = len(split.thought)
-        elif terminal and split.thinking:
-            if not self._thought:
-                self.screen.console.print(Text("(thinking …)", style="dim"), end="")
-                self._thought = 1
-            self.screen.console.file.flush()
+            console.print(Text(split.thought[self._thought :].translate(_CONTROLS), style="dim"), end="")
+        elif console.is_terminal:  # one line, written over as it grows
+            console.file.write("\r\033[2K")
+            console.print(Text(folded(split.thought, split.thinking), style="dim"), end="")
+        elif not split.thinking:
+            console.print(folded(split.thought, False), end="")
+        console.file.flush()
+        self._thought = len(split.thought)
         if not split.thinking:
             self._closed = True
-            if not self.screen.unfolded:
-                if self._thought:  # in the place of what stands there
-                    self.screen.console.file.write("\r\033[2K")
-                self.screen.console.print(Text(folded(split.thought, False), style="dim"))
-            else:
-                self.screen.console.print("\n")
+            console.file.write("\n")
 
 
 def folded(thought: str, thinking: bool) -> str:

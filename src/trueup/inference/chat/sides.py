@@ -199,7 +199,7 @@ class _Crew:
             reference, against = f"start {house.critics}", " + ".join(map(_short, before))
             house.engine.attach(reference, before)
         assert side.template is not None
-        return Critic(side.name, house.engine, side.template, side.voice, reference, float(beta), against)
+        return Critic(house.engine, side.template, side.voice, reference, float(beta), against)
 
     def _starts_of(self, record: dict[str, Any], house: _House) -> list[str]:
         """The adapters that a run started from, or its `ref_model_adapters`; none, if its reference is the base."""
