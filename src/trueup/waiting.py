@@ -22,10 +22,12 @@ _LINE_SECONDS = 30.0  # between two lines
 
 
 @contextmanager
-def waiting(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show how far `what` has come: the block calls what it is given with the number of `unit` done so far."""
+def waiting(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    """Show how far `what` has come: the block calls what it is given with the number of `unit` done so far, and with
+    a few words more if there is something else to show.
+    """
     if os.environ.get("RANK", "0") != "0":
-        yield lambda done: None
+        yield lambda done, more="": None
         return
     shown = _Bar(what, total, unit) if sys.stderr.isatty() else _Lines(what, total, unit)
     try:
@@ -44,13 +46,14 @@ class _Lines:
         self.done = 0
         self.said = False
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, done: int, more: str = "") -> None:
         self.done = done
         now = time.monotonic()
         if now < self.next or done >= self.total:
             return
         left = timedelta(seconds=round((now - self.begun) / max(done, 1) * (self.total - done)))
-        log.info("%s: %s of %s %s, %s left", self.what, f"{done:,}", f"{self.total:,}", self.unit, left)
+        more = f", {more}" if more else ""
+        log.info("%s: %s of %s %s, %s left%s", self.what, f"{done:,}", f"{self.total:,}", self.unit, left, more)
         self.next = now + _LINE_SECONDS
         self.said = True
 
@@ -68,12 +71,12 @@ class _Bar:
         self.begun = time.monotonic()
         self.bar: Any = None
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, done: int, more: str = "") -> None:
         if self.bar is None:
             if time.monotonic() - self.begun < _BAR_AFTER_SECONDS:
                 return
             self.bar = self._start()
-        self.bar.update(self.task, completed=done)
+        self.bar.update(self.task, completed=done, description=f"{self.what} {more}".rstrip())
 
     def _start(self) -> Any:
         from rich.console import Console

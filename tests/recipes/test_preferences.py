@@ -224,6 +224,19 @@ def test_a_judge_compares_in_both_orders(made):
         assert len(server.requests) == 2 * told["comparisons"]  # nothing was asked twice
 
 
+def test_what_a_judge_costs_is_told_in_money(made):
+    with serving(lambda request, number: verdict(request)) as server:
+        report = made(**JUDGED, judge_model=server.url, judge_price="20000,0")
+        assert report.spent["judge"]["cost"] == pytest.approx(0.14 * len(server.requests))
+        assert f"out: {0.14 * len(server.requests):,.2f}, in this run" in report.render()
+        assert made(**JUDGED, judge_model=server.url, judge_price="20000,0").spent["judge"]["cost"] == 0
+
+
+def test_a_price_is_two_numbers(made):
+    with pytest.raises(ConfigError, match="a price is two numbers"):
+        made(**JUDGED, judge_model="http://127.0.0.1:1#judge", judge_price="3")
+
+
 def test_a_judge_that_goes_by_place_decides_nothing(made):
     with serving(lambda *_: '{"better": "A"}') as server, pytest.raises(ResourceError, match="tie"):
         made(**JUDGED, judge_model=server.url)

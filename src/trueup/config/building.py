@@ -33,7 +33,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("temperature top_p top_k max_new_tokens", {}),
     ("bf16 fp16 seed output_dir on_unused_keys", {}),
     ("judge_model judge_mode judge_rubric judge_max_tokens", {"rank_by": ("judge",)}),
-    ("judge_key_env", {"rank_by": ("judge",), "judge_model": SET}),
+    ("judge_key_env judge_price", {"rank_by": ("judge",), "judge_model": SET}),
     (" ".join(_RULE_KEYS), {"rank_by": ("scores",)}),
     ("rule_sql_schema", {"rule_format": ("sql",)}),
     ("reward_funcs reward_model reward_weights", {"rank_by": ("scores",)}),
@@ -41,7 +41,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("reward_model_adapters reward_model_type", {"reward_model": SET}),
     ("ref_model", {"rank_by": ("logps",)}),
     ("ref_model_adapters", {"ref_model": SET}),
-    ("sample_key_env", {"sample_from": SET}),
+    ("sample_key_env sample_price", {"sample_from": SET}),
 ]
 #: keys that say what models of this machine see: idle where endpoints do everything.
 _LOCAL_KEYS = frozenset(words("cutoff_len template tool_format enable_thinking preserve_thinking"))
@@ -209,16 +209,22 @@ RULES = [
         "write URL#MODEL, for example http://127.0.0.1:8000/v1#qwen",
     ),
     Rule(
-        ("sample_key_env", "sample_from"),
-        lambda c: c.sample_key_env and c.sample_from and not any(map(is_url, c.sample_from)),
-        "`sample_key_env` has no effect: no endpoint is in `sample_from`",
+        ("sample_key_env", "sample_price", "sample_from"),
+        lambda c: (c.sample_key_env or c.sample_price) and c.sample_from and not any(map(is_url, c.sample_from)),
+        "`sample_key_env` and `sample_price` have no effect: no endpoint is in `sample_from`",
         "drop it",
     ),
     Rule(
-        ("judge_key_env", "judge_model"),
-        lambda c: c.judge_key_env and c.judge_model and not is_url(c.judge_model),
-        "`judge_key_env` has no effect: `judge_model` is no endpoint",
+        ("judge_key_env", "judge_price", "judge_model"),
+        lambda c: (c.judge_key_env or c.judge_price) and c.judge_model and not is_url(c.judge_model),
+        "`judge_key_env` and `judge_price` have no effect: `judge_model` is no endpoint",
         "drop it",
+    ),
+    Rule(
+        ("judge_price", "sample_price"),
+        lambda c: any(price and (len(price) != 2 or min(price) < 0) for price in (c.judge_price, c.sample_price)),
+        "a price is two numbers, what a million tokens cost that are read, and that are written",
+        "write judge_price: [2.5, 10]",
     ),
     Rule(
         ("request_timeout", "request_tries", "requests_at_once", "request_options"),

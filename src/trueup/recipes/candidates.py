@@ -225,7 +225,8 @@ class EndpointSource:
 
     def __init__(self, cfg: RunConfig, name: str, journal: Journal) -> None:
         self.cfg, self.journal = cfg, journal
-        self.endpoint = make_endpoint(cfg, name, cfg.build.sample_key_env, "sample_from")
+        build = cfg.build
+        self.endpoint = make_endpoint(cfg, name, build.sample_key_env, "sample_from", build.sample_price)
         self.num_answers = cfg.online.num_generations or 1
         g = cfg.generate
         self.fields = {"temperature": g.temperature, "max_tokens": g.max_new_tokens}
@@ -245,7 +246,7 @@ class EndpointSource:
                     tokens = found.completion_tokens or None
                     value = {"text": found.text, "ended": found.ended, "tokens": tokens}
                     self.journal.put(self._keys(question)[index], value)
-                tell(done)
+                tell(done, self.endpoint.spent.in_words())
 
     def _ask(self, task: tuple[Question, int]) -> Reply:
         question, index = task
@@ -278,12 +279,12 @@ def readable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "").strip()
 
 
-def make_endpoint(cfg: RunConfig, name: str, key_env: str | None, where: str) -> Endpoint:
+def make_endpoint(cfg: RunConfig, name: str, key_env: str | None, where: str, price: Sequence[float] = ()) -> Endpoint:
     """The endpoint of a URL#MODEL, as patient as the config says."""
     build = cfg.build
     return Endpoint(
         name, key_env=key_env, seconds=build.request_timeout, tries=build.request_tries,
-        options=build.request_options, where=where,
+        options=build.request_options, where=where, price=price,
     )  # fmt: skip
 
 

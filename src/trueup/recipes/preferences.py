@@ -23,6 +23,7 @@ from trueup.recipes.candidates import EndpointSource, Losses, Question, Source, 
 from trueup.recipes.journal import Journal
 from trueup.recipes.pairing import ENTRIES, Row, Scored, choose, differing, lengths_of
 from trueup.recipes.rankers import Contest, Ranker, make_ranker
+from trueup.rollout.endpoint import money
 from trueup.training import durable
 from trueup.training.run_files import RUN_FILE
 from trueup.training.run_lock import RunLock
@@ -106,7 +107,7 @@ class BuildReport:
                          f"{self.ranked_by['decided_by_place']:,} decided by place: ties")  # fmt: skip
         lines += [
             f"cost      {who}: {s['requests']:,} requests ({s['retries']:,} again), {s['prompt_tokens']:,} tokens in, "
-            f"{s['completion_tokens']:,} out, in this run"
+            f"{s['completion_tokens']:,} out{_price(s.get('cost'))}, in this run"
             for who, s in self.spent.items()
         ]
         lines.append(f"wrote     {self.rows:,} {self.format.replace('_', ' ')} to {self.output}")
@@ -248,7 +249,11 @@ def _rows(cfg: RunConfig, contests: Sequence[Contest], ranker: Ranker, report: B
     return rows
 
 
-def _spent(sources: Sequence[Source], judge: dict[str, int] | None) -> dict[str, Any]:
+def _price(cost: float | None) -> str:
+    return "" if cost is None else f": {money(cost)}"
+
+
+def _spent(sources: Sequence[Source], judge: dict[str, Any] | None) -> dict[str, Any]:
     """What the endpoints were asked in this run, by their names."""
     spent = {s.endpoint.model: s.endpoint.spent.to_dict() for s in sources if isinstance(s, EndpointSource)}
     return spent | ({"judge": judge} if judge else {})

@@ -46,7 +46,7 @@ from trueup.recipes.verdicts import (
     read_verdict,
     win_shares,
 )
-from trueup.rollout.endpoint import Unanswered, ask_all
+from trueup.rollout.endpoint import Endpoint, Unanswered, ask_all
 from trueup.rollout.engines import Engine, Sampling
 from trueup.rollout.rewards import Answered, Workers
 from trueup.rollout.rules import Rules, is_sql
@@ -329,9 +329,9 @@ class JudgeRanker:
         self.pairwise = build.judge_mode == "pairs"
         self.read = read_verdict if self.pairwise else read_score
         self.name = str(build.judge_model)
-        asks_url = is_url(self.name)
-        self.endpoint = make_endpoint(self.cfg, self.name, build.judge_key_env, "judge_model") if asks_url else None
-        if self.endpoint is not None:
+        self.endpoint: Endpoint | None = None
+        if is_url(self.name):
+            self.endpoint = make_endpoint(self.cfg, self.name, build.judge_key_env, "judge_model", build.judge_price)
             self.identity = self.endpoint.identity
         else:
             self.local = self.cfg.replace(
@@ -398,7 +398,7 @@ class JudgeRanker:
                     self.failed[task.key] = str(found)
                 else:
                     self.journal.put(task.key, found)
-                tell(done)
+                tell(done, endpoint.spent.in_words())
 
     def _ask_local(self, tasks: Sequence[_Task]) -> None:
         """Groups whole, as `LocalSource` draws them; what cannot be read is drawn again, with chance and a seed."""

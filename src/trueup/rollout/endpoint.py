@@ -54,12 +54,13 @@ class Reply:
 
 @dataclass
 class Spent:
-    """What an endpoint was asked in this run."""
+    """What an endpoint was asked in this run; `price`: of a million tokens, read and written."""
 
     requests: int = 0
     retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    price: tuple[float, float] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, **amounts: int) -> None:
@@ -67,8 +68,26 @@ class Spent:
             for name, amount in amounts.items():
                 setattr(self, name, getattr(self, name) + amount)
 
-    def to_dict(self) -> dict[str, int]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+    @property
+    def cost(self) -> float | None:
+        """In the price's money, as far as the endpoint counts its tokens; None without a price."""
+        if self.price is None:
+            return None
+        read, written = self.price
+        return (self.prompt_tokens * read + self.completion_tokens * written) / 1e6
+
+    def in_words(self) -> str:
+        """ "0.42 spent", or nothing where there is no price."""
+        return "" if self.cost is None else f"{money(self.cost)} spent"
+
+    def to_dict(self) -> dict[str, Any]:
+        told = {name: value for name, value in vars(self).items() if not name.startswith("_") and value is not None}
+        return told if self.cost is None else {**told, "cost": self.cost}
+
+
+def money(cost: float) -> str:
+    """Two places, and more where little was spent."""
+    return f"{cost:,.2f}" if cost >= 0.1 or not cost else f"{cost:.2g}"
 
 
 class Endpoint:
@@ -79,6 +98,7 @@ class Endpoint:
         key_env: environment variable with the API key, if it takes one.
         options: further fields of every request; None drops one of ours.
         where: the config's key that named it, for messages.
+        price: what a million tokens cost, read and written.
 
     Raises:
         ConfigError: the variable is not set, or the name has no model.
@@ -93,6 +113,7 @@ class Endpoint:
         tries: int = 5,
         options: Mapping[str, Any] | None = None,
         where: str = "judge_model",
+        price: Sequence[float] = (),
     ) -> None:
         url, _, self.model = name.partition("#")
         url, _, self._query = url.partition("?")  # some want a version there; it may hold what is not to be told
@@ -103,7 +124,7 @@ class Endpoint:
             raise ConfigError(f"{name} names no model", where=where, expected="URL#MODEL")
         self.key_env, self.seconds, self.tries, self.where = key_env, seconds, tries, where
         self.options = dict(options or {})
-        self.spent = Spent()
+        self.spent = Spent(price=(price[0], price[1]) if price else None)
         self._opener = urllib.request.build_opener(_NoRedirect)
         if key_env:
             _check_key(key_env, self.url, where)

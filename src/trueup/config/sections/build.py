@@ -14,6 +14,7 @@ from trueup.config.values import (
     Names,
     NonNegative,
     NonNegativeFloat,
+    Numbers,
     Patterns,
     Positive,
     PositiveFloat,
@@ -28,6 +29,8 @@ class BuildSection(Section):
     model_name_or_path with its adapters."""
     sample_key_env: str | None = None
     """Environment variable that holds the API key of the endpoints in sample_from."""
+    sample_price: Numbers = []
+    """What a million tokens cost at the endpoints in sample_from, read and written (2.5,10): the cost is then shown."""
 
     # who ranks
     rank_by: Annotated[Literal["judge", "scores", "logps"], Lower] | None = None
@@ -37,6 +40,8 @@ class BuildSection(Section):
     """The judge: a model's directory or hub id, or URL#MODEL of an OpenAI-compatible endpoint."""
     judge_key_env: str | None = None
     """Environment variable that holds the API key of judge_model."""
+    judge_price: Numbers = []
+    """What a million tokens cost at judge_model, read and written (2.5,10): the cost is then shown, in that money."""
     judge_mode: Annotated[Literal["pairs", "scores"], Lower] = "pairs"
     """What the judge is asked: which of two answers is better, in both orders (pairs), or a score for each."""
     judge_rubric: str | None = None
