@@ -31,7 +31,7 @@ class Client(threading.Thread):
         super().__init__(daemon=True)
         self.engine, self.prompt, self.seconds = engine, prompt, seconds
         self.random = random.Random(number)
-        self.answers, self.cancelled, self.slowest_cancel = 0, 0, 0.0
+        self.answers, self.cancels = 0, list[float]()
         self.failure: BaseException | None = None
 
     def run(self) -> None:
@@ -55,9 +55,8 @@ class Client(threading.Thread):
             if leave:
                 asked = time.monotonic()
                 generation.cancel()
-                assert generation.wait(5)
-                self.slowest_cancel = max(self.slowest_cancel, time.monotonic() - asked)
-                self.cancelled += 1
+                assert generation.wait(60)
+                self.cancels.append(time.monotonic() - asked)
                 return
         self.answers += 1
 
@@ -115,11 +114,11 @@ def test_32_clients_for_5_minutes_leak_nothing_and_get_4_times_the_tokens():
     engine, clients, memory = soak(300.0)
     engine.close()
     early, late = max(memory[len(memory) // 5 : 2 * len(memory) // 5]), max(memory[-len(memory) // 5 :])
-    slowest = max(client.slowest_cancel for client in clients)
+    cancels = sorted(seconds for client in clients for seconds in client.cancels)
     print(f"\n{alone:.0f} tokens/s alone, {together:.0f} with {CLIENTS}: {together / alone:.1f} times")
-    answers, cancelled = (sum(getattr(client, name) for client in clients) for name in ("answers", "cancelled"))
-    print(f"{answers} answers; {cancelled} cancelled, the slowest after {slowest:.2f} s")
+    answers, middle = sum(client.answers for client in clients), cancels[len(cancels) // 2]
+    print(f"{answers} answers; {len(cancels)} cancelled, half within {middle:.3f} s, all within {cancels[-1]:.2f} s")
     print(f"memory {early / 2**20:.0f} → {late / 2**20:.0f} MiB")
     assert together >= 4 * alone
-    assert slowest < 1.0
+    assert cancels[-1] < 1.0
     assert late - early < 24 << 20

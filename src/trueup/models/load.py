@@ -28,6 +28,7 @@ from trueup.garbage import no_collection
 from trueup.models import quantise
 from trueup.models.adapters import Adapters, attach_frozen, attach_lora, merge_adapters
 from trueup.models.allocator import keep_memory
+from trueup.models.config_code import refuse_code
 from trueup.models.fused import fuse
 from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
@@ -100,11 +101,10 @@ def read_model_config(
     if memory.is_name(location):
         return memory.held(location, key).base.config
     access = hub_access(model)
+    common = dict(revision=access.revision, token=access.token, cache_dir=access.cache_dir)
     try:
-        return AutoConfig.from_pretrained(
-            location, revision=access.revision, token=access.token, cache_dir=access.cache_dir,
-            trust_remote_code=model.trust_remote_code,
-        )  # fmt: skip
+        refuse_code(location, name, key, model.trust_remote_code, **common)
+        return AutoConfig.from_pretrained(location, trust_remote_code=model.trust_remote_code, **common)
     except (OSError, ValueError) as error:
         raise unreachable(name, access, error, key) from error
 
@@ -134,9 +134,10 @@ def load_base(
         keep_memory()
     if memory.is_name(location):
         return memory.held(location, "model_name_or_path").lend(device, dtype, kind.auto_class, location).eval()
-    common = dict(revision=access.revision, token=access.token, cache_dir=access.cache_dir,
-                  trust_remote_code=model.trust_remote_code)  # fmt: skip
+    of_hub = dict(revision=access.revision, token=access.token, cache_dir=access.cache_dir)
+    common = dict(**of_hub, trust_remote_code=model.trust_remote_code)
     try:
+        refuse_code(location, name or location, "model_name_or_path", model.trust_remote_code, **of_hub)
         config = AutoConfig.from_pretrained(location, **common)
         kind.prepare(config)
         asked = model if quantised else model.model_copy(update={"quantization_bit": None})
