@@ -81,6 +81,8 @@ class Notices(logging.Handler):
         self._level = self.logger.level
         self.logger.setLevel(logging.INFO)
         self.logger.addHandler(self)
+        # Warns, wherever it is installed, of a faster kernel that it would fetch from a hub.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return self
 
     def __exit__(self, *exception: object) -> None:

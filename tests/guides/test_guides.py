@@ -22,7 +22,6 @@ from tests.guides.conftest import (
     register,
     sentences,
     succeed,
-    trueup,
     write_json,
     write_lines,
 )
@@ -441,31 +440,6 @@ def test_g4_on_four_bits(work: Path, words: str):
     g4_data()
     result = succeed(f"{G4_SFT.replace('./pretrain_output', './Qwen2.5-7B')} --max_steps 1 {words}")
     assert "4-bit weights (bitsandbytes nf4, constants too)" in result.stdout
-
-
-# --- what is for later ---------------------------------------------------------------------------
-
-LATER = {
-    "G4 export": (
-        "export --model_name_or_path ./Qwen2.5-7B --adapter_name_or_path ./dpo_output --finetuning_type lora "
-        "--export_dir ./merged_model --export_size 2 --export_legacy_format False",
-        "trueup export",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("line", "what"), LATER.values(), ids=LATER)
-def test_lines_for_later_name_an_alternative_and_write_nothing(work: Path, line: str, what: str):
-    g4_data()
-    g3_config()
-    before = files(work)
-    result = trueup(line)
-    assert result.exit_code == 2, result.output
-    assert "not supported yet" in result.stderr or "arrives with" in result.stderr
-    assert f"`{what}" in result.stderr
-    assert "fix: " in result.stderr
-    assert len(result.stderr.splitlines()) <= 24
-    assert files(work) == before
 
 
 # --- sample sets by name -------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from trueup.config.schema import ModelSection, TrainSection
 from trueup.errors import ModelError
@@ -35,3 +37,14 @@ def model_type(model: ModelSection) -> str:
     """What transformers calls the architecture ("qwen2")."""
     name, location, _ = resolve_model(model.model_name_or_path, model.adapter_name_or_path, hub_access(model))
     return read_model_config(location, model, name).model_type
+
+
+def tidy_generation(base: PreTrainedModel, stop_ids: Sequence[int]) -> None:
+    """Generation settings that stop where answers end, and that transformers will agree to save."""
+    settings = base.generation_config or GenerationConfig()
+    settings.eos_token_id = list(stop_ids)
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # some published models set a temperature beside do_sample: false, and saving would refuse it
+        settings.do_sample = True
+    base.generation_config = settings

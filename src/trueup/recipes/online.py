@@ -15,6 +15,7 @@ from trueup.data.encode import Prepared, prepare
 from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError
 from trueup.models.load import Loaded, load_for_evaluation, load_frozen, load_policy, load_tokenizer
+from trueup.models.plain import tidy_generation
 from trueup.models.reference import LiveReference
 from trueup.recipes.batches import answered_tokens, in_layout, plan_batches
 from trueup.recipes.collector import Collector
@@ -25,7 +26,6 @@ from trueup.recipes.learners import make_learner
 from trueup.recipes.offline import RunResult, fit_activations, open_directory, running, stop_at_warnings
 from trueup.recipes.online_program import OnlineProgram
 from trueup.recipes.predict import make_predictor, predict
-from trueup.recipes.program import tidy_generation
 from trueup.recipes.prompts import PromptRows, check_prompts
 from trueup.recipes.references import check_reference, reference_section
 from trueup.recipes.reported import check_metric

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trueup.config.methods import stage_kind
 from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset, Prepared
 from trueup.data.forest import BatchPlan
 from trueup.models.load import Loaded
+from trueup.models.plain import tidy_generation
 from trueup.models.policy import Policy
 from trueup.models.reward import RewardModel
 from trueup.recipes.batches import Batch, eval_batches
@@ -148,14 +149,3 @@ class OfflineProgram:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.feed.load_state_dict(state)
         self.lesson.load_state_dict({key: value for key, value in state.items() if key != "stream"})
-
-
-def tidy_generation(base: PreTrainedModel, stop_ids: Sequence[int]) -> None:
-    """Generation settings that stop where answers end, and that transformers will agree to save."""
-    settings = base.generation_config or GenerationConfig()
-    settings.eos_token_id = list(stop_ids)
-    try:
-        settings.validate(strict=True)
-    except ValueError:  # some published models set a temperature beside do_sample: false, and saving would refuse it
-        settings.do_sample = True
-    base.generation_config = settings

@@ -28,9 +28,9 @@ from trueup.inference.export.plan import Plan, make_plan
 from trueup.inference.export.probe import Difference, Rows, ask, difference, probe_rows
 from trueup.inference.export.stage import staged
 from trueup.models.merging import cast, fold, load_beside, load_gguf, load_written, round_weights
+from trueup.models.plain import tidy_generation
 from trueup.models.requantise import quantise_awq, quantise_bitsandbytes, quantise_gptq
 from trueup.models.reward import HEAD, RewardModel, check_trained
-from trueup.recipes.program import tidy_generation
 from trueup.training import durable
 
 log = logging.getLogger("trueup")
