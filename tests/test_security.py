@@ -31,11 +31,7 @@ FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shel
 FORBIDDEN_ARGUMENTS = {("shell", True), ("allow_pickle", True), ("trust_remote_code", True)}
 #: Only these may turn a name into a model or tokenizer: they alone decide what is trusted.
 LOADERS = {"models"}
-EXCEPTIONS = {
-    "builtin/build.py",  # loads only the model it has just made
-    "inference/model.py",  # reads the settings of an adapter that the model layer has found
-    "trl/trainers.py", "unsloth.py",  # adapters and models that a run has just written, or the model layer has loaded
-}  # fmt: skip
+EXCEPTIONS = {"builtin/build.py"}  # loads only the model it has just made
 LOADER_CLASSES = (
     "AutoModel",
     "AutoTokenizer",
