@@ -127,7 +127,7 @@ def test_g5_orpo_and_kto(bare: Path):
 def test_g5_four_bits_are_four_bits(bare: Path):
     pytest.importorskip("bitsandbytes")
     model, _ = FastLanguageModel.from_pretrained(G5, max_seq_length=2048, load_in_4bit=True)
-    assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    assert any("Linear4bit" in type(module).__name__ for module in model.modules())
 
 
 def test_unsloths_arguments_that_cannot_be_honoured_are_refused(bare: Path):
