@@ -13,6 +13,8 @@ from rich.console import Console
 
 import trueup
 from tests.inference.test_chat import adapter_dir, config, model_dir, talk  # noqa: F401
+from tests.rollout.judge_server import Status, serving
+from tests.rollout.test_other_engines import events
 from trueup.config.load import load_config
 from trueup.data.load import load_examples_for
 from trueup.inference.chat import Conversation, load_sides, sampling_of
@@ -20,6 +22,7 @@ from trueup.inference.chat.pairs import PairFile
 from trueup.inference.chat.screen import Coming, Screen
 from trueup.inference.chat.settings import changed
 from trueup.inference.chat.thoughts import Split, split
+from trueup.rollout import endpoint
 from trueup.rollout.engines import Sampling
 from trueup.rollout.generation import Generation
 from trueup.rollout.sampling import Piece
@@ -309,3 +312,20 @@ def test_a_conversation_is_written_as_rows_or_to_read(conversation: Conversation
     conversation.hear(f"/save {tmp_path / 'mine.md'}")
     assert "exists already" in shown(conversation)
     assert (tmp_path / "mine.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_model_behind_a_url_answers_beside_and_its_failures_end_nothing(model_dir, adapter_dir, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("no_proxy", "*")
+    deltas = [{"choices": [{"delta": {"content": text}}]} for text in ("da", " bin ich")]
+    last = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
+    cfg = config(model_dir, "--adapter_name_or_path", str(adapter_dir))
+    with serving(lambda _, number: events(*deltas, last) if number == 1 else Status(503)) as server:
+        sides = load_sides(cfg, beside=[server.url])
+        talking = Conversation(sides, sampling_of(cfg), [], screen())
+        talking.hear("hello")
+        assert talking.candidates[1].text == "da bin ich" and server.requests[0]["messages"][-1]["content"] == "hello"
+        assert server.requests[0]["seed"] == talking.candidates[0].seed
+        assert "rewards: by" in shown(talking)  # the adapter's, of both
+        talking.hear("again")
+    assert "503" in shown(talking) and talking.candidates[0].text and not talking.candidates[1].text
