@@ -23,11 +23,10 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 from trueup import memory
 from trueup.config.schema import ModelSection
 from trueup.errors import ModelError, Problem
-from trueup.models.adapters import WEIGHTS_FILE, attach_frozen, kind_of
+from trueup.models.adapters import WEIGHTS_FILE, attach_frozen
 from trueup.models.fused import unfuse
 from trueup.models.load import load_base
 from trueup.models.policy import Policy
-from trueup.models.tuners import KINDS
 
 log = logging.getLogger("trueup")
 
@@ -60,9 +59,9 @@ def check_starts(starts: Sequence[str], combination: Combination) -> list[Proble
     """What keeps adapters from being folded in as asked, from their settings alone."""
     configs = {path: PeftConfig.from_pretrained(path) for path in starts if not memory.is_name(path)}
     problems = [
-        Problem(f"{path} is a {kind_of(config)} adapter", "adapter_name_or_path", "a LoRA adapter")
+        Problem(f"{path} is a {config.peft_type} adapter", "adapter_name_or_path", "a LoRA adapter")
         for path, config in configs.items()
-        if type(config) not in KINDS.values() or not (combination.plain or isinstance(config, LoraConfig))
+        if not isinstance(config, LoraConfig)
     ]
     if problems or combination.plain:
         return problems
