@@ -23,9 +23,14 @@ from trueup.garbage import importing
               help="File with the token that people type; or set API_KEY.")  # fmt: skip
 @click.option("--allowed-host", "hosts", multiple=True, metavar="NAME",
               help="A name by which browsers reach this server, such as a proxy's; may be given again.")  # fmt: skip
+@click.option("--allow-dir", "allowed", multiple=True, type=click.Path(file_okay=False, path_type=Path),
+              help="A further directory that configs may name, such as models; may be given again.")  # fmt: skip
 @debug_option
 @click.pass_obj
-def web(session: Session, host: str, port: int, root: Path, api_key_file: Path | None, hosts: tuple[str, ...]) -> None:
+def web(
+    session: Session, host: str, port: int, root: Path, api_key_file: Path | None, hosts: tuple[str, ...],
+    allowed: tuple[Path, ...],
+) -> None:  # fmt: skip
     """Open the studio in a browser (webui).
 
     Data, training, live curves, runs, chat, labelling, evaluation and export. Trainings are processes of their own:
@@ -45,4 +50,4 @@ def web(session: Session, host: str, port: int, root: Path, api_key_file: Path |
     with importing():
         from trueup.web.run import serve
 
-    serve(settings, root)
+    serve(settings, root, allowed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from trueup.errors import ConfigError, ModelError
@@ -27,7 +28,7 @@ from trueup.web.workspace import Workspace  # noqa: E402
 log = logging.getLogger("trueup")
 
 
-def serve(settings: Settings, root: Path) -> None:
+def serve(settings: Settings, root: Path, allowed: Sequence[Path] = ()) -> None:
     """Listen and answer until SIGINT or SIGTERM. Trainings go on.
 
     Raises:
@@ -40,7 +41,7 @@ def serve(settings: Settings, root: Path) -> None:
     listener = listen(settings)
     server = uvicorn.Server(
         uvicorn.Config(
-            make_app(settings, Workspace(root)), http="h11", ws="auto", lifespan="on", log_config=None,
+            make_app(settings, Workspace(root, allowed)), http="h11", ws="auto", lifespan="on", log_config=None,
             log_level="error", access_log=False, server_header=False, proxy_headers=False,
             h11_max_incomplete_event_size=settings.limits.headers, timeout_graceful_shutdown=2,
         )

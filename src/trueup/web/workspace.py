@@ -7,8 +7,10 @@ lies in `.trueup/trash`.
 
 from __future__ import annotations
 
+import ast
 import time
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,13 +18,16 @@ from trueup.errors import ConfigError
 
 STUDIO = ".trueup"  # what the studio keeps for itself
 _LONGEST = 400
+_MOST = 200  # of anything that is listed
 
 
 class Workspace:
     """The directory in which the studio was started. Children run in it, so relative paths mean the same there."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, allowed: Sequence[Path] = ()) -> None:
+        """`allowed`: further directories that configs may name, such as one of models."""
         self.root = root.resolve()
+        self.allowed = [self.root, *(path.resolve() for path in allowed)]
 
     # --- areas -------------------------------------------------------------------------------
 
@@ -74,6 +79,53 @@ class Workspace:
             number += 1
             free = f"{run_id}-{number}"
         return free
+
+    # --- what configs may name ---------------------------------------------------------------
+
+    def may_read(self, name: str) -> bool:
+        """Whether a config may have this value: no path, or one inside the root or an allowed directory."""
+        plain = unquote(unquote(name))
+        if "\0" in plain:
+            return False
+        if plain.lower().startswith("file:"):
+            plain = plain[5:].lstrip("/") and "/" + plain[5:].lstrip("/")
+        parts = plain.replace("\\", "/").split("/")
+        outward = plain.startswith(("/", "~", "\\")) or ".." in parts or plain[1:3] in (":/", ":\\")
+        path = self.root / Path(plain).expanduser() if len(plain) < 4096 else self.root
+        try:
+            if not outward and not path.exists():
+                return True  # a number, a name, a hub's id
+            resolved = path.resolve()
+        except (OSError, ValueError):
+            return not outward
+        return any(resolved.is_relative_to(base) for base in self.allowed)
+
+    def code(self) -> list[str]:
+        """Functions of Python files here, as `file.py:name`, for configs to name. Files are parsed, not run."""
+        found = []
+        for file in [*self.root.glob("*.py"), *self.root.glob("rewards/*.py")]:
+            try:
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError, SyntaxError):
+                continue
+            name = file.relative_to(self.root).as_posix()
+            found += [f"{name}:{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef)]
+        return sorted(found)
+
+    def models(self) -> list[str]:
+        """Directories with a model that lie here, as a config names them."""
+        found = []
+        for folder in ("", "models", "*", "models/*", "*/*"):
+            for config in sorted(self.root.glob(f"{folder}/config.json" if folder else "config.json"))[:_MOST]:
+                if any(config.parent.glob("*.safetensors")) and config.parent != self.root:
+                    found.append("./" + config.parent.relative_to(self.root).as_posix())
+        return list(dict.fromkeys(found))
+
+    def adapters(self) -> list[str]:
+        """Directories of adapters that runs have saved, newest first."""
+        found = [path.parent for path in (self.root / "saves").rglob("adapter_config.json")]
+        newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+        return [path.relative_to(self.root).as_posix() for path in newest[:_MOST]]
 
     # --- removing ----------------------------------------------------------------------------
 
