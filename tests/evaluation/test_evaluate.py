@@ -16,6 +16,7 @@ from tests.rollout.judge_server import serving
 from trueup.config.load import load_config
 from trueup.errors import ConfigError, UserError
 from trueup.recipes.evaluation.evaluate import evaluate
+from trueup.recipes.evaluation.report import aligned, folded
 from trueup.recipes.evaluation.target import evaluation_config
 from trueup.recipes.run import run
 
@@ -230,6 +231,26 @@ def test_rows_that_do_not_fit_are_counted_once_however_many_models_read_them(key
     assert 0 < left < 21 and {m.figures["perplexity"].count for m in report.models} == {21 - left}
     told = json.loads((Path(keys["output_dir"]) / "eval_data_report.json").read_text(encoding="utf-8"))
     assert told["datasets"]["chats"]["dropped"] and str(left) in " ".join(report.notes)
+
+
+def test_answers_of_an_endpoint_stand_beside_those_of_a_model(keys: dict, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with serving(lambda request, number: "I'm sorry, but I can't help with that.") as server:
+        more = {"eval_models": f"start,{server.url}", "eval_measures": "answers", "max_new_tokens": 6}
+        report = measured(keys, stage="sft", eval_dataset="chats", **more)
+        assert len(server.requests) == 21 and server.requests[0]["messages"][-1]["role"] == "user"
+        with pytest.raises(ConfigError, match="only answers can be had"):
+            measured(keys, stage="sft", eval_dataset="chats", **(more | {"eval_measures": "perplexity"}))
+    assert figures(report, 1)["answers/refusals"] == 1.0 and report.models[1].name == "judge"
+
+
+def test_several_models_stay_readable_on_a_narrow_terminal():
+    rows = [["Figures", "start", "checkpoint-60"], ["accuracy", "0.5 [0.5, 0.5]", "0.9 [0.8, 1]"]]
+    assert folded(rows, 80) == [rows]
+    narrow = folded(rows, 26)
+    assert [table[0] for table in narrow] == [["Figures", "start"], ["Figures", "checkpoint-60"]]
+    assert all(len(line) <= 26 for table in narrow for line in aligned(table).splitlines())
+    assert len(folded(rows, 5)) == 2  # never nothing at all
 
 
 def test_preference_without_a_reference_is_refused(keys: dict):

@@ -56,6 +56,13 @@ def model_card(directory: Path, config: Mapping[str, Any], results: Mapping[str,
     return "\n\n".join(parts) + "\n"
 
 
+def last_metrics(directory: Path) -> dict[str, Any]:
+    """What the last logged step of a run says of its preferences."""
+    rows = [row for row in read_metrics(directory) if "loss" in row]
+    names = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "kl")
+    return {name: rows[-1][name] for name in names if rows and rows[-1].get(name) is not None}
+
+
 class ModelCard:
     """Writes README.md when a run has finished."""
 
@@ -65,14 +72,11 @@ class ModelCard:
     def observe(self, event: Event) -> None:
         if not isinstance(event, Ended) or event.state != "finished":
             return
-        rows = [row for row in read_metrics(self.run.path) if "loss" in row]
-        names = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "kl")
-        last = {name: rows[-1][name] for name in names if rows and rows[-1].get(name) is not None}
         pictures = ["training_loss.png", "training_rewards_accuracies.png"]
         text = model_card(
             self.run.path,
             self.run.config,
-            {**event.results, **last},
+            {**event.results, **last_metrics(self.run.path)},
             [name for name in pictures if (self.run.path / name).exists()],
         )
         self.run.write_text("README.md", text)

@@ -1,4 +1,4 @@
-"""A server from its start to its end: what it says, when it is busy, how long requests take, how it goes (T9, T10)."""
+"""A server from its start to its end: what it says, when it is busy, how long it takes, how it leaves (T9, T10)."""
 
 from __future__ import annotations
 

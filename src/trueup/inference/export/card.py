@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from trueup.training.model_card import HYPERPARAMETERS, METHODS, table
+from trueup.training.model_card import HYPERPARAMETERS, METHODS, last_metrics, table
 from trueup.training.run_files import public, read_config
 
 _METRICS = ("eval_results.json", "train_results.json")
@@ -36,7 +36,7 @@ def read_stage(directory: Path) -> Stage | None:
         if config := public(read_config(place)):
             results = {key: value for name in _METRICS for key, value in _json(place / name).items()}
             told = {k: v for k, v in results.items() if isinstance(v, float) and not any(word in k for word in _UNTOLD)}
-            return Stage(config, told, _json(place / "data_report.json").get("datasets", {}))
+            return Stage(config, {**told, **last_metrics(place)}, _json(place / "data_report.json").get("datasets", {}))
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,11 +166,14 @@ class EvaluationReport:
             parts += ["", f"## {title}", "", _line(head), _line(["---"] * len(head)), *map(_line, rows)]
         return "\n".join([*parts, "", INTERVALS, ""])
 
-    def render(self) -> str:
-        """The report for a terminal."""
+    def render(self, width: int | None = None) -> str:
+        """The report for a terminal; models that do not fit beside each other follow below each other."""
+        width = width or shutil.get_terminal_size((100, 24)).columns
+        names = [model.name for model in self.models]
         parts = []
         for title, head, rows in self.tables():
-            parts.append(aligned([[title, *head[1:]], *rows]))
+            cells = [[title, *head[1:]], *rows]
+            parts += map(aligned, folded(cells, width) if head[1:] == names else [cells])
         parts.append(f"wrote {self.output}")
         return "\n\n".join(parts)
 
@@ -190,6 +194,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text in columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def folded(rows: Sequence[Sequence[str]], width: int) -> list[list[list[str]]]:
+    """A table as several of the width, or of one column beside the first."""
+    widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]))]
+    groups: list[list[int]] = []
+    for i in range(1, len(widths)):
+        fits = groups and widths[0] + sum(widths[j] for j in [*groups[-1], i]) - 2 <= width
+        if fits:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [[[row[0], *(row[i] for i in group)] for row in rows] for group in groups]
 
 
 def _signed(value: Estimate) -> str:
