@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,12 +40,14 @@ from trueup.garbage import importing
               help="Seconds that requests get to end after SIGTERM.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True,
               help="vllm hands over to vLLM's own server.")  # fmt: skip
+@click.option("--while-stdin", is_flag=True,
+              help="End when standard input ends: for programs that start this one.")  # fmt: skip
 @debug_option
 @click.pass_obj
 def serve(
     session: Session, words: tuple[str, ...], host: str, port: int, api_key_file: Path | None, name: str | None,
     adapters: tuple[str, ...], reward_models: tuple[str, ...], hosts: tuple[str, ...], slots: int, queue: int,
-    deadline: float, drain: int, engine: str,
+    deadline: float, drain: int, engine: str, while_stdin: bool,
 ) -> None:  # fmt: skip
     """Serve models to OpenAI's clients (api).
 
@@ -64,12 +67,16 @@ def serve(
         reward_models=reward_models, limits=Limits(slots=slots, queue=queue, deadline=deadline, drain=drain),
     )  # fmt: skip
     cfg = read_config(words, verb="infer")
+    if engine == "vllm":
+        if while_stdin:
+            raise ConfigError("vLLM's server does not look at standard input", where="--while-stdin", fix="drop it")
+        with importing():
+            from trueup.inference.server.vllm_server import hand_over
+        hand_over(cfg, settings)
+        return
     with importing():
-        if engine == "vllm":
-            from trueup.inference.server.vllm_server import hand_over as start
-        else:
-            from trueup.inference.server.run import serve as start
-    start(cfg, settings)
+        from trueup.inference.server.run import serve as start
+    start(cfg, settings, sys.stdin.buffer if while_stdin else None)
 
 
 def read_key(file: Path | None) -> str | None:

@@ -215,3 +215,15 @@ def test_without_vllm_the_way_out_is_said(monkeypatch):
     for verb in ("chat", "serve"):
         result = CliRunner().invoke(main, [verb, "--model_name_or_path", MODEL, "--infer_backend", "vllm"])
         assert result.exit_code == 2 and "serve --engine vllm" in " ".join(result.stderr.split())
+
+
+def test_a_server_ends_with_the_program_that_holds_its_input():
+    words = [sys.executable, "-m", "trueup", "serve", "--model_name_or_path", MODEL, "--port", "0", "--while-stdin"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        try:
+            assert any("serving " in line for line in started.stderr)
+            assert started.poll() is None
+            started.stdin.close()
+            assert started.wait(60) == 0
+        finally:
+            started.kill()

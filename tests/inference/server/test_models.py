@@ -121,6 +121,22 @@ def test_a_policy_scores_by_what_it_prefers_to_its_base(several, places):
     assert found == pytest.approx(model.reward(QUESTIONS[0], texts, beta=0.5), abs=1e-3)
 
 
+def test_a_score_is_told_token_by_token(several):
+    text = "SELECT count(*) FROM customers;"
+    (whole,) = scores(several, "dpo", answered(text), logprobs=True)["data"]
+    assert bytes(byte for token in whole["tokens"] if token["trained"] for byte in token["bytes"]).startswith(
+        text.encode()
+    )
+    parts = [one["logprob"] - one["reference_logprob"] for one in whole["tokens"] if one["trained"]]
+    assert whole["score"] == pytest.approx(0.1 * sum(parts), abs=1e-4)
+    (cut,) = scores(several, "dpo", answered(text), logprobs=True, complete=False)["data"]
+    assert len(cut["tokens"]) == len(whole["tokens"]) - 1
+    (other,) = scores(several, "dpo", answered(text), reference="kto")["data"]
+    (back,) = scores(several, "kto", answered(text), reference="dpo")["data"]
+    assert other["score"] == pytest.approx(-back["score"], abs=1e-4)
+    assert scores(several, "dpo", answered(text), reference="dpo")["data"][0]["score"] == 0
+
+
 def test_who_cannot_score_or_write_says_so(several, client):
     body = {"model": "tiny-base", "messages": answered("no")}
     assert httpx.post(f"{several}/score", json=body).json()["error"]["code"] == "model_not_supported"

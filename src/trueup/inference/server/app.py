@@ -96,10 +96,10 @@ def make_routes(state: State) -> FastAPI:
         served.known(ask.model)
         talks = [conversation(one) for one in ask.conversations]
         try:
-            scores, tokens = await while_wanted(request, served.score(ask.model, talks, ask.beta))
+            worth, tokens = await while_wanted(request, served.score(ask, talks))
         except (ValueError, RuntimeError) as error:
             raise not_answered(error) from error
-        data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
+        data = [{"index": index, "object": "score", **one.to_dict()} for index, one in enumerate(worth)]
         return {"object": "list", "model": ask.model, "data": data, "usage": usage(tokens, 0)}
 
     @app.post("/tokenize")

@@ -164,11 +164,18 @@ class AskCompletion(Draw):
 
 
 class AskScore(Ask):
-    """POST /v1/score: one conversation or several, each ending with the answer that is to be scored."""
+    """POST /v1/score: one conversation or several, each ending with the answer that is to be scored.
+
+    `reference`: the id of what a policy is compared with; None: the base. `logprobs`: what both give each token of the
+    answer. `complete`: whether the answers came to their end; the token that ends one counts only there.
+    """
 
     model: str
     messages: Annotated[list[Any], Field(min_length=1, max_length=_LIMITS.messages)]
     beta: Annotated[Number, Field(gt=0, le=100)] = 0.1
+    reference: str | None = None
+    logprobs: bool = False
+    complete: bool = True
 
     @property
     def conversations(self) -> list[list[dict[str, Any]]]:

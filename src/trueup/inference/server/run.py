@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from typing import BinaryIO
 
 from trueup.config.schema import RunConfig
 from trueup.errors import ModelError
@@ -29,8 +30,11 @@ log = logging.getLogger("trueup")
 LAST_WORDS = 5  # seconds beyond the drain, for answers that were cut short to say so
 
 
-def serve(cfg: RunConfig, settings: Settings) -> None:
+def serve(cfg: RunConfig, settings: Settings, while_open: BinaryIO | None = None) -> None:
     """Listen at once, load, and answer until SIGINT or SIGTERM; then end what is under way, and return.
+
+    Args:
+        while_open: end when this stream ends, too: it is held by the program that started this one.
 
     Raises:
         ResourceError: the address cannot be had. Whatever keeps the model from being loaded.
@@ -51,8 +55,15 @@ def serve(cfg: RunConfig, settings: Settings) -> None:
         else:
             log.info("serving %s on %s", ", ".join(state.served.ids), address(listener))
 
+    def attend(stream: BinaryIO) -> None:
+        while stream.read(4096):
+            pass
+        server.should_exit = True
+
     with listener, ends_quietly():
         threading.Thread(target=load, name="trueup-load", daemon=True).start()
+        if while_open is not None:
+            threading.Thread(target=attend, args=(while_open,), name="trueup-attend", daemon=True).start()
         try:
             server.run(sockets=[listener])
         finally:

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from trueup.data.examples import Json, Message
 from trueup.data.rendering import TemplateRefusal
 from trueup.errors import ConfigError, ModelError
 from trueup.inference.model import Model
-from trueup.inference.server.asking import Draw
+from trueup.inference.server.asking import AskScore, Draw
 from trueup.inference.server.failures import ApiError, refuse
 from trueup.inference.server.settings import Settings
 from trueup.inference.server.token_text import TokenText
@@ -25,6 +26,17 @@ from trueup.models.reward import RewardModel
 from trueup.rollout.engines import BASE, Engine, Limits, Sampling
 
 Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What an answer is worth; `tokens`: where a policy's part in it comes from, token by token."""
+
+    score: float
+    tokens: list[Json] | None = None
+
+    def to_dict(self) -> Json:
+        return {"score": self.score} | ({} if self.tokens is None else {"tokens": self.tokens})
 
 
 class Served:
@@ -157,38 +169,51 @@ class Served:
 
     # --- rewards ----------------------------------------------------------------------------------
 
-    async def score(
-        self, model: str, conversations: Sequence[Sequence[Message]], beta: float
-    ) -> tuple[list[float], int]:
+    async def score(self, ask: AskScore, conversations: Sequence[Sequence[Message]]) -> tuple[list[Worth], int]:
         """(what the last turn of each is worth, tokens read). Raises ApiError."""
         loop = asyncio.get_running_loop()
-        if model in self.rewards:
-            return await loop.run_in_executor(self._scores, lambda: self._rewards(self.rewards[model], conversations))
-        engine, voice = self.voice(model)
-        if BASE not in engine.adapters or voice == BASE:
-            message = f"{model} is no reward model, and has no adapter whose preference could be read"
+        if ask.model in self.rewards:
+            if ask.reference or ask.logprobs:
+                field = "reference" if ask.reference else "logprobs"
+                raise refuse(field, f"{ask.model} is a reward model, and has none", "unsupported_parameter")
+            reward = self.rewards[ask.model]
+            return await loop.run_in_executor(self._scores, lambda: self._rewards(reward, conversations))
+        engine, voice = self.voice(ask.model)
+        reference = BASE if ask.reference is None else self.voice(ask.reference)[1]
+        if ask.reference is None and (BASE not in engine.adapters or voice == BASE):
+            message = f"{ask.model} is no reward model, and has no adapter whose preference could be read"
             raise refuse("model", message, "model_not_supported")
-        return await loop.run_in_executor(self._scores, lambda: self._implicit(engine, voice, conversations, beta))
+        return await loop.run_in_executor(
+            self._scores, lambda: self._implicit(engine, (voice, reference), conversations, ask)
+        )
 
-    def _rewards(self, model: Model, conversations: Sequence[Sequence[Message]]) -> tuple[list[float], int]:
+    def _rewards(self, model: Model, conversations: Sequence[Sequence[Message]]) -> tuple[list[Worth], int]:
         rows = [answer_of(model, one) for one in conversations]
         assert isinstance(model.policy, RewardModel)
         scores = model.policy([prompt for prompt, _, _ in rows], [answer for _, answer, _ in rows])
-        return scores.tolist(), sum(len(prompt) + len(answer) for prompt, answer, _ in rows)
+        return [Worth(score) for score in scores.tolist()], sum(len(p) + len(a) for p, a, _ in rows)
 
     def _implicit(
-        self, engine: Engine, voice: str | None, conversations: Sequence[Sequence[Message]], beta: float
-    ) -> tuple[list[float], int]:
-        """β (log π − log π_ref) of each answer, the base being the reference (arXiv 2305.18290, eq. 5)."""
-        rows = [answer_of(self.main, one) for one in conversations]
+        self, engine: Engine, voices: tuple[str | None, str | None], conversations: Sequence[Sequence[Message]],
+        ask: AskScore,
+    ) -> tuple[list[Worth], int]:  # fmt: skip
+        """β (log π − log π_ref) of each answer, over the tokens that training trains (arXiv 2305.18290, eq. 5)."""
+        rows = [answer_of(self.main, one, ask.complete) for one in conversations]
         sequences = [[*prompt, *answer] for prompt, answer, _ in rows]
-        scored = [engine.score(sequences, adapter=adapter) for adapter in (voice, BASE)]
-        rewards = []
+        scored = [engine.score(sequences, adapter=adapter) for adapter in voices]
+        found = []
         for number, (_, answer, trained) in enumerate(rows):
-            policy, reference = (one[number].tokens[-len(answer) :] for one in scored)
-            ratios = [a.logp - b.logp for a, b, kept in zip(policy, reference, trained, strict=True) if kept]
-            rewards.append(beta * sum(ratios))
-        return rewards, sum(map(len, sequences))
+            policy, reference = ([t.logp for t in one[number].tokens[-len(answer) :]] for one in scored)
+            ratios = [a - b for a, b, kept in zip(policy, reference, trained, strict=True) if kept]
+            told = zip(answer, policy, reference, trained, strict=True) if ask.logprobs else ()
+            found.append(Worth(ask.beta * sum(ratios), [self._token(*one) for one in told] if ask.logprobs else None))
+        return found, sum(map(len, sequences))
+
+    def _token(self, token: int, logp: float, reference: float, trained: bool) -> Json:
+        return {
+            "token": self.tokens.text(token), "bytes": self.tokens.raw(token), "logprob": logp,
+            "reference_logprob": reference, "trained": trained,
+        }  # fmt: skip
 
     def close(self) -> None:
         """End what is under way."""
@@ -206,8 +231,13 @@ def prompt_of(model: Model, messages: Sequence[Message], tools: Sequence[Json] |
         raise refuse("messages", str(error).splitlines()[0]) from None
 
 
-def answer_of(model: Model, messages: Sequence[Message]) -> tuple[list[int], list[int], list[bool]]:
-    """(prompt, answer, which of its tokens training trains) of a conversation that ends with an answer."""
+def answer_of(
+    model: Model, messages: Sequence[Message], complete: bool = True
+) -> tuple[list[int], list[int], list[bool]]:
+    """(prompt, answer, which of its tokens training trains) of a conversation that ends with an answer.
+
+    The token that ends an answer is there only if it is `complete`. Raises ApiError.
+    """
     *before, last = messages
     if last.role != "assistant":
         raise refuse("messages", "the last message has to be the assistant's: it is what is scored")
@@ -216,6 +246,10 @@ def answer_of(model: Model, messages: Sequence[Message]) -> tuple[list[int], lis
         ids, trained = model.template.encode_answer(before, (last,), None)
     except (TemplateRefusal, ModelError) as error:
         raise refuse("messages", str(error).splitlines()[0]) from None
+    if not complete and len(ids) and int(ids[-1]) in model.template.stop_ids:
+        ids, trained = ids[:-1], trained[:-1]
+    if not len(ids):
+        raise refuse("messages", "the last message is empty: there is nothing to score")
     if (length := len(prompt) + len(ids)) > (most := context_of(model)):
         message = f"the conversation has {length:,} tokens, and the model takes {most:,}"
         raise ApiError(400, message, "messages", "context_length_exceeded")
