@@ -11,7 +11,7 @@ from typing import Any
 
 from nicegui import ui
 
-from trueup.builtin import BUILTIN_MODELS
+from trueup.builtin import BUILTIN_MODELS, QUICKSTART_CONFIG
 from trueup.config.checks import default_output_dir
 from trueup.config.load import given
 from trueup.config.methods import STAGES
@@ -27,19 +27,11 @@ from trueup.web.view import View
 
 _SUGGESTED = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct")
 _SECTIONS = (
-    "model",
-    "data",
-    "tuning",
-    "objective",
-    "reward",
-    "online",
-    "train",
-    "generate",
-    "export",
-    "evaluate",
-    "build",
-)
+    "model", "data", "tuning", "objective", "reward", "online", "train", "generate", "export", "evaluate", "build",
+)  # fmt: skip
 _MOST_HITS = 24
+_BEGINNINGS = ("stage", "example", "config", "run", "model")
+_EXAMPLES = {"quickstart": QUICKSTART_CONFIG}  # configs that come with the package
 
 
 @page("/train", icon="model_training", order=20)
@@ -59,11 +51,13 @@ class TrainPage:
         self.checked = Checked(None)
 
     def _begin(self) -> Draft:
-        """From the address: a draft, a saved config, another run; else a stage's beginning."""
+        """From the address: a draft, an example, a saved config, another run; else a stage's beginning."""
         query = self.view.query
         try:
             if "draft" in query:
                 return Draft.unpack(query["draft"])
+            if query.get("example") in _EXAMPLES:
+                return self._named(Draft.read(_EXAMPLES[query["example"]]))
             if "config" in query:
                 return self._named(Draft.read(self.place.config(query["config"])))
             if "run" in query:
@@ -270,7 +264,7 @@ class TrainPage:
             self.draft.values["output_dir"] = self.place.output_dir(usual)
             self.name.value = usual
         self._check()
-        self.view.remember(draft=self.draft.pack(), stage=None, config=None, run=None, model=None)
+        self.view.remember(draft=self.draft.pack(), **dict.fromkeys(_BEGINNINGS))
 
     def _take(self, draft: Draft) -> None:
         """Begin again with another draft."""
