@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from trueup.data.convert import convert
 from trueup.data.counts import sparkline
 from trueup.data.dedup import dedup
 from trueup.data.page import page
@@ -29,6 +31,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [row for _, row, _ in read_set(str(file))]
 
 
 def pair(prompt: str, chosen: str = "b", rejected: str = "c", **more: Any) -> dict[str, Any]:
@@ -137,13 +143,82 @@ def test_rows_are_read_as_they_were_written(tmp_path, suffix: str):
     rows = [pair("a\u2028b", "你好"), pair("c", "d\r\n")]
     file = tmp_path / f"new{suffix}"
     write_rows(file, rows)
-    assert list(read_set(str(file)).rows) == rows
+    assert rows_of(file) == rows
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_table_takes_the_types_that_come_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("trueup.data.write._TABLE_ROWS", 2)
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"x": 1.5, "y": ["z"]}}]
+    rows = [pair("a", id=None), pair("b"), pair("c", id=1), pair("d", id=2.5), pair("e", tools=calls[:1])]
+    rows += [pair("f", tools=calls), pair("g", id=7)]
+    write_rows(tmp_path / "new.parquet", rows)
+    found = rows_of(tmp_path / "new.parquet")
+    assert [row["id"] for row in found] == [None, None, 1, 2.5, None, None, 7]
+    assert found[5]["tools"] == [{"name": "f", "arguments": {"x": 1, "y": None}}, calls[1]]
+    assert [path.name for path in tmp_path.iterdir()] == ["new.parquet"]
+    with pytest.raises(DataError, match="no table"):
+        write_rows(tmp_path / "bad.parquet", [pair("a", id=1), pair("b"), pair("c", id="x")])
+    assert [path.name for path in tmp_path.iterdir()] == ["new.parquet"]
+
+
+def _never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("all rows were read at once")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet", "rows.jsonl.gz"])
+def test_rows_are_read_one_after_another(tmp_path, monkeypatch, name: str):
+    rows = [pair(f"question {n % 9}", f"b{n}") for n in range(30)] + [pair("question 1", "b1", system="s")]
+    write_rows(tmp_path / name.removesuffix(".gz"), rows)
+    if name.endswith(".gz"):
+        plain = tmp_path / "rows.jsonl"
+        (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    monkeypatch.setattr("trueup.data.passes.read_rows", _never)
+    source = str(tmp_path / name)
+    assert dedup(source, tmp_path / "d.jsonl", by="prompt").kept == 10
+    assert split(source, tmp_path / "t.jsonl", tmp_path / "e.jsonl").kept == 31
+    outcome = convert(source, "openai", tmp_path / "c.jsonl")
+    assert outcome.kept == 31 and outcome.entries[str(tmp_path / "c.jsonl")]["type"] == "dpo"
+
+
+def test_a_column_that_only_the_last_row_has_is_read_and_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("trueup.data.rowset.PEEKED", 3)
+    rows = [pair(str(n)) for n in range(5)] + [pair("x", system="be brief", note="n")]
+    outcome = convert(write(tmp_path / "rows.jsonl", rows), "alpaca", tmp_path / "new.jsonl")
+    (entry,) = outcome.entries.values()
+    assert entry["columns"]["system"] == "system" and "columns taken along: note" in outcome.notes
+    assert read(tmp_path / "new.jsonl")[-1] | {"system": "be brief", "note": "n"} == read(tmp_path / "new.jsonl")[-1]
+
+
+def test_every_faulty_line_is_told_and_nothing_is_written(tmp_path):
+    lines = [json.dumps(pair(str(n))) for n in range(6)]
+    lines[2], lines[4] = '{"prompt": ', "[]"
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError) as error:
+        dedup(str(tmp_path / "rows.jsonl"), tmp_path / "new.jsonl")
+    assert "2 of 6 lines" in str(error.value) and "rows.jsonl:5" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_file_that_changes_between_two_readings_is_refused(tmp_path):
+    source = read_set(write(tmp_path / "rows.jsonl", [pair("a"), pair("b")]))
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(pair("c")))
+    with pytest.raises(DataError, match="changed while it was read"):
+        list(source)
+
+
+def test_columns_of_a_wrong_type_are_told_before_a_file_is_there(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [pair("a"), pair("b") | {"chosen": 7}])
+    with pytest.raises(DataError, match=r"column `chosen` holds a number in 1 rows \(row 1\)"):
+        dedup(source, tmp_path / "new.jsonl")
+    assert not (tmp_path / "new.jsonl").exists()
 
 
 def test_a_csv_holds_texts_only(tmp_path):
     write_rows(tmp_path / "new.csv", [pair('a,"b"\nc')])
-    assert list(read_set(str(tmp_path / "new.csv")).rows) == [pair('a,"b"\nc')]
+    assert rows_of(tmp_path / "new.csv") == [pair('a,"b"\nc')]
     with pytest.raises(DataError, match="more than text"):
         write_rows(tmp_path / "bad.csv", [pair("a", id=1)])
     assert not (tmp_path / "bad.csv").exists()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from trueup.data.convert import TARGETS, convert
 from trueup.data.examples import Chat, Example, Feedback, Message, Pair, Prompt, Ranking
+from trueup.data.formats import RowProblem
 from trueup.data.load import load_examples
 from trueup.data.rowset import read_set
 from trueup.errors import DataError
@@ -63,9 +64,13 @@ def content(example: Example) -> tuple:
 def again(file: Path, entry: dict[str, Any]) -> list[Example]:
     """The examples of a converted file, read by its entry."""
     (file.parent / "dataset_info.json").write_text(json.dumps({"new": {"file_name": file.name, **entry}}))
-    found = read_set("new", file.parent)
-    assert not found.unusable
-    return list(found.examples.values())
+    found = [example for _, _, example in read_set("new", file.parent)]
+    assert not any(isinstance(example, RowProblem) for example in found)
+    return found
+
+
+def usable(source: str) -> dict[int, Example]:
+    return {index: found for index, _, found in read_set(source) if not isinstance(found, RowProblem)}
 
 
 @pytest.mark.parametrize("to", ["alpaca", "sharegpt", "openai", "trl"])
@@ -76,7 +81,7 @@ def test_every_kind_survives_every_format(tmp_path, kind: str, to: str, suffix: 
     target = tmp_path / f"new{suffix}"
     outcome = convert(source, to, target)
     assert (outcome.read, outcome.kept, outcome.dropped) == (len(ROWS[kind]), len(ROWS[kind]), [])
-    before = [content(example) for example in read_set(source).examples.values()]
+    before = [content(example) for example in usable(source).values()]
     assert [content(example) for example in again(target, outcome.entries[str(target)])] == before
 
 
@@ -194,5 +199,5 @@ def test_no_row_is_lost_or_changed_whatever_it_says(tmp_path, rows, to):
     assert outcome.read == outcome.kept + len(outcome.dropped) == len(rows)
     assert len({row for row, _, _ in outcome.dropped}) == len(outcome.dropped)
     gone = {int(row.rpartition(":")[2]) for row, _, _ in outcome.dropped}
-    before = [content(e) for index, e in read_set(source).examples.items() if index not in gone]
+    before = [content(e) for index, e in usable(source).items() if index not in gone]
     assert [content(example) for example in again(target, outcome.entries[str(target)])] == before

@@ -6,20 +6,21 @@ say something else is dropped and counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from trueup.data.examples import Chat, Example, Feedback, Kind, Messages, Pair, Prompt, Ranking, Text
 from trueup.data.express import Format, Row, entry_for, express
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
-from trueup.data.layout import NOUNS, USUAL_NAMES, choose_layout
+from trueup.data.layout import NOUNS, USUAL_NAMES, Layout, choose_layout
 from trueup.data.registry import DatasetSpec, spec_of
-from trueup.data.report import number, shorten
-from trueup.data.rowset import Outcome, RowSet, dropped_rows, read_set
-from trueup.data.write import write_rows
+from trueup.data.report import number
+from trueup.data.rowset import Outcome, Peek, RowSet, dropped_row, read_set
+from trueup.data.write import new_rows
 from trueup.errors import DataError
+from trueup.waiting import waiting
 
 #: What `--to` may say → the format, and the kind of row it makes of others.
 TARGETS: dict[str, tuple[Format, Kind | None]] = {
@@ -45,13 +46,6 @@ _ROLES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Written:
-    index: int
-    example: Example
-    row: Row
-
-
 def convert(name: str, to: str, output: Path, dataset_dir: str | Path = "data", hub: str = "huggingface") -> Outcome:
     """Write the rows of `name` to `output` in the format `to`.
 
@@ -60,30 +54,65 @@ def convert(name: str, to: str, output: Path, dataset_dir: str | Path = "data", 
     """
     form, kind = TARGETS[to]
     source = _read(name, to, kind, dataset_dir, hub)
-    dropped = dropped_rows(source)
-    written: list[_Written] = []
-    for index, example in source.examples.items():
+    plan = _plan(source, to, form, kind, output)
+    dropped: list[tuple[str, str, str]] = []
+    kept = rows = losing_ids = 0
+    with new_rows(output) as write, waiting(f"writing {output.name}", len(source), "rows") as tell:
+        for index, row, example in source:
+            tell(index + 1)
+            try:
+                parts = _written(example, form, kind)
+                for part, said in parts:
+                    _read_back(plan.layout, part, said, to)
+            except RowProblem as problem:
+                dropped.append(dropped_row(source.row_id(index), problem))
+                continue
+            for part, said in parts:
+                write(said | {name: row[name] for name in plan.carried if name in row})
+                losing_ids += plan.bare_calls and _has_call_ids(part)
+            kept, rows = kept + 1, rows + len(parts)
+        if not kept:
+            raise _nothing(source, to, [reason for _, reason, _ in dropped])
+    notes = list(_notes(source, kind, plan, losing_ids))
+    return Outcome("convert", len(source), kept, dropped, {str(output): rows}, notes, {str(output): plan.entry})
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What all rows of the new file have in common."""
+
+    entry: Row
+    layout: Layout  # how the new rows are read
+    carried: list[str]  # columns without a role, that go along
+    left_out: list[str]  # … whose names would be misread
+    bare_calls: bool  # calls of tools lose their ids
+
+
+def _plan(source: RowSet, to: str, form: Format, kind: Kind | None, output: Path) -> _Plan:
+    """Found in a pass of its own: a column that only the last row has belongs to all. Raises DataError."""
+    peek, first, reasons = Peek(), None, dict[str, None]()
+    for _, _, example in source:
         try:
-            parts = list(_as_kind(example, kind))
-            written += [_Written(index, part, express(part, form)) for part in parts]
+            for part, said in _written(example, form, kind):
+                first = first or part
+                peek.add(said)
         except RowProblem as problem:
-            dropped.append((source.row_id(index), problem.reason, shorten(problem.detail)))
-    if not written:
-        raise _nothing(source, to, dropped)
-    carried, left_out = _other_columns(source, written)
-    entry = _entry(written, form)
-    good, changed = _read_back(written, entry, output)
-    bad = {item.index: detail for item, detail in changed}
-    dropped += [(source.row_id(index), f"{to} would change it", detail) for index, detail in bad.items()]
-    rows = [item.row | _pick(source.rows[item.index], carried) for item in good if item.index not in bad]
-    if not rows:
-        raise _nothing(source, to, dropped)
-    write_rows(output, rows)
-    kept = {item.index for item in good} - bad.keys()
-    notes = list(_notes(source, kind, good, carried, left_out))
-    return Outcome(
-        "convert", len(source.rows), len(kept), dropped, {str(output): len(rows)}, notes, {str(output): entry}
-    )
+            reasons[problem.reason] = None
+    if first is None:
+        raise _nothing(source, to, reasons)
+    plain = not isinstance(first, Text) and first.plain
+    entry = entry_for(_kind(first), form, list(peek.columns), plain)
+    spec: DatasetSpec = spec_of(output.stem, {"file_name": output.name, **entry}, str(output))
+    carried, left_out = _other_columns(source, peek.columns)
+    bare = "tool_calls" not in str(peek.first[0])
+    return _Plan(entry, choose_layout(spec, peek.rows(), _kind(first)), carried, left_out, bare)
+
+
+def _written(example: Example | RowProblem, form: Format, kind: Kind | None) -> list[tuple[Example, Row]]:
+    """What becomes of a row. Raises RowProblem."""
+    if isinstance(example, RowProblem):
+        raise example
+    return [(part, express(part, form)) for part in _as_kind(example, kind)]
 
 
 #: kind wanted → kinds it can be made of.
@@ -119,35 +148,21 @@ def _as_kind(example: Example, kind: Kind | None) -> Iterator[Example]:
         yield example
 
 
-def _entry(written: Sequence[_Written], form: Format) -> Row:
-    columns = list(dict.fromkeys(name for item in written for name in item.row))
-    example = written[0].example
-    plain = not isinstance(example, Text) and example.plain
-    return entry_for(_kind(example), form, columns, plain)
-
-
 def _kind(example: Example) -> Kind:
     names = {Text: "text", Chat: "chat", Pair: "pair", Ranking: "ranking", Feedback: "feedback", Prompt: "prompt"}
     return cast(Kind, names[type(example)])
 
 
-def _read_back(written: list[_Written], entry: Row, output: Path) -> tuple[list[_Written], list[tuple[_Written, str]]]:
-    """Those that read as they were meant, and those that do not, with what is different."""
-    spec: DatasetSpec = spec_of(output.stem, {"file_name": output.name, **entry}, str(output))
-    layout = choose_layout(spec, [item.row for item in written], _kind(written[0].example))
-    good, changed = [], []
-    for item in written:
-        try:
-            again = parse_with(layout, item.example.row, item.row)
-            same = again == _without_call_ids(item.example) or again == item.example
-            detail = "" if same else "it reads back as something else"
-        except (RowProblem, ShapeProblem) as problem:
-            detail = str(problem)
-        if detail:
-            changed.append((item, shorten(detail)))
-        else:
-            good.append(item)
-    return good, changed
+def _read_back(layout: Layout, example: Example, said: Row, to: str) -> None:
+    """Raises RowProblem if the row does not read as it was meant."""
+    try:
+        again = parse_with(layout, example.row, said)
+        if again == example or again == _without_call_ids(example):
+            return
+        detail = "it reads back as something else"
+    except (RowProblem, ShapeProblem) as problem:
+        detail = str(problem)
+    raise RowProblem(f"{to} would change it", detail)
 
 
 def _without_call_ids(example: Example) -> Example:
@@ -179,35 +194,27 @@ def _has_call_ids(example: Example) -> bool:
     return _without_call_ids(example) != example
 
 
-def _other_columns(source: RowSet, written: Sequence[_Written]) -> tuple[list[str], list[str]]:
+def _other_columns(source: RowSet, taken: Collection[str]) -> tuple[list[str], list[str]]:
     """Columns without a role in the rows: those that go along, and those whose names would be misread."""
     roles = {*_ROLES[source.kind], *_ROLES[source.layout.gives]}
     used = {column for role, column in source.layout.columns.items() if role in roles}
-    taken = {name for item in written for name in item.row}
-    others = dict.fromkeys(name for row in source.rows for name in row if name not in used)
-    carried = [name for name in others if name not in _RESERVED | taken]
+    others = [name for name in source.columns if name not in used]
+    carried = [name for name in others if name not in _RESERVED and name not in taken]
     return carried, [name for name in others if name not in carried]
 
 
-def _pick(row: Any, names: Sequence[str]) -> Row:
-    return {name: row[name] for name in names if name in row}
-
-
-def _notes(
-    source: RowSet, kind: Kind | None, good: Sequence[_Written], carried: list[str], left_out: list[str]
-) -> Iterator[str]:
-    if carried:
-        yield f"columns taken along: {', '.join(carried)}"
-    if left_out:
-        yield f"columns left out, whose names mean something else here: {', '.join(left_out)}"
-    ids = sum(_has_call_ids(item.example) for item in good)
-    if ids and "tool_calls" not in str(good[0].row):
-        yield f"{number(ids)} rows lose the ids of their tool calls, which this format has not"
+def _notes(source: RowSet, kind: Kind | None, plan: _Plan, losing_ids: int) -> Iterator[str]:
+    if plan.carried:
+        yield f"columns taken along: {', '.join(plan.carried)}"
+    if plan.left_out:
+        yield f"columns left out, whose names mean something else here: {', '.join(plan.left_out)}"
+    if losing_ids:
+        yield f"{number(losing_ids)} rows lose the ids of their tool calls, which this format has not"
     if kind in ("feedback", "pair") and source.layout.gives == "ranking":
         yield "of each ranking, its best and its worst answer are taken"
 
 
-def _nothing(source: RowSet, to: str, dropped: Sequence[tuple[str, str, str]]) -> DataError:
-    reasons = ", ".join(dict.fromkeys(reason for _, reason, _ in dropped))
-    what = f"0 of {number(len(source.rows))} rows of dataset {source.spec.name!r} can be written as {to}: {reasons}"
+def _nothing(source: RowSet, to: str, reasons: Iterable[str]) -> DataError:
+    why = ", ".join(dict.fromkeys(reasons))
+    what = f"0 of {number(len(source))} rows of dataset {source.spec.name!r} can be written as {to}: {why}"
     return DataError(what, where=source.spec.origin)

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from trueup.data.examples import Chat, Example, Feedback, Messages, Pair, Prompt, Ranking, Text
+from trueup.data.formats import RowProblem
 from trueup.data.report import fingerprint, prompt_fingerprint
 from trueup.data.rowset import Outcome, RowSet, entry_of, read_set
-from trueup.data.write import write_rows
+from trueup.data.write import new_rows
 from trueup.errors import ModelError
 from trueup.waiting import waiting
 
@@ -45,30 +48,27 @@ def dedup(
     Raises:
         ModelError: `near` without the library it needs. ConfigError, DataError: from reading.
     """
-    lsh = _index(near) if near else None
+    similar = _Similar(near, by) if near else None
     source = read_set(name, dataset_dir, hub)
     seen: dict[bytes, int] = {}
-    shingles: dict[int, frozenset[int]] = {}
-    kept: list[int] = []
     dropped: list[tuple[str, str, str]] = []
-    with waiting("comparing", len(source.rows), "rows") as tell:
-        for index in range(len(source.rows)):
+    with new_rows(output) as write, waiting("comparing", len(source), "rows") as tell:
+        for index, row, example in source:
             tell(index + 1)
-            example = source.examples.get(index)
-            if example is not None:
+            if not isinstance(example, RowProblem):
                 first = seen.setdefault(_key(example, by), index)
                 if first != index:
                     dropped.append((source.row_id(index), f"same {by}", f"as {source.row_id(first)}"))
                     continue
-                if lsh is not None and (found := _nearest(lsh, shingles, index, example, by, near or 1.0)):
+                if similar and (found := similar.find_or_keep(index, example)):
                     twin, similarity = found
                     detail = f"{similarity:.2f} like {source.row_id(twin)}"
                     dropped.append((source.row_id(index), f"nearly the same {by}", detail))
                     continue
-            kept.append(index)
-    write_rows(output, [source.rows[index] for index in kept])
-    files, entries = {str(output): len(kept)}, {str(output): entry_of(source.spec)}
-    return Outcome("dedup", len(source.rows), len(kept), dropped, files, _notes(source), entries)
+            write(row)
+    kept = len(source) - len(dropped)
+    files, entries = {str(output): kept}, {str(output): entry_of(source.spec)}
+    return Outcome("dedup", len(source), kept, dropped, files, _notes(source), entries)
 
 
 def _key(example: Example, by: By) -> bytes:
@@ -78,10 +78,34 @@ def _key(example: Example, by: By) -> bytes:
 def _notes(source: RowSet) -> list[str]:
     if not source.unusable:
         return []
-    return [f"{len(source.unusable)} rows cannot be used in training, and are kept as they are: `trueup data check`"]
+    return [f"{source.unusable} rows cannot be used in training, and are kept as they are: `trueup data check`"]
 
 
 # ---- near duplicates -----------------------------------------------------------------------------
+
+
+class _Similar:
+    """The rows kept so far, as hashes: of each its sketch, by which candidates are found, and all its runs of words."""
+
+    def __init__(self, near: float, by: By) -> None:
+        """Raises ModelError without the library."""
+        self._lsh, self._near = _index(near), near
+        self._by: By = by
+        self._empty = _empty_sketch()
+        self._shingles: dict[int, np.ndarray] = {}  # row → uint32 [S], ascending
+
+    def find_or_keep(self, index: int, example: Example) -> tuple[int, float] | None:
+        """The most similar row kept so far and how similar it is, if that is enough; else this one is kept."""
+        mine = np.unique(np.fromiter(_shingles(example, self._by), np.uint32))
+        sketch = self._empty.copy()
+        sketch.update_batch(mine.tolist())
+        similar = [(_similarity(mine, self._shingles[other]), -other) for other in self._lsh.query(sketch)]
+        best, other = max(similar, default=(0.0, 0))
+        if best >= self._near:
+            return -other, best
+        self._lsh.insert(index, sketch)
+        self._shingles[index] = mine
+        return None
 
 
 def _index(near: float) -> Any:
@@ -97,26 +121,15 @@ def _index(near: float) -> Any:
     return MinHashLSH(threshold=min(near, _WIDEST), num_perm=_PERMUTATIONS, weights=(0.2, 0.8))
 
 
-def _nearest(
-    lsh: Any, shingles: dict[int, frozenset[int]], index: int, example: Example, by: By, near: float
-) -> tuple[int, float] | None:
-    """The most similar row kept so far and how similar it is, if that is enough; else this one joins the index."""
+def _empty_sketch() -> Any:
     from datasketch import MinHash
 
-    mine = frozenset(_shingles(example, by))
-    sketch = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
-    sketch.update_batch(sorted(mine))
-    similar = [(_similarity(mine, shingles[other]), -other) for other in lsh.query(sketch)]
-    best, other = max(similar, default=(0.0, 0))
-    if best >= near:
-        return -other, best
-    lsh.insert(index, sketch)
-    shingles[index] = mine
-    return None
+    return MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
 
-def _similarity(a: frozenset[int], b: frozenset[int]) -> float:
-    return len(a & b) / len(a | b) if a or b else 1.0
+def _similarity(a: np.ndarray, b: np.ndarray) -> float:
+    shared = len(np.intersect1d(a, b, assume_unique=True))
+    return shared / (len(a) + len(b) - shared) if len(a) or len(b) else 1.0
 
 
 def _shingles(example: Example, by: By) -> Iterator[int]:

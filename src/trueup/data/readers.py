@@ -60,19 +60,26 @@ def _decode(label: str, data: bytes) -> tuple[str, list[str]]:
     """UTF-8 text without its byte order mark, and what was noticed on the way. Raises DataError
     (D4).
     """
-    notes = []
-    if data.startswith(b"\xef\xbb\xbf"):
+    marked = data.startswith(b"\xef\xbb\xbf")
+    if marked:
         data = data[3:]
-        notes.append("begins with a byte order mark, which is left out")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError([not_utf8(label, data, 0, "UTF-16")])
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError([not_utf8(label, data, error.start)]) from None
-    if "\r\n" in text:
+    return text, noticed(marked, "\r\n" in text)
+
+
+def noticed(marked: bool, windows: bool, blank: int = 0) -> list[str]:
+    """What is said of a byte order mark, Windows line ends and blank lines (D3)."""
+    notes = ["begins with a byte order mark, which is left out"] if marked else []
+    if windows:
         notes.append("has Windows line ends (CRLF), which are read as line ends")
-    return text, notes
+    if blank:
+        notes.append(f"{blank:,} blank line{'s' * (blank > 1)} left out")
+    return notes
 
 
 def not_utf8(
@@ -113,13 +120,8 @@ def _read_lines(label: str, text: str) -> Part:
         if line.strip():
             part.values.append({"text": line.rstrip("\r")})
             part.lines.append(number)
-    _note_blank(part, sum(1 for line in lines[:-1] if not line.strip()))
+    part.notes = noticed(False, False, sum(1 for line in lines[:-1] if not line.strip()))
     return part
-
-
-def _note_blank(part: Part, blank: int) -> None:
-    if blank:
-        part.notes.append(f"{blank:,} blank line{'s' * (blank > 1)} left out")
 
 
 def check_header(label: str, header: list[str]) -> None:
@@ -231,7 +233,7 @@ def _read_jsonl(label: str, text: str) -> Part:
             part.values.append(row)
             part.lines.append(number)
     faults.raise_any(len(part.values))
-    _note_blank(part, blank - (not lines[-1]))
+    part.notes = noticed(False, False, blank - (not lines[-1]))
     return part
 
 

@@ -16,7 +16,16 @@ from typing import Any, BinaryIO, cast
 from trueup.data import jsontext
 from trueup.data.files import DataFile
 from trueup.data.jsontext import JsonFault
-from trueup.data.readers import Faults, Row, check_header, is_one_object_a_line, kind_of_value, not_utf8, object_of_line
+from trueup.data.readers import (
+    Faults,
+    Row,
+    check_header,
+    is_one_object_a_line,
+    kind_of_value,
+    not_utf8,
+    noticed,
+    object_of_line,
+)
 from trueup.errors import DataError
 
 Place = dict[str, Any]
@@ -43,6 +52,11 @@ class RowFile:
     def place(self) -> Place:
         return self._reader.place()
 
+    @property
+    def notes(self) -> list[str]:
+        """What was noticed so far, as `readers.read_file` says it."""
+        return self._reader.notes()
+
     def __iter__(self) -> Iterator[tuple[Row, int | None]]:
         return self
 
@@ -65,6 +79,9 @@ class _Reader:
 
     def place(self) -> Place:
         raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        return []
 
 
 def _text_reader(file: DataFile, stack: ExitStack, place: Place) -> _Reader:
@@ -108,11 +125,15 @@ class _Lines(_Reader):
     def __init__(self, file: DataFile, raw: BinaryIO, place: Place) -> None:
         self.label, self.raw = file.label, raw
         self.offset, self.line = place.get("offset", 0), place.get("line", 0)
+        self.marked, self.windows, self.blank = False, False, 0
         if self.offset:
             _go_to(raw, self.offset)
 
     def place(self) -> Place:
         return {"offset": self.offset, "line": self.line, "shape": self.shape}
+
+    def notes(self) -> list[str]:
+        return noticed(self.marked, self.windows, self.blank)
 
     def lines(self) -> Iterator[str]:
         """Each line with its end, counted as it is taken."""
@@ -120,6 +141,8 @@ class _Lines(_Reader):
             begin = self.offset
             self.offset += len(data)
             self.line += 1
+            self.windows = self.windows or data.endswith(b"\r\n")
+            self.marked = self.marked or (begin == 0 and data.startswith(_BOM))
             yield _decoded(self.label, data, begin, self.line)
 
 
@@ -142,6 +165,7 @@ class _Objects(_Lines):
     def rows(self) -> Iterator[tuple[Row, int | None]]:
         for line in self.lines():
             if line.isspace() or not line:
+                self.blank += 1
                 continue
             faults = Faults(self.label)
             row = object_of_line(line.rstrip("\r\n"), self.line, faults)
@@ -159,6 +183,8 @@ class _Documents(_Lines):
         for line in self.lines():
             if line.strip():
                 yield {"text": line.rstrip("\n").rstrip("\r")}, self.line
+            else:
+                self.blank += 1
 
 
 class _Cells(_Lines):
@@ -206,12 +232,16 @@ class _Elements(_Reader):
         self.text, self.at, self.ended = "", 0, False
         self._decode_bytes = codecs.getincrementaldecoder("utf-8")()
         self._read = self.offset  # bytes taken from the file
+        self.marked, self.windows = False, False
         if self.offset:
             _go_to(raw, self.offset)
 
     def place(self) -> Place:
         place = {"offset": self.offset, "line": self.line, "count": self.count, "array": self.array}
         return {**place, "shape": "elements"}
+
+    def notes(self) -> list[str]:
+        return noticed(self.marked, self.windows)
 
     def rows(self) -> Iterator[tuple[Row, int | None]]:
         if self.array is None:
@@ -286,7 +316,7 @@ class _Elements(_Reader):
             if data.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise DataError([not_utf8(self.label, data, 0, "UTF-16")])
             if data.startswith(_BOM):
-                data, self.offset, self._read = data[3:], 3, 3
+                data, self.offset, self._read, self.marked = data[3:], 3, 3, True
         begun = self._decode_bytes.getstate()[0]  # bytes of a character that goes on in `data`
         try:
             more = self._decode_bytes.decode(data, final=not data)
@@ -294,6 +324,7 @@ class _Elements(_Reader):
             line, base = self.line + rest.count("\n"), self._read - len(begun)
             raise DataError([not_utf8(self.label, begun + data, error.start, line=line, base=base)]) from None
         self._read += len(data)
+        self.windows = self.windows or b"\r\n" in data
         self.text, self.at, self.ended = rest + more, 0, not data
         return True
 

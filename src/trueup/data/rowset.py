@@ -1,4 +1,4 @@
-"""Rows of a dataset taken as a whole, by the verbs that write new files: read, parsed, accounted for.
+"""Rows of a dataset for the verbs that write new files: read one after another, parsed, accounted for.
 
 read = kept + dropped, always; a row that is dropped has its id and a reason in the outcome.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 from trueup.data.examples import Example, Kind
 from trueup.data.express import TYPE_OF
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
-from trueup.data.layout import Layout, choose_layout, kind_of
+from trueup.data.layout import PEEKED, Layout, choose_layout, kind_of
+from trueup.data.passes import Passes
+from trueup.data.readers import Row
 from trueup.data.register import enter
 from trueup.data.registry import DatasetSpec, resolve_datasets
 from trueup.data.report import number, shorten
-from trueup.data.sources import Rows, read_rows
 from trueup.data.write import write_text
 from trueup.errors import DataError, Problem
 
@@ -29,17 +30,41 @@ _SHOWN_IDS = 4
 
 @dataclass(slots=True)
 class RowSet:
-    """A dataset's rows, and those that could be read as examples of `kind`, by index."""
+    """A dataset's rows, each with the example of `kind` that it is, read anew whenever they are iterated.
+
+    columns: every name that a row has. unusable: how many rows were no example, once they have been iterated.
+    """
 
     spec: DatasetSpec
-    rows: Rows
+    passes: Passes
     kind: Kind
     layout: Layout
-    examples: dict[int, Example] = field(default_factory=dict)
-    unusable: dict[int, RowProblem] = field(default_factory=dict)
+    count: int
+    columns: list[str]
+    unusable: int = 0
 
     def row_id(self, index: int) -> str:
         return f"{self.spec.name}:{index}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, Row, Example | RowProblem]]:
+        """(index, row, what it says or why it says nothing). Raises DataError at the end, for columns that hold
+        something else than their role wants; and whatever is wrong with the files.
+        """
+        faults: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
+        self.unusable = 0
+        for index, row, where in self.passes:
+            try:
+                yield index, row, parse_with(self.layout, self.row_id(index), row)
+            except RowProblem as problem:
+                self.unusable += 1
+                yield index, row, problem
+            except ShapeProblem as problem:
+                faults.setdefault((problem.column, problem.found, problem.expected), []).append((index, where))
+        if faults:
+            raise DataError([_shape_problem(self.spec.name, *fault) for fault in [*faults.items()][:_SHOWN]])
 
 
 @dataclass(slots=True)
@@ -109,30 +134,43 @@ def read_set(name: str, dataset_dir: str | Path = "data", hub: str = "huggingfac
         ConfigError, DataError, ModelError: as reading it for a training would.
     """
     (spec,) = resolve_datasets([name], dataset_dir, hub)
-    rows = read_rows(spec)
-    if not len(rows):
+    passes = Passes(spec)
+    passes.tell_if_long()
+    peek = Peek()
+    for _, row, _ in passes:
+        peek.add(row)
+    if not peek.count:
         raise DataError(f"dataset {spec.name!r} has no rows", where=spec.origin)
-    kind = want or kind_of(spec, rows.values)
-    found = RowSet(spec, rows, kind, choose_layout(spec, rows.values, kind))
-    faults: dict[tuple[str, str, str], list[int]] = {}
-    for index, row in enumerate(rows):
-        try:
-            found.examples[index] = parse_with(found.layout, found.row_id(index), row)
-        except RowProblem as problem:
-            found.unusable[index] = problem
-        except ShapeProblem as problem:
-            faults.setdefault((problem.column, problem.found, problem.expected), []).append(index)
-    if faults:
-        raise DataError([_shape_problem(found, fault, where) for fault, where in [*faults.items()][:_SHOWN]])
-    return found
+    kind = want or kind_of(spec, peek.rows())
+    return RowSet(spec, passes, kind, choose_layout(spec, peek.rows(), kind), peek.count, list(peek.columns))
 
 
-def _shape_problem(rows: RowSet, fault: tuple[str, str, str], indices: Sequence[int]) -> Problem:
+@dataclass(slots=True)
+class Peek:
+    """What decides how rows are read: the first of them, and the columns of all."""
+
+    count: int = 0
+    first: list[Row] = field(default_factory=list)
+    columns: dict[str, None] = field(default_factory=dict)  # in the order in which they appear
+
+    def add(self, row: Row) -> None:
+        self.count += 1
+        if self.count <= PEEKED:
+            self.first.append(row)
+        if row.keys() - self.columns.keys():
+            self.columns.update(dict.fromkeys(row))
+
+    def rows(self) -> list[Mapping[str, Any]]:
+        """The first rows, and one without values that has every column."""
+        return [*self.first, dict(self.columns)] if self.count > PEEKED else [*self.first]
+
+
+def _shape_problem(name: str, fault: tuple[str, str, str], rows: Sequence[tuple[int, str]]) -> Problem:
     column, holds, expected = fault
-    which = ", ".join(map(str, indices[:_SHOWN])) + (" …" if len(indices) > _SHOWN else "")
+    which = ", ".join(str(index) for index, _ in rows[:_SHOWN]) + (" …" if len(rows) > _SHOWN else "")
     return Problem(
-        f"dataset {rows.spec.name!r}: column `{column}` holds {holds} in {number(len(indices))} rows (row {which})",
-        rows.rows.where(indices[0]),
+        f"dataset {name!r}: column `{column}` holds {holds} in {number(len(rows))} rows (row {which})",
+        rows[0][1],
         f"{expected}, in every row",
         "mend or remove these rows; nothing is converted by guessing",
     )
@@ -148,6 +186,6 @@ def entry_of(spec: DatasetSpec) -> dict[str, Any]:
     return entry | {name: dict(value) for name, value in (("columns", spec.columns), ("tags", spec.tags)) if value}
 
 
-def dropped_rows(rows: RowSet) -> list[tuple[str, str, str]]:
-    """The rows that could not be read, as an outcome tells them."""
-    return [(rows.row_id(i), problem.reason, shorten(problem.detail)) for i, problem in rows.unusable.items()]
+def dropped_row(row: str, problem: RowProblem) -> tuple[str, str, str]:
+    """A row that cannot be used, as an outcome tells it."""
+    return row, problem.reason, shorten(problem.detail)
