@@ -87,7 +87,7 @@ def test_the_readme_names_every_module_and_only_those():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_load(path: Path):
-    verbs = {"builtin_build": "build", "builtin_eval": "eval"}
+    verbs = {"builtin_build": "build", "builtin_eval": "eval", "builtin_export": "export"}
     load_config(path, verb=verbs.get(path.stem, "train"))
 
 
@@ -117,7 +117,7 @@ def test_floors_close_the_known_holes():
 
 
 def test_the_extras_that_guides_name_exist():
-    wanted = {"web", "serve", "quant", "vllm", "deepspeed", "ray", "track", "eval", "gguf", "dev"}
+    wanted = {"web", "serve", "quant", "vllm", "deepspeed", "ray", "track", "eval", "gguf", "gptq", "awq", "dev"}
     assert wanted | {"torch", "metrics", "gpu"} <= set(PROJECT["optional-dependencies"])
 
 

@@ -22,6 +22,7 @@ from tests.guides.conftest import (
     register,
     sentences,
     succeed,
+    trueup,
     write_json,
     write_lines,
 )
@@ -348,6 +349,10 @@ G4_DPO = (
 G4_CHAT = (
     "chat --model_name_or_path ./Qwen2.5-7B --adapter_name_or_path ./dpo_output --finetuning_type lora --device cuda:0"
 )
+G4_EXPORT = (
+    "export --model_name_or_path ./Qwen2.5-7B --adapter_name_or_path ./dpo_output --finetuning_type lora "
+    "--export_dir ./merged_model --export_size 2 --export_legacy_format False"
+)
 
 
 def g4_data() -> None:
@@ -391,6 +396,23 @@ def test_g4_pretrain_sft_dpo_then_only_the_last_adapter_on_the_original_base(wor
     assert "assistant: " in chat.stdout
     if not torch.cuda.is_available():
         assert "cuda:0 is not present here; running on" in chat.stderr
+
+
+def test_g4_export_of_only_the_last_adapter_on_the_original_base(work: Path):
+    g4_data()
+    succeed(f"{G4_SFT.replace('./pretrain_output', './Qwen2.5-7B')} --max_steps 1")
+    succeed(f"{G4_DPO} --max_steps 1")
+    result = succeed(G4_EXPORT)
+    assert "files of at most 2 GB" in result.stderr  # one guide means bits by it
+    merged = AutoModelForCausalLM.from_pretrained("./merged_model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = merged(input_ids=PROBE).logits
+    torch.testing.assert_close(found, plain_peft("./Qwen2.5-7B", "./dpo_output"), atol=1e-4, rtol=1e-4)
+    assert "largest logit difference of the model from base + adapter" in " ".join(result.stdout.split())
+    chat = succeed("chat --model_name_or_path ./merged_model --max_new_tokens 3", input="Hello\n")
+    assert "assistant: " in chat.stdout
+    refused = trueup(G4_EXPORT.replace("False", "True"))
+    assert refused.exit_code == 2 and "safetensors" in refused.stderr
 
 
 @pytest.mark.parametrize("loss", ["hinge", "orpo"])

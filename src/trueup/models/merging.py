@@ -6,8 +6,11 @@ Both are fp32: adapters are folded into fp32 weights, and what is written is rou
 from __future__ import annotations
 
 import copy
+import io
 import logging
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,7 +252,8 @@ def load_gguf(directory: Path, name: str, device: torch.device) -> PreTrainedMod
     if config.model_type == "mistral":  # GGUF calls it llama, which it is but for a window that such a file excludes
         values = config.to_dict()
         config = LlamaConfig(**{k: v for k, v in values.items() if k not in ("model_type", "architectures")})
-    found = Policy.auto_class.from_pretrained(
-        str(directory), gguf_file=name, config=config, dtype=torch.float32, device_map={"": device}
-    )
+    with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # its bar is noise in a log file
+        found = Policy.auto_class.from_pretrained(
+            str(directory), gguf_file=name, config=config, dtype=torch.float32, device_map={"": device}
+        )
     return found.eval()

@@ -204,11 +204,12 @@ def _gguf_name(plan: Plan) -> str:
 
 
 def _write_gguf(stage: Path, plan: Plan, merged: PreTrainedModel) -> None:
-    from trueup.inference.export.gguf_file import GgufModel, write_gguf
+    from trueup.inference.export.gguf_file import GgufModel, check_rounding, write_gguf
 
     kind = str(plan.cfg.export.export_gguf)
     about = GgufModel(plan.target.name, plan.tokenizer, plan.template.stop_ids[0], plan.tokenizer.chat_template, kind)
     write_gguf(stage / _gguf_name(plan), merged, about)
+    check_rounding(stage / _gguf_name(plan), merged, kind)
 
 
 def _quantise(stage: Path, plan: Plan, texts: list[str], done: Exported) -> None:

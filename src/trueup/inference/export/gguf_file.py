@@ -28,6 +28,14 @@ FORMATS = {
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
 _BLOCK = 32  # values of q8_0 that share a scale
+#: How far a stored weight may be from what it stands for, as a share of the tensor's largest: half of the last digit,
+#: and for q8_0 half of 1/127 and what its scale, an f16, is rounded by.
+_ROUNDING = {
+    gguf.GGMLQuantizationType.F16: 2**-11,
+    gguf.GGMLQuantizationType.BF16: 2**-8,
+    gguf.GGMLQuantizationType.Q8_0: 1 / 254 + 2**-11,
+}
+_SMALLEST = 127 * 2**-25  # half of the smallest step of an f16, by which even zero is rounded, and of q8_0's scale
 _LARGEST_F16 = 65504.0
 
 
@@ -254,19 +262,27 @@ def _rope_factors(model: PreTrainedModel) -> Tensor:
 # --- reading back ---------------------------------------------------------------------------------
 
 
-def largest_rounding(path: Path, model: PreTrainedModel) -> float:
-    """How far the file's weights are from the model's, relative to each tensor's largest.
+def check_rounding(path: Path, model: PreTrainedModel, kind: str) -> None:
+    """Whether a file's weights, read back, are the model's within what its format rounds.
 
     Raises:
-        ModelError: a tensor is missing or has another shape.
+        ModelError: a tensor is missing, has another shape or other values.
     """
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    worst = 0.0
-    for name, shape, _, value in _tensors(model, "f32"):
+    for name, shape, of, value in _tensors(model, kind):
         found = stored.get(name)
         if found is None or tuple(int(n) for n in found.shape)[::-1] != shape:
-            raise ModelError(f"the GGUF file does not hold {name} of shape {shape}", where=str(path))
+            raise _not_held(f"the GGUF file does not hold {name} of shape {shape}")
         read = torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type))).view(shape)
         wanted = value().float().cpu()
-        worst = max(worst, float((read - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)))
-    return worst
+        share = _ROUNDING.get(of, 0.0)
+        allowed = share * float(wanted.abs().max()) + _SMALLEST * bool(share)
+        apart = float((read - wanted).abs().max())
+        if not apart <= allowed:
+            raise _not_held(f"{name} in the GGUF file is {apart:.3g} from the model's; {kind} rounds by {allowed:.3g}")
+
+
+def _not_held(what: str) -> ModelError:
+    return ModelError(
+        what, where="export_gguf", fix="nothing was kept; this is a fault in gguf or in trueup: please report it"
+    )  # fmt: skip
