@@ -40,6 +40,8 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("dataset_dir finetuning_type stage seed on_unused_keys", {}),
 ]
 READ_WITH: dict[str, Mapping[str, Any]] = read_with(_ROWS)
+#: keys that act here and with no other verb yet.
+IN_EXPORTS = frozenset({"infer_dtype"})
 _REPOSITORY = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*").fullmatch
 
 
@@ -59,7 +61,7 @@ def check(cfg: RunConfig, place: Place, bad: set[str]) -> tuple[list[Problem], l
     def of_the_file(key: str) -> bool:
         return not (place(key) or "").startswith("--")
 
-    problems = not_yet(cfg, place, training=False, acting=("infer_dtype",)) + broken(cfg, place, bad, RULES)
+    problems = not_yet(cfg, place, training=False, acting=IN_EXPORTS) + broken(cfg, place, bad, RULES)
     return problems, without_effect(cfg, place, bad, "export", READ_WITH, passes=of_the_file)
 
 

@@ -156,13 +156,16 @@ NOT_ACTING_YET: dict[str, str] = {
         words(
             """
             torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory
-            dataloader_persistent_workers dataloader_prefetch_factor low_cpu_mem_usage use_reentrant_gc
-            gradient_checkpointing_kwargs
-            data_shared_file_system offload_folder use_kv_cache
+            dataloader_persistent_workers dataloader_prefetch_factor gradient_checkpointing_kwargs
             """
         ),
         "",
     ),
+    "low_cpu_mem_usage": "weights are always read one at a time",
+    "use_reentrant_gc": "activations are recomputed without re-entering autograd; the gradients are the same",
+    "data_shared_file_system": "every process reads the same tokenised cache, wherever it lies",
+    "offload_folder": "the model stays in memory; `trueup check` says beforehand whether it fits",
+    "use_kv_cache": "keys and values are always kept while answering",
     "tf32": "products of fp32 numbers stay exact; bf16 is the fast format",
     "ddp_backend": "the device decides: nccl between GPUs, gloo between CPUs",
     "ignore_pad_token_for_loss": "nothing is padded",
@@ -266,6 +269,8 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
         "lr_scheduler_kwargs",
         {"lr_scheduler_type": tuple(name for name in SCHEDULES if not name.startswith("constant"))},
     ),
+    ("length_penalty", {"num_beams": tuple(range(2, 100))}),
+    ("ray_num_workers", {"ray_init_kwargs": SET}),
 ]
 
 #: The same for keys that steer the run, not the method: set in vain, they are only said to be so.
@@ -277,7 +282,6 @@ _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("eval_delay eval_on_start", {"eval_strategy": ("steps", "epoch")}),
     ("save_steps", {"save_strategy": ("steps",)}),
     ("warmup_steps warmup_ratio", {"lr_scheduler_type": tuple(name for name in SCHEDULES if name != "constant")}),
-    ("length_penalty", {"num_beams": tuple(range(2, 100))}),
     ("buffer_size", {"streaming": (True,)}),
     ("gradient_checkpointing_kwargs", {"gradient_checkpointing": ("auto", "full", "selective")}),
     (
@@ -300,7 +304,6 @@ _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
         "export_quantization_dataset export_quantization_nsamples export_quantization_maxlen",
         {"export_quantization_bit": SET},
     ),
-    ("ray_num_workers", {"ray_init_kwargs": SET}),
 ]
 
 #: keys of verbs that do not train → the verb.
@@ -331,9 +334,14 @@ IN_TRAINING = {"batch_size": "per_device_train_batch_size", "save_dir": "output_
 
 #: key → stages whose users know it from elsewhere: there it is said to be idle, and no error.
 IDLE_WITH: dict[str, tuple[str, ...]] = {"pref_beta": ("ppo",)}
-#: keys that TRL's configs hold whether or not they are meant; at their defaults they ask for nothing.
+#: keys that other tools' configs hold whether or not they are meant; at their defaults they ask for nothing.
 _ALWAYS_WRITTEN = frozenset(
-    words("f_divergence_type f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha ref_model_sync_steps")
+    words(
+        """
+        f_divergence_type f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha ref_model_sync_steps
+        length_penalty ray_num_workers
+        """
+    )
 )
 ACTS_WITH: dict[str, dict[str, Any]] = {key: needs for row, needs in _ROWS for key in words(row)}
 QUIET: frozenset[str] = frozenset(key for row, _ in _QUIET_ROWS for key in words(row))

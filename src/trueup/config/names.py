@@ -320,8 +320,8 @@ IDLE: dict[str, str] = {
             ddp_find_unused_parameters ddp_static_graph dispatch_batches eval_accumulation_steps
             eval_do_concat_batches eval_use_gather_object fp16_backend
             fp16_opt_level half_precision_backend ignore_bias_buffers
-            include_effective_tokens_per_second include_for_metrics include_inputs_for_metrics
-            include_num_input_tokens_seen include_tokens_per_second label_names length_column_name
+            include_for_metrics include_inputs_for_metrics
+            include_num_input_tokens_seen label_names length_column_name
             local_rank log_level_replica log_on_each_node precompute_ref_batch_size
             prediction_loss_only ray_scope remove_unused_columns
             restore_callback_states_from_checkpoint save_on_each_node skip_memory_metrics
@@ -329,6 +329,9 @@ IDLE: dict[str, str] = {
             """
         ),
         "",
+    ),
+    **dict.fromkeys(
+        words("include_tokens_per_second include_effective_tokens_per_second"), "tokens/s is always logged"
     ),
     "logging_dir": "TensorBoard's files are in output_dir/runs",
     "average_tokens_across_devices": "a loss is always averaged over all processes",
