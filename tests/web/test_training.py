@@ -56,7 +56,7 @@ def test_a_newcomer_trains_the_built_in_model(studio, page):
         clicks += 1
 
     page.goto(studio.url)
-    click(page.get_by_role("link", name="Train"))
+    click(page.get_by_role("link", name="Train", exact=True))
     data = page.get_by_role("combobox", name="Dataset", exact=True)
     click(data)
     data.fill("dpo_zh")

@@ -2,7 +2,8 @@
 
     run.py  app.py     listen; NiceGUI behind the guard        guard.py  login.py   who may ask
     frame.py  view.py  what surrounds a page; what a page gets  words/               English and Chinese
-    charts.py  series.py  curves: their look; a run's rows       forms.py  draft.py   a form from the config's schema
+    charts.py  series.py  curves: their look; a run's rows       plots.py  answers.py  what a run shows
+    follow.py             files that grow                         forms.py  draft.py   a form from the config's schema
     workspace.py       where data, runs and configs lie          jobs.py              trainings as processes
 
 **A page** is a module in `pages/`, found by being there, with its words in `words/<module>.json`:

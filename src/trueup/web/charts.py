@@ -57,7 +57,7 @@ def lines(
     low, high = y_range
     return {
         **_base(),
-        "grid": _grid(top=34 if several else 14, bottom=26 if x_label else 8),
+        "grid": _grid(top=34 if several else 16, bottom=26 if x_label else 8),
         "legend": _legend([one["name"] for one in series if one["name"]]) if several else {"show": False},
         "tooltip": {**_tooltip("axis"), ":valueFormatter": _SHORT},
         "xAxis": {
@@ -112,7 +112,7 @@ def update(shown: ui.echart, options: dict[str, Any]) -> None:
 
 
 def _line(
-    name: str, points: Points, colour: str, *, width: float = 2, opacity: float = 1.0, dashed: bool = False,
+    name: str, points: Points, colour: str, *, width: float = 1.6, opacity: float = 1.0, dashed: bool = False,
     dots: bool = False, silent: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     return {

@@ -1,90 +1,76 @@
-"""A run's metrics.jsonl as columns, kept current by reading only what is new, and thinned for a screen. Torch-free.
-
-Kept in memory as a cache, by file: whatever is in it can be read again.
-"""
+"""A run's metrics.jsonl as columns, and these as curves thinned for a screen. Torch-free."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import threading
-from array import array
-from collections import OrderedDict
+from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from trueup.training.run_files import METRICS_FILE
+from trueup.web.follow import Followed, Shelf, row_of
 
 POINTS = 800  # of a curve on a screen
-_MOST_FILES = 32
 _NAN = math.nan
 _AXES = {"step": "step", "time": "time", "tokens": "num_tokens", "epoch": "epoch"}
 AXIS_COLUMNS = frozenset(_AXES.values())  # say where a row stands, and are no curves
 
 
-class Table:
+class Table(Followed):
     """The numbers of a log of JSON lines, column by column; NaN where a line lacks one."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._clear()
-
-    def _clear(self) -> None:
-        self.columns: dict[str, array[float]] = {}
+    def forget(self) -> None:
         self.length = 0
-        self._offset = 0
-        self._file = (0, 0)
+        self._columns: dict[str, np.ndarray] = {}  # each with room for more
 
-    def refresh(self) -> bool:
-        """Read what was appended since; everything again if the file was replaced or cut. Whether anything is new."""
-        try:
-            with open(self.path, "rb") as file:
-                found = os.fstat(file.fileno())
-                identity = (found.st_dev, found.st_ino)
-                if identity != self._file or found.st_size < self._offset:
-                    self._clear()
-                    self._file = identity
-                if found.st_size == self._offset:
-                    return False
-                file.seek(self._offset)
-                new = file.read()
-        except OSError:
-            changed = self.length > 0
-            self._clear()
-            return changed
-        whole = new[: new.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        before = self.length
-        for line in whole.splitlines():
-            self._add(line)
-        return self.length > before
+    def take(self, lines: list[bytes]) -> None:
+        """Rows of the same keys follow each other, mostly, and are taken together."""
+        rows = (row for line in lines if (row := row_of(line)))
+        for names, group in groupby(rows, key=tuple):
+            block = np.array(
+                [[v if type(v) is float else _number(v) for v in row.values()] for row in group], dtype=np.float64
+            )
+            end = self.length + len(block)
+            for name in names:
+                self._columns.setdefault(name, np.full(end, _NAN))
+            for name, column in self._columns.items():
+                if len(column) < end:
+                    self._columns[name] = np.concatenate([column, np.full(max(end, 1024), _NAN)])
+            for number, name in enumerate(names):
+                self._columns[name][self.length : end] = block[:, number]
+            self.length = end
 
-    def _add(self, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(row, dict):
-            return
-        for name, value in row.items():
-            if isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
-                continue
-            column = self.columns.get(name)
-            if column is None:
-                column = self.columns[name] = array("d", [_NAN]) * self.length
-            column.append(_NAN if value is None else value)
-        self.length += 1
-        for column in self.columns.values():
-            if len(column) < self.length:
-                column.append(_NAN)
+    @property
+    def names(self) -> list[str]:
+        """Of all columns that have a number."""
+        return [name for name in self._columns if self.has(name)]
+
+    def column(self, name: str) -> np.ndarray:
+        """float64 [rows]; all NaN if no row has it."""
+        found = self._columns.get(name)
+        return np.full(self.length, _NAN) if found is None else found[: self.length]
 
     def has(self, name: str) -> bool:
         """Whether any row has a number of that name."""
-        return any(value == value for value in self.columns.get(name, ()))
+        return bool(np.isfinite(self.column(name)).any())
 
     def last(self, name: str) -> float | None:
         """The newest number of that name."""
-        return next((value for value in reversed(self.columns.get(name, array("d"))) if value == value), None)
+        column = self.column(name)
+        there = np.flatnonzero(np.isfinite(column[-1000:])) + max(0, len(column) - 1000)
+        there = there if len(there) else np.flatnonzero(np.isfinite(column))
+        return float(column[there[-1]]) if len(there) else None
+
+    def extent(self, x: str) -> tuple[float, float]:
+        """The first and the last x; (0, 0) without rows."""
+        across = self.column(_AXES[x])
+        there = across[np.isfinite(across)]
+        if not len(there):
+            return 0.0, 0.0
+        origin = float(there[0]) if x == "time" else 0.0
+        return float(there[0]) - origin, float(there[-1]) - origin
 
     def curve(
         self, name: str, *, x: str = "step", smoothing: float = 0.0, points: int = POINTS,
@@ -97,53 +83,53 @@ class Table:
             smoothing: weight of what was before, from 0 to below 1; the mean is unbiased from its first value on.
             span: only these x.
         """
-        across = self.columns.get(_AXES[x])
-        values = self.columns.get(name)
-        if across is None or values is None:
-            return []
-        origin = next((at for at in across if at == at), 0.0) if x == "time" else 0.0
-        pairs = [(at - origin, value) for at, value in zip(across, values, strict=True) if value == value and at == at]
+        with self.lock:
+            across, values = self.column(_AXES[x]), self.column(name)
+        there = np.isfinite(across) & np.isfinite(values)
+        if x == "time":
+            across = across - next(iter(across[np.isfinite(across)]), 0.0)
+        across, values = across[there], values[there]
         if smoothing > 0:
-            pairs = _smooth(pairs, smoothing)
+            values = _smooth(values, smoothing)
         if span:
-            pairs = [pair for pair in pairs if span[0] <= pair[0] <= span[1]]
-        return thin(pairs, points)
+            inside = (across >= span[0]) & (across <= span[1])
+            across, values = across[inside], values[inside]
+        kept = thin(values, points)
+        return np.column_stack([across[kept], values[kept]]).tolist()
 
 
-_TABLES: OrderedDict[Path, Table] = OrderedDict()
-_LOCK = threading.Lock()
+_SHELF = Shelf(Table)
 
 
 def read(run: Path, name: str = METRICS_FILE) -> Table:
     """The rows of a run, current."""
-    with _LOCK:
-        path = run / name
-        table = _TABLES.pop(path, None) or Table(path)
-        _TABLES[path] = table
-        while len(_TABLES) > _MOST_FILES:
-            _TABLES.popitem(last=False)
-        table.refresh()
-        return table
+    return _SHELF.read(run / name)
 
 
-def thin(pairs: list[tuple[float, float]], points: int) -> list[list[float]]:
-    """Lowest and highest of each stretch, in their order: no spike is lost, and the shape stays."""
-    if len(pairs) <= points:
-        return [[x, y] for x, y in pairs]
-    stretch = max(1, math.ceil(2 * len(pairs) / points))
-    kept: list[list[float]] = []
-    for start in range(0, len(pairs), stretch):
-        part = pairs[start : start + stretch]
-        low, high = min(part, key=lambda pair: pair[1]), max(part, key=lambda pair: pair[1])
-        kept += [[x, y] for x, y in sorted({low, high})]
-    if kept[-1][0] != pairs[-1][0]:
-        kept.append(list(pairs[-1]))
-    return kept
+def thin(values: np.ndarray, points: int) -> np.ndarray:
+    """Which of many values to draw: lowest and highest of each stretch, so that no spike is lost; and the last."""
+    count = len(values)
+    if count <= points:
+        return np.arange(count)
+    stretch = math.ceil(2 * count / points)
+    whole = count // stretch
+    parts = values[: whole * stretch].reshape(whole, stretch)
+    starts = np.arange(whole) * stretch
+    kept = [starts + parts.argmin(1), starts + parts.argmax(1), [count - 1]]
+    if rest := count - whole * stretch:
+        end = values[-rest:]
+        kept.append([count - rest + int(end.argmin()), count - rest + int(end.argmax())])
+    return np.unique(np.concatenate(kept))
 
 
-def _smooth(pairs: list[tuple[float, float]], weight: float) -> list[tuple[float, float]]:
-    smoothed, mean, mass = [], 0.0, 0.0
-    for x, y in pairs:
-        mean, mass = weight * mean + (1 - weight) * y, weight * mass + (1 - weight)
-        smoothed.append((x, mean / mass))
-    return smoothed
+def _smooth(values: np.ndarray, weight: float) -> np.ndarray:
+    """An exponential mean, each divided by the weight it has seen."""
+    sums = accumulate(((1 - weight) * values).tolist(), lambda mean, value: weight * mean + value)
+    return np.fromiter(sums, np.float64, len(values)) / (1 - weight ** np.arange(1, len(values) + 1))
+
+
+def _number(value: Any) -> float:
+    try:
+        return _NAN if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        return _NAN

@@ -9,43 +9,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nicegui import run as background
 from nicegui import ui
 
 from trueup.errors import ConfigError, UserError
 from trueup.web import charts
+from trueup.web.answers import read as read_answers
 from trueup.web.frame import button, card, figure, heading, problems, state_badge
-from trueup.web.jobs import RunState, tail
+from trueup.web.jobs import RunState
 from trueup.web.pages import page
+from trueup.web.plots import Look, Plot, front, options, others
 from trueup.web.series import Table, read
 from trueup.web.view import View
 
 _SECONDS = 1.0
-_COMPLETIONS = 8  # of the newest step
-_COMPLETIONS_BYTES = 256 * 2**10
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A chart: a word of words/live.json, and the metrics in it by the names of their curves."""
-
-    title: str
-    metrics: dict[str, str]
-    positive: bool = False  # may have a logarithmic axis
-
-
-PLOTS = (
-    Plot("loss", {"train": "loss", "eval": "eval_loss"}, positive=True),
-    Plot("rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "reward": "reward"}),
-    Plot("accuracy", {"train": "rewards/accuracies", "eval": "eval_rewards/accuracies"}),
-    Plot("margin", {"train": "rewards/margins", "eval": "eval_rewards/margins"}),
-    Plot("kl", {"kl": "kl", "chosen": "kl/chosen", "rejected": "kl/rejected"}, positive=True),
-    Plot("entropy", {"entropy": "entropy"}),
-    Plot("lengths", {"mean": "completions/mean_length", "max": "completions/max_length"}),
-    Plot("grad_norm", {"grad_norm": "grad_norm"}, positive=True),
-    Plot("learning_rate", {"learning_rate": "learning_rate"}),
-    Plot("speed", {"tokens": "tokens_per_second"}),
-    Plot("memory", {"memory": "memory_gb"}),
-)
+_COMPLETIONS = 8  # of a step
+_NEWEST = 20  # rows, from which the time left is told
+_AXES = ("step", "epoch", "tokens", "time")
 
 
 @page("/run/{run:path}", icon="monitoring", order=41, menu=False)
@@ -56,6 +36,20 @@ def live(view: View) -> None:
     LivePage(view).build()
 
 
+@dataclass
+class Seen:
+    """What one look at a run's files found; of charts and answers, what is new in them."""
+
+    state: RunState
+    log: str
+    table: Table
+    charts: list[tuple[Plot, dict[str, Any]]]
+    others: list[tuple[Plot, dict[str, Any]]]
+    has_others: bool
+    steps: list[int]
+    answers: tuple[int, int, list[dict[str, Any]]] | None  # step, how many it has, some of them
+
+
 class LivePage:
     """One look at one run; the same for every tab, because all of it is read."""
 
@@ -64,11 +58,13 @@ class LivePage:
         self.path = view.workspace.run(self.run)
         self.shown: dict[str, ui.echart] = {}
         self.drawn: tuple[Any, ...] = ()
+        self.told: tuple[Any, ...] = ()
         self.before: tuple[Any, ...] = ()
         self.log_text = ""
+        self.turn = asyncio.Lock()
 
     def build(self) -> None:
-        """Everything, and then a look every second."""
+        """Everything, and then a look every second; the first at once, when the page is there."""
         t = self.view.t
         with heading(self.view, self.run):
             self.badge = ui.element("span").props("role=status")
@@ -80,51 +76,123 @@ class LivePage:
             self.figures = {name: figure(t(f"live.{name}"), "–") for name in ("step", "left", "loss", "speed")}
         self.warnings = ui.element("div").classes("stack live-reason").props("aria-live=polite")
         self._controls()
-        self.charts = ui.element("div").classes("grid-2")
-        self.answers = ui.element("div")
+        self.charts = ui.element("div").classes("live-charts")
+        self.more = ui.expansion(t("live.more")).classes("live-more").props("dense")
+        with self.more:
+            self.rest = ui.element("div").classes("live-charts")
+        self.more.set_visibility(False)
+        self.more.on_value_change(self._look_again)
+        self._answers_card()
         with card(t("live.log")):
             self.log = ui.label("").classes("log").props(f'role=log tabindex=0 aria-label="{t("live.log")}"')
-        self._refresh()
-        ui.timer(_SECONDS, self._refresh)
+        self._stand(self.view.jobs.state(self.run))
+        ui.timer(_SECONDS, self._look_again)
 
     def _controls(self) -> None:
         """How curves are drawn; kept in the address."""
         t, query = self.view.t, self.view.query
-        axes = {name: t(f"live.x_{name}") for name in ("step", "epoch", "tokens", "time")}
         with ui.element("div").classes("toolbar live-controls"):
-            self.x = ui.select(axes, value=query.get("x") if query.get("x") in axes else "step", label=t("live.x"))
+            x = query.get("x", "step")
+            axes = {name: t(f"live.x_{name}") for name in _AXES}
+            self.x = ui.select(axes, value=x if x in axes else "step", label=t("live.x"))
             self.x.props("outlined dense options-dense")
-            ui.label(t("live.smoothing")).classes("muted small")
             start = min(max(_number(query.get("smooth"), 0.0), 0.0), 0.98)
-            self.smooth = ui.slider(min=0, max=0.98, step=0.02, value=start).classes("live-slider")
-            self.smooth.props["aria-label"] = t("live.smoothing")
+            with _labelled(t("live.smoothing")):
+                self.smooth = ui.slider(min=0, max=0.98, step=0.02, value=start).props("label")
+                self.smooth.props["aria-label"] = t("live.smoothing")
+            low, high = _span(query.get("span", ""))
+            with _labelled(t("live.zoom")):
+                self.span = ui.range(min=0, max=100, value={"min": low, "max": high}).props("label")
+                self.span.props["aria-label"] = t("live.zoom")
             self.log_scale = ui.switch(t("live.log_scale"), value=query.get("log") == "1")
-            ui.label(t("live.zoom")).classes("muted small")
+        self.x.on_value_change(self._looked_otherwise)
+        self.log_scale.on_value_change(self._looked_otherwise)
+        for slider in (self.smooth, self.span):
+            slider.on("change", self._looked_otherwise)
 
-        def remember() -> None:
-            smooth = f"{self.smooth.value:g}" if self.smooth.value else None
-            x = self.x.value if self.x.value != "step" else None
-            self.view.remember(x=x, smooth=smooth, log="1" if self.log_scale.value else None)
-            self._draw()
+    def _answers_card(self) -> None:
+        """What an online method's model wrote, at the newest step or at one that is chosen."""
+        t = self.view.t
+        self.answers_card = card(t("live.completions"))
+        with self.answers_card:
+            with ui.element("div").classes("toolbar"):
+                newest = {0: t("live.newest")}
+                self.at = ui.select(newest, value=0, label=t("live.at_step"), with_input=True).classes("live-step")
+                self.at.props("outlined dense options-dense")
+                self.count = ui.label("").classes("muted small")
+            self.answers = ui.element("div")
+        self.answers_card.set_visibility(False)
+        self.at.on_value_change(self._look_again)
 
-        for control in (self.x, self.smooth, self.log_scale):
-            control.on_value_change(remember)
+    @property
+    def look(self) -> Look:
+        """How curves are drawn."""
+        low, high = self._shown
+        return Look(
+            str(self.x.value), float(self.smooth.value or 0), bool(self.log_scale.value), (low / 100, high / 100)
+        )
+
+    @property
+    def _shown(self) -> tuple[int, int]:
+        chosen = self.span.value or {"min": 0, "max": 100}
+        return int(chosen["min"]), int(chosen["max"])
+
+    async def _looked_otherwise(self) -> None:
+        look, (low, high) = self.look, self._shown
+        self.view.remember(
+            x=look.x if look.x != "step" else None,
+            smooth=f"{look.smoothing:g}" if look.smoothing else None,
+            log="1" if look.log else None,
+            span=f"{low}-{high}" if look.span != (0.0, 1.0) else None,
+        )
+        await self._look_again()
 
     # --- looking again -----------------------------------------------------------------------
 
-    def _refresh(self) -> None:
-        state = self.view.jobs.state(self.run)
-        warned = json.dumps(state.status.get("warnings", []))
-        now = (state.state, state.reason, state.checkpoint, warned)
+    async def _look_again(self) -> None:
+        async with self.turn:
+            seen = await background.io_bound(self._see, self.look, bool(self.more.value), int(self.at.value or 0))
+            if seen is not None:
+                self._show(seen)
+
+    def _see(self, look: Look, more: bool, at: int) -> Seen:
+        """Read the files, and make curves of what is new; in a thread, since a long run has much to read."""
+        state, table, answers = self.view.jobs.state(self.run), read(self.path), read_answers(self.path)
+        found, rest = [], []
+        drawn = table.length, look, more
+        if drawn != self.drawn:
+            self.drawn = drawn
+            with table.lock:
+                found = self._options(front(table), table, look)
+                rest = self._options(others(table), table, look) if more else []
+        steps, said = answers.steps, None
+        step = at if at in steps else (steps[-1] if steps else 0)
+        told = step, answers.count(step)
+        if steps and told != self.told:
+            self.told = told
+            said = step, answers.count(step), answers.at(step, _COMPLETIONS)
+        return Seen(state, self.view.jobs.log(self.run), table, found, rest, bool(others(table)), steps, said)
+
+    def _options(self, plots: list[Plot], table: Table, look: Look) -> list[tuple[Plot, dict[str, Any]]]:
+        say = lambda key: self.view.maybe(f"live.{key}")  # noqa: E731
+        return [(plot, made) for plot in plots if (made := options(plot, table, look, say)) is not None]
+
+    def _show(self, seen: Seen) -> None:
+        warned = json.dumps(seen.state.status.get("warnings", []))
+        now = (seen.state.state, seen.state.reason, seen.state.checkpoint, warned)
         if now != self.before:
             self.before = now
-            self._stand(state)
-        self._glance(state)
-        self._draw()
-        log = self.view.jobs.log(self.run)
-        if log != self.log_text:
-            self.log_text = log
-            self.log.set_text(log)
+            self._stand(seen.state)
+        self._glance(seen.state, seen.table)
+        self._draw(seen.charts, self.charts)
+        self._draw(seen.others, self.rest)
+        if self.more.visible != seen.has_others:
+            self.more.set_visibility(seen.has_others)
+        self._say_answers(seen)
+        if seen.log != self.log_text:
+            self.log_text = seen.log
+            self.log.set_text(seen.log)
+            ui.run_javascript(f"trueupFollow({self.log.id})")
 
     def _stand(self, state: RunState) -> None:
         """State, reason, warnings, and what can be done about them."""
@@ -170,11 +238,11 @@ class LivePage:
         except UserError as error:
             with self.reason:
                 problems(error.problems)
-        self._refresh()
+        await self._look_again()
 
-    def _glance(self, state: RunState) -> None:
+    def _glance(self, state: RunState, table: Table) -> None:
         """Step, time left, loss, speed."""
-        table, total = read(self.path), state.total_steps
+        total = state.total_steps
         share = state.step / total if total else (1.0 if state.state == "finished" else 0.0)
         if self.progress.value != share:
             self.progress.set_value(share)
@@ -194,71 +262,56 @@ class LivePage:
 
     def _time_left(self, table: Table, state: RunState) -> float | None:
         """From the steps and times of the newest rows."""
-        steps, times = table.columns.get("step"), table.columns.get("time")
-        if not state.alive or not steps or not times or len(steps) < 2 or not state.total_steps:
+        steps, times = table.column("step")[-_NEWEST:], table.column("time")[-_NEWEST:]
+        if not state.alive or len(steps) < 2 or not state.total_steps:
             return None
-        back = min(len(steps), 20)
-        done, took = steps[-1] - steps[-back], times[-1] - times[-back]
-        left = (state.total_steps - steps[-1]) * took / done - (time.time() - times[-1]) if done > 0 else None
-        return None if left is None else max(left, 0.0)
+        done, took = steps[-1] - steps[0], times[-1] - times[0]
+        if not (done > 0 and took > 0):  # NaN, too
+            return None
+        return max((state.total_steps - steps[-1]) * took / done - (time.time() - times[-1]), 0.0)
 
-    # --- curves ------------------------------------------------------------------------------
+    # --- curves and answers ------------------------------------------------------------------
 
-    def _draw(self) -> None:
-        table = read(self.path)
-        now = (table.length, self.x.value, self.smooth.value, self.log_scale.value)
-        if now == self.drawn:
-            return
-        self.drawn = now
-        for plot in PLOTS:
-            options = self._options(plot, table)
-            if options is None:
-                continue
-            if plot.title in self.shown:
-                charts.update(self.shown[plot.title], options)
+    def _draw(self, found: list[tuple[Plot, dict[str, Any]]], place: ui.element) -> None:
+        for plot, made in found:
+            if plot.key in self.shown:
+                charts.update(self.shown[plot.key], made)
             else:
-                title = self.view.t(f"live.plot_{plot.title}")
-                with self.charts, card(title):
-                    self.shown[plot.title] = charts.chart(options, title)
-        self._completions()
+                title = self.view.maybe(f"live.plot_{plot.key}") or plot.key
+                with place, card(title):
+                    self.shown[plot.key] = charts.chart(made, title)
 
-    def _options(self, plot: Plot, table: Table) -> dict[str, Any] | None:
-        x, smoothing = str(self.x.value), float(self.smooth.value)
-        curves = []
-        for number, (name, metric) in enumerate(plot.metrics.items()):
-            points = table.curve(metric, x=x, smoothing=smoothing)
-            if points:
-                evaluated = metric.startswith("eval_")
-                raw = table.curve(metric, x=x) if smoothing and not evaluated else None
-                shown = self.view.t(f"live.curve_{name}")
-                points = table.curve(metric, x=x) if evaluated else points
-                curves.append(charts.Line(shown, points, colour=number, raw=raw, dashed=evaluated, dots=evaluated))
-        if not curves:
-            return None
-        log = bool(self.log_scale.value) and plot.positive and all(y > 0 for c in curves for _, y in c.points)
-        kind = "seconds" if x == "time" else "number"
-        return charts.lines(curves, x_label=self.view.t(f"live.x_{x}"), log=log, x_kind=kind)
-
-    def _completions(self) -> None:
-        """What an online method's model wrote at its newest step."""
-        rows = []
-        for line in tail(self.path / "completions.jsonl", _COMPLETIONS_BYTES).splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        if not rows:
+    def _say_answers(self, seen: Seen) -> None:
+        if seen.answers is None:
             return
-        newest = [row for row in rows if row.get("step") == rows[-1].get("step")][:_COMPLETIONS]
+        t = self.view.t
+        step, count, rows = seen.answers
+        self.answers_card.set_visibility(True)
+        self.at.set_options({0: t("live.newest"), **{one: str(one) for one in seen.steps}})
+        self.count.set_text(t("live.answers", step=step, shown=len(rows), count=count))
         self.answers.clear()
-        with self.answers, card(self.view.t("live.completions", step=newest[0].get("step"))):
-            for row in newest:
+        with self.answers:
+            for row in rows:
                 with ui.element("article").classes("completion"):
                     ui.label(str(row.get("prompt", ""))).classes("muted small clamp")
                     ui.label(str(row.get("completion", ""))).classes("mono clamp")
                     parts = {name: row.get(name) for name in ("reward", "advantage")} | (row.get("rewards") or {})
                     texts = [f"{name} {_short(value)}" for name, value in parts.items() if value is not None]
                     ui.label(" · ".join(texts)).classes("small number")
+
+
+def _labelled(text: str) -> ui.element:
+    box = ui.element("div").classes("live-slider")
+    with box:
+        ui.label(text).classes("muted small").props("aria-hidden=true")
+    return box
+
+
+def _span(text: str) -> tuple[int, int]:
+    """`20-100` of an address."""
+    low, _, high = text.partition("-")
+    first, last = (int(min(max(_number(part, other), 0), 100)) for part, other in ((low, 0), (high, 100)))
+    return (first, last) if first < last else (0, 100)
 
 
 def _number(text: str | None, otherwise: float) -> float:

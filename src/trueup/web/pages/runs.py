@@ -251,7 +251,7 @@ class Board:
 
     def _curves_of(self, run_id: str) -> list[str]:
         table = series.read(self.view.workspace.run(run_id))
-        return [name for name in table.columns if name not in series.AXIS_COLUMNS and table.has(name)]
+        return [name for name in table.names if name not in series.AXIS_COLUMNS]
 
     def _draw(self) -> None:
         """The curves of the chosen metrics; charts that are there are changed in place."""

@@ -20,3 +20,16 @@ async function trueupCopy(event) {
   button.classList.add("copied");
   setTimeout(() => button.classList.remove("copied"), 1500);
 }
+
+// A log shows its end, unless someone has scrolled up in it.
+function trueupFollow(id) {
+  const log = getHtmlElement(id);
+  if (!log) return;
+  if (log.dataset.held === undefined) {
+    log.dataset.held = "";
+    log.addEventListener("scroll", () => {
+      log.dataset.held = log.scrollTop + log.clientHeight < log.scrollHeight - 24 ? "1" : "";
+    });
+  }
+  if (!log.dataset.held) log.scrollTop = log.scrollHeight;
+}
