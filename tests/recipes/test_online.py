@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -424,15 +425,17 @@ def test_a_rollout_with_nothing_to_learn_from_is_said_and_its_metrics_are_kept(o
     program = program_of(online(stage, mask_truncated_completions=True, **keys))
     sample = program.collector.engine.sample
 
-    def cut_off(*arguments):
-        return [[replace(a, ended=False) for a in group] for group in sample(*arguments)]
+    def ending(every: int):
+        """The model's answers, of which the first of so many has come to its end."""
+        numbers = itertools.count()
+        return lambda *asked: [[replace(a, ended=next(numbers) % every == 0) for a in g] for g in sample(*asked)]
 
-    program.collector.engine.sample = cut_off
+    program.collector.engine.sample = lambda *asked: [[replace(a, ended=False) for a in g] for g in sample(*asked)]
     assert step(program) == (0.0, {}, {})
     assert caplog.text.count("no answer to learn from") == 1
     again = program.state_dict()
     program.load_state_dict(again)
-    program.collector.engine.sample = sample
+    program.collector.engine.sample = ending(every=2)
     program.schedule = replace(program.schedule, passes=1)
     program._rollout = None
     _, metrics, _ = step(program, 1)

@@ -62,7 +62,7 @@ def test_after_training_the_trained_model_answers(sft: Config, tmp_path: Path, d
     (data_dir / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
     keys = {"eval_dataset": "chats", "do_sample": False, "max_new_tokens": 20}
     learnt = run(sft(do_train=True, learning_rate=2e-2, max_steps=30, lora_rank=16, **keys))
-    assert learnt.metrics["predict_rouge-l"] > 95
+    assert learnt.metrics["predict_rouge-l"] > 80
     assert {"train_loss", "eval_loss", *MEASURES} <= learnt.metrics.keys()
     found = predictions(learnt.output_dir)
     keys |= {"output_dir": str(tmp_path / "again"), "adapter_name_or_path": str(learnt.output_dir)}

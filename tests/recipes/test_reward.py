@@ -102,7 +102,7 @@ def test_with_a_head_of_zeros_the_loss_is_ln_2(rm: Config, tuning: dict) -> None
 def test_batch_8x1_equals_1x8(rm: Config, kind: str) -> None:
     whole = one_step(rm(per_device_train_batch_size=8, **KINDS[kind]))
     pieces = one_step(rm(per_device_train_batch_size=1, gradient_accumulation_steps=8, **KINDS[kind]))
-    assert_same_step(pieces, whole)
+    assert_same_step(pieces, whole, tolerance=3e-6)
     assert pieces[1] == pytest.approx(whole[1], rel=1e-5, abs=1e-6)
 
 
@@ -114,7 +114,7 @@ def test_shared_equals_unshared(rm: Config, tuning: dict) -> None:
     shared = step(program)
     program.policy.shared = False
     program.policy.base.set_attn_implementation(program.policy.plain_attention)
-    assert_same_step(shared, step(program), tolerance=2e-6)
+    assert_same_step(shared, step(program), tolerance=5e-6)
 
 
 def test_two_processes_train_as_one(rm: Config, tmp_path: Path) -> None:
