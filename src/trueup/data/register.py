@@ -59,6 +59,15 @@ def enter(name: str, file: Path, entry: Mapping[str, Any], dataset_dir: str | Pa
     return path
 
 
+def leave(name: str, dataset_dir: str | Path, key: str = "--register") -> None:
+    """Take an entry out of the registry, if it is there; its data stay where they are."""
+    path = registry_file(dataset_dir, key)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        known = _entries(path)
+        if known.pop(name, None) is not None:
+            write_text(path, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+
+
 def _entries(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
 

@@ -21,6 +21,7 @@ from rich.console import Console, RenderableType
 from trueup.data.balance import Sides, label_findings
 from trueup.data.counts import Rows, largest, number, shorten, some_ids, statistics
 from trueup.data.examples import Chat, Example, Feedback, Messages, Pair, Prompt, Ranking, Text
+from trueup.data.histogram import Histogram
 from trueup.data.report_page import report_page
 from trueup.data.report_text import report_text
 from trueup.errors import DataError, Problem
@@ -97,9 +98,18 @@ class DatasetReport:
             "train_eval_overlap": self.overlap.to_dict(),
             "labels": dict(sorted(self.labels.items())),
             "tokens": {part: statistics(counts) for part, counts in self.lengths.items()},
+            "histogram": self._histogram(),
             "sides": self.sides.to_dict() if self.sides.pairs else None,
             "findings": list(self.findings()),
         }
+
+    def _histogram(self) -> dict[str, Any] | None:
+        """Rows by tokens, in bins of one width for all parts."""
+        if not self.lengths:
+            return None
+        drawn = Histogram.of(list(self.lengths.values()))
+        rows = {part: counts.tolist() for part, counts in zip(self.lengths, drawn.counts, strict=True)}
+        return {"width": drawn.width, "last_is_open": drawn.has_longer, "rows": rows}
 
     def state(self) -> dict[str, Any]:
         """Every field, for `restored`."""

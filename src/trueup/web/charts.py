@@ -96,6 +96,47 @@ def bars(
     }  # fmt: skip
 
 
+def histogram(
+    series: Sequence[tuple[str, Sequence[float], int]], *, width: int, last_is_open: bool, x_label: str,
+    limit: tuple[int, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """ECharts options of counts in bins of one width, laid over each other: (name, counts, colour's number).
+
+    `limit`: a length that is marked, and what it is called.
+    """
+    bins = max(len(counts) for _, counts, _ in series)
+    names = [f"{bin * width:,}" for bin in range(bins)]
+    if last_is_open and names:
+        names[-1] += "+"
+    drawn: list[dict[str, Any]] = []
+    for name, counts, number in series:
+        colour = COLOURS[number % len(COLOURS)]
+        drawn.append({
+            "type": "bar", "name": name, "data": [float(count) for count in counts], "barGap": "-100%",
+            "barCategoryGap": "6%", "color": colour,
+            "itemStyle": {"color": colour, "opacity": 0.55 if len(series) > 1 else 0.9, "borderRadius": [2, 2, 0, 0]},
+        })  # fmt: skip
+    if limit and limit[0] < bins * width:
+        drawn[0]["markLine"] = {
+            "silent": True, "symbol": "none", "data": [{"xAxis": limit[0] // width}],
+            "lineStyle": {"color": "var(--bad)", "type": "dashed", "width": 1.5},
+            "label": {"formatter": limit[1], "color": "var(--bad)", "fontSize": 11, "position": "insideEndTop"},
+        }  # fmt: skip
+    several = len(series) > 1
+    return {
+        **_base(),
+        "grid": _grid(top=34 if several else 14, bottom=26),
+        "legend": _legend([name for name, _, _ in series]) if several else {"show": False},
+        "tooltip": {**_tooltip("axis"), "axisPointer": {"type": "shadow"}, ":valueFormatter": _SHORT},
+        "xAxis": {**_axis(x_label, None), "type": "category", "data": names, "nameLocation": "middle", "nameGap": 26},
+        "yAxis": {
+            **_axis("", _SHORT), "type": "value", "minInterval": 1, "axisLine": {"show": False},
+            "axisTick": {"show": False},
+        },
+        "series": drawn,
+    }  # fmt: skip
+
+
 def chart(options: dict[str, Any], label: str) -> ui.echart:
     """A chart on the page; `label` is what a screen reader says."""
     shown = ui.echart(options, renderer="svg").classes("chart")
