@@ -1,4 +1,4 @@
-"""Rows as tokens, asked of a process of its own (token_worker.py) that stays as long as somebody looks. Torch-free."""
+"""Rows as tokens, asked of a process of its own (recipes/token_worker.py) that stays as long as somebody looks. Torch-free."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Tokens:
         process = self._process
         if process is None or process.returncode is not None:
             process = self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "trueup.web.token_worker", cwd=self.root, env=environment(),
+                sys.executable, "-m", "trueup.recipes.token_worker", cwd=self.root, env=environment(),
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
                 limit=_LINE_BYTES,
             )  # fmt: skip
