@@ -1,4 +1,4 @@
-"""A process that turns rows into tokens, for pages that must not load a tokenizer: `python -m trueup.recipes.token_worker`.
+"""A process that turns rows into tokens for pages, which load no tokenizer: `python -m trueup.recipes.token_worker`.
 
 A line of JSON in, {"dataset", "row", "words"}; a line of JSON out: the row as the trainer's own encoder has it, or
 what is wrong. Without a "row" it is the report on all of them. Ends with its input, or when nobody has asked for a

@@ -1,4 +1,4 @@
-"""Rows as tokens, asked of a process of its own (recipes/token_worker.py) that stays as long as somebody looks. Torch-free."""
+"""Rows as tokens, asked of a process (recipes/token_worker.py) that stays as long as somebody looks. Torch-free."""
 
 from __future__ import annotations
 
