@@ -24,7 +24,7 @@ from trueup.config.load import load_config
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DOCS = [ROOT / "README.md", ROOT / "README.zh.md", ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 BUILTIN_LIMIT = 12 * 2**20  # bytes of the built-in model and its data inside the wheel
 
 

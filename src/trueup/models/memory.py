@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from trueup.config.schema import TuningSection
 from trueup.errors import ModelError
@@ -64,7 +64,7 @@ def layer_costs(base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype
     query, key = _head_columns(text)
     in_attention = 0 if _in_blocks(device, dtype) else 8 * (query + key) * width
     return LayerCosts(
-        layers=(len(layers) or text.num_hidden_layers) - _first_trained(base, layers),
+        layers=(len(layers) or depth_of(base.config)) - _first_trained(base, layers),
         kept=per_token,
         entry=hidden * width,
         outside=4 * hidden * width,
@@ -76,7 +76,8 @@ def layer_costs(base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype
 def inner_size(text) -> int:
     """Columns of the MLP a token goes through; of all its experts together."""
     experts = getattr(text, "num_experts_per_tok", None)
-    of_expert = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
+    names = ("moe_intermediate_size", "intermediate_size", "ffn_hidden_size")  # the last is ChatGLM's
+    of_expert = next((size for name in names if (size := getattr(text, name, None))), None)
     return (of_expert or 4 * text.hidden_size) * (experts or 1)
 
 
@@ -152,9 +153,15 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def depth_of(config: PretrainedConfig) -> int:
+    """How many layers a model has; code of repositories has names of its own (ChatGLM: num_layers)."""
+    text = config.get_text_config()
+    return getattr(text, "num_hidden_layers", None) or getattr(text, "num_layers", 0)
+
+
 def find_layers(base: PreTrainedModel) -> nn.ModuleList | None:
     """The same, or None."""
-    depth = base.config.get_text_config().num_hidden_layers
+    depth = depth_of(base.config)
     lists = (module for module in base.modules() if isinstance(module, nn.ModuleList))
     return next((layers for layers in lists if len(layers) == depth), None)
 
