@@ -405,6 +405,7 @@ class Hub:
 
     calls: list[tuple] = []
     refuses = False
+    public = False
 
     def __init__(self, token):
         self.calls.append(("token", token))
@@ -419,7 +420,7 @@ class Hub:
         self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
 
     def repo_info(self, name):
-        return SimpleNamespace(private=True)
+        return SimpleNamespace(private=not self.public)
 
 
 def test_pushed_to_a_private_repository_unless_told_otherwise(base: Path, tmp_path: Path, monkeypatch):
@@ -435,6 +436,18 @@ def test_pushed_to_a_private_repository_unless_told_otherwise(base: Path, tmp_pa
     with pytest.raises(ModelError, match="no route to host"):
         run(tmp_path / "kept", **keys)
     assert (tmp_path / "kept" / "model.safetensors").is_file()
+
+
+def test_nothing_private_goes_to_a_repository_that_is_public(base: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("trueup.inference.export.push.HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    monkeypatch.setattr(Hub, "public", True)
+    keys = {"model_name_or_path": str(base), "export_hub_model_id": "me/model", "hf_hub_token": "hf_x"}
+    with pytest.raises(ModelError, match="is public; nothing was uploaded"):
+        run(tmp_path / "out", **keys)
+    assert [call[0] for call in Hub.calls] == ["token", "create"] and (tmp_path / "out" / "README.md").is_file()
+    run(tmp_path / "public", **keys, hub_private_repo=False)
+    assert Hub.calls[-1][0] == "upload"
 
 
 def test_other_hubs_are_named_with_their_own_command(base: Path, tmp_path: Path):

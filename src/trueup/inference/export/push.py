@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ from huggingface_hub import HfApi, constants, get_token
 
 from trueup.config.schema import RunConfig
 from trueup.errors import ModelError, Problem
-
-log = logging.getLogger("trueup")
 
 
 def check_push(cfg: RunConfig) -> list[Problem]:
@@ -48,32 +45,35 @@ def push(directory: Path, cfg: RunConfig) -> str:
     """Upload a directory; returns the address it has then.
 
     Raises:
-        ModelError: the hub refused. The export itself stays where it is.
+        ModelError: the hub refused, or anybody could see what is to be private. The export itself stays where it is.
     """
     name, train = str(cfg.export.export_hub_model_id), cfg.train
     api: Any = HfApi(token=cfg.model.hf_hub_token)
     try:
         made = api.create_repo(name, private=train.hub_private_repo, exist_ok=True)
         found = str(getattr(made, "repo_id", name))
+        if train.hub_private_repo and not api.repo_info(found).private:
+            raise _public(directory, found)
         if train.hub_revision:
             api.create_branch(found, branch=train.hub_revision, exist_ok=True)
         api.upload_folder(
             repo_id=found, folder_path=str(directory), revision=train.hub_revision,
             commit_message="Exported with trueup",
         )  # fmt: skip
+    except ModelError:
+        raise
     except Exception as error:  # the client raises errors of several libraries
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the export is in {directory}, but pushing it to {name} failed: {first_line}",
             where="export_hub_model_id", fix=f"once that is mended: hf upload {name} {directory}",
         ) from error  # fmt: skip
-    if train.hub_private_repo and not _is_private(api, found):
-        log.warning("%s is public: it was there already, and its visibility is left as it was", found)
     return str(made)
 
 
-def _is_private(api: Any, name: str) -> bool:
-    try:
-        return bool(api.repo_info(name).private)
-    except Exception:  # not worth failing for: the upload is done
-        return True
+def _public(directory: Path, name: str) -> ModelError:
+    return ModelError(
+        f"{name} was there already and is public; nothing was uploaded, and the export is in {directory}",
+        where="hub_private_repo", expected="a private repository, unless a config says otherwise",
+        fix=f"set hub_private_repo: false, or make it private, and then: hf upload {name} {directory}",
+    )  # fmt: skip
