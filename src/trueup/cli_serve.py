@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from trueup.cli_options import PASS_ON, ConfigCommand, config_words, debug_optio
 from trueup.console import Session
 from trueup.errors import ConfigError
 from trueup.garbage import importing
+
+log = logging.getLogger("trueup")
 
 
 @click.command(cls=ConfigCommand, context_settings=PASS_ON)
@@ -89,6 +92,8 @@ def read_key(file: Path | None) -> str | None:
         raise ConfigError(f"cannot read {file}: {error}", where="--api-key-file") from error
     if not key:
         raise ConfigError(f"{file} is empty", where="--api-key-file", expected="a token")
+    if os.name == "posix" and file.stat().st_mode & 0o077:
+        log.warning("others on this machine may read %s; `chmod 600` keeps the token from them", file)
     return key
 
 

@@ -1,4 +1,4 @@
-"""What `trueup export` writes, judged by plain transformers and peft."""
+"""What `trueup export` writes, judged by plain transformers and peft; what may go wrong (T18)."""
 
 from __future__ import annotations
 
@@ -326,6 +326,28 @@ def test_everything_that_is_wrong_is_said_at_once(base: Path, tmp_path: Path, mo
     assert isinstance(error, ConfigError)
     assert [problem.where for problem in error.problems] == ["export_dir", "export_hub_model_id", "merge_method"]
     assert "overwrite_export_dir" in str(error) and "ties_svd" in str(error)
+
+
+def test_a_base_that_is_quantised_for_good_is_refused(base: Path, tmp_path: Path):
+    """Adapters cannot be folded into GPTQ's weights; of bitsandbytes' they can, which is tested above."""
+    save_base(tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    trained = adapter(base, tmp_path / "adapter")
+    error = wrong(
+        tmp_path / "out", model_name_or_path=str(tmp_path / "packed"), adapter_name_or_path=str(trained)
+    )  # fmt: skip
+    assert "is quantised (gptq)" in str(error) and "the model that it was quantised from" in str(error)
+
+
+def test_weights_that_a_format_cannot_hold_are_refused(base: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "large")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "large")
+    error = wrong(tmp_path / "out", model_name_or_path=str(tmp_path / "large"), infer_dtype="float16")
+    assert "beyond float16's largest" in str(error) and "bfloat16" in error.problems[0].fix
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ httpx = pytest.importorskip("httpx")
 
 from tests.inference.server.conftest import MODEL, serving  # noqa: E402
 from trueup.cli import main  # noqa: E402
+from trueup.cli_serve import read_key  # noqa: E402
 from trueup.errors import ConfigError, ResourceError  # noqa: E402
 from trueup.inference.server.app import State, make_routes  # noqa: E402
 from trueup.inference.server.run import listen  # noqa: E402
@@ -112,6 +113,26 @@ def test_pages_of_other_sites_get_nothing(root):
     assert found.status_code == 403 and "access-control-allow-origin" not in found.headers
     plain = httpx.post(f"{root}/v1/chat/completions", content=json.dumps(CHAT), headers={"content-type": "text/plain"})
     assert plain.status_code == 415
+
+
+@pytest.mark.parametrize("host", ["localhost", "evil.example"])
+def test_there_are_no_websockets_and_no_answers_to_preflights(root, host):
+    more = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: YWJj\r\n"
+    said = raw(root, f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n{more}\r\n")
+    assert not said.startswith("HTTP/1.1 101") and (host == "localhost" or said.startswith("HTTP/1.1 403"))
+    origin = "Origin: http://evil.example\r\nAccess-Control-Request-Method: POST\r\n"
+    said = raw(root, f"OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n{origin}\r\n")
+    assert said.startswith("HTTP/1.1 403") and "access-control-allow" not in said.lower()
+
+
+def test_a_key_file_that_others_may_read_is_said(tmp_path, caplog):
+    file = tmp_path / "key"
+    file.write_text(KEY, encoding="utf-8")
+    file.chmod(0o644)
+    assert read_key(file) == KEY and "chmod 600" in caplog.text and KEY not in caplog.text
+    caplog.clear()
+    file.chmod(0o600)
+    assert read_key(file) == KEY and not caplog.text
 
 
 def test_sizes_are_bounded(root):

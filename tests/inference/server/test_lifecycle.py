@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -17,7 +18,9 @@ from click.testing import CliRunner
 
 from tests.inference.server.conftest import MODEL, load, serving
 from trueup.cli import main
+from trueup.inference.server.failures import ApiError
 from trueup.inference.server.settings import Limits, Settings
+from trueup.inference.server.under_way import GONE, while_wanted
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -144,6 +147,26 @@ def test_a_request_takes_no_longer_than_the_deadline():
             assert json.loads(events(response)[-1])["error"]["code"] == "deadline_exceeded"
         assert idle(served)
         served.close()
+
+
+def test_scores_and_echoes_take_no_longer_either():
+    """Work that draws nothing: it is given up, and the caller told, as when the caller is gone."""
+
+    class Listening:
+        async def receive(self):
+            await asyncio.sleep(60)
+
+    class Gone:
+        async def receive(self):
+            return {"type": "http.disconnect"}
+
+    async def told(request, seconds: float) -> ApiError:
+        with pytest.raises(ApiError) as caught:
+            await while_wanted(request, asyncio.sleep(60), seconds)
+        return caught.value
+
+    assert asyncio.run(told(Listening(), 0.01)).code == "deadline_exceeded"
+    assert asyncio.run(told(Gone(), 60.0)) is GONE
 
 
 def test_a_body_that_does_not_arrive_is_not_waited_for(served):

@@ -126,6 +126,7 @@ def refused(client, **more) -> tuple[int, str | None]:
         ({"prompt_embeds": "gASVFAAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOULg=="}, "prompt_embeds"),
         ({"chat_template": "{{ ''.__class__.__mro__ }}"}, "chat_template"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "UklGRg=="}}]}]},
          "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "x"}}]}]},

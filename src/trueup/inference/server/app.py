@@ -96,7 +96,7 @@ def make_routes(state: State) -> FastAPI:
         served.known(ask.model)
         talks = [conversation(one) for one in ask.conversations]
         try:
-            worth, tokens = await while_wanted(request, served.score(ask, talks))
+            worth, tokens = await while_wanted(request, served.score(ask, talks), state.settings.limits.deadline)
         except (ValueError, RuntimeError) as error:
             raise not_answered(error) from error
         data = [{"index": index, "object": "score", **one.to_dict()} for index, one in enumerate(worth)]

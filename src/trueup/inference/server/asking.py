@@ -26,6 +26,7 @@ REFUSED = {
     "prompt_embeds": "give text or token ids",
     "suffix": "models here write what follows, not what lies between",
     "continue_final_message": "an answer is always a new turn",
+    "add_generation_prompt": "a prompt always ends where the assistant begins",
     "guided_json": _GUIDED,
     "guided_regex": _GUIDED,
     "guided_choice": _GUIDED,
@@ -35,6 +36,7 @@ REFUSED = {
 }
 #: values that ask for what happens anyway.
 _HARMLESS: dict[str, Collection[Any]] = {"modalities": (["text"],), "suffix": ("",), "use_beam_search": (False,)}
+_HARMLESS |= {"add_generation_prompt": (True,), "continue_final_message": (False,)}
 
 Asked = TypeVar("Asked", bound="Ask")
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -195,7 +197,6 @@ class AskTokens(Ask):
     messages: Messages | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=128)] = []
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
 
     @model_validator(mode="after")
     def _one_of_two(self) -> AskTokens:

@@ -56,11 +56,12 @@ class Chat:
         prompt = await self.served.prompt_ids(self.messages, self.tools)
         self.prompt_tokens = len(prompt)
         asked = [(prompt, seeded(self.sampling, number)) for number in range(self.ask.n)]
-        answers = Answers(self.engine, asked, self.voice, self.served.settings.limits.deadline)
+        seconds = self.served.settings.limits.deadline
+        answers = Answers(self.engine, asked, self.voice, seconds)
         if self.ask.stream:
             return EventStream(self._events(answers), answers)
         try:
-            return JSONResponse(await while_wanted(request, self._whole(answers)))
+            return JSONResponse(await while_wanted(request, self._whole(answers), seconds))
         finally:
             answers.cancel()
 

@@ -40,16 +40,17 @@ class Completion:
     async def answer(self, request: Request) -> Response:
         """Raises ApiError, before headers."""
         self.prompts = await self.served.in_words(self._prompts)
+        seconds = self.served.settings.limits.deadline
         if self.ask.max_tokens == 0:
-            return JSONResponse(await while_wanted(request, self._only_echo()))
+            return JSONResponse(await while_wanted(request, self._only_echo(), seconds))
         asked = [
             (prompt, seeded(self.sampling, number)) for prompt in self.prompts for number in range(self.ask.n)
         ]  # fmt: skip
-        answers = Answers(self.engine, asked, self.voice, self.served.settings.limits.deadline)
+        answers = Answers(self.engine, asked, self.voice, seconds)
         if self.ask.stream:
             return EventStream(self._events(answers), answers)
         try:
-            return JSONResponse(await while_wanted(request, self._whole(answers)))
+            return JSONResponse(await while_wanted(request, self._whole(answers), seconds))
         finally:
             answers.cancel()
 

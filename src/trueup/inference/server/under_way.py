@@ -125,14 +125,14 @@ class EventStream(StreamingResponse):
             self._answers.cancel()
 
 
-async def while_wanted(request: Request, work: Coroutine[Any, Any, Made]) -> Made:
-    """The result of `work`, which is cancelled when the client goes away. Raises what it raises."""
+async def while_wanted(request: Request, work: Coroutine[Any, Any, Made], seconds: float) -> Made:
+    """The result of `work`, which is cancelled when the client goes away or it is too late. Raises what it raises."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise GONE
+            raise GONE if gone.done() else too_late()
         return task.result()
     finally:
         for one in (task, gone):
