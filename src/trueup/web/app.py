@@ -19,6 +19,7 @@ from trueup.web.frame import frame, problems
 from trueup.web.guard import StudioGuard
 from trueup.web.jobs import Jobs
 from trueup.web.pages import Page, discover
+from trueup.web.speakers import Speakers
 from trueup.web.view import View, view_of
 from trueup.web.workspace import Workspace
 
@@ -32,12 +33,13 @@ _BUILD_SECONDS = 30.0
 def make_app(settings: Settings, workspace: Workspace) -> ASGIApp:
     """The studio of one workspace."""
     pages = discover()
-    jobs = Jobs(workspace)
+    jobs, speakers = Jobs(workspace), Speakers(workspace)
+    nicegui_app.on_shutdown(speakers.close)
     nicegui_app.add_static_files("/static", STATIC)
     styles = "".join(f'<link rel="stylesheet" href="/static/{file.name}">' for file in sorted(STATIC.glob("*.css")))
     ui.add_head_html(styles + '<script src="/static/studio.js"></script>', shared=True)
     for page in pages:
-        handler = _handler(page, pages, workspace, jobs)
+        handler = _handler(page, pages, workspace, jobs, speakers)
         ui.page(page.path, reconnect_timeout=_RECONNECT_SECONDS, response_timeout=_BUILD_SECONDS)(handler)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     ui.run_with(
@@ -47,9 +49,11 @@ def make_app(settings: Settings, workspace: Workspace) -> ASGIApp:
     return StudioGuard(app, settings)
 
 
-def _handler(page: Page, pages: list[Page], workspace: Workspace, jobs: Jobs) -> Callable[[Request], Awaitable[None]]:
+def _handler(
+    page: Page, pages: list[Page], workspace: Workspace, jobs: Jobs, speakers: Speakers
+) -> Callable[[Request], Awaitable[None]]:
     async def handler(request: Request) -> None:
-        view = view_of(request, workspace, jobs)
+        view = view_of(request, workspace, jobs, speakers)
         _dress(view)
         with frame(view, page, pages):
             try:

@@ -10,8 +10,9 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trueup.web.workspace import Workspace
 #: keys whose values name Python code: only files that lie in the studio's directory already (security: S28).
 CODE_KEYS = ("reward_funcs", "custom_objective")
 _OF_THE_STAGE = ("stage", "dataset", "eval_dataset", "output_dir")
+Read = Callable[[Sequence[str]], RunConfig]
 _TICKED = re.compile(r"`(?:--)?(\w+)[`:]")
 
 
@@ -97,9 +99,9 @@ class Draft:
             words += [f"--{key}={value}"] if value.startswith("--") else [f"--{key}", value]
         return words
 
-    def command(self) -> str:
+    def command(self, verb: str = "train") -> str:
         """`trueup train …` for a shell, a key a line."""
-        lines = [shlex.join(["trueup", "train"])]
+        lines = [shlex.join(["trueup", verb])]
         for key, value in self.values.items():
             one = [f"--{key}={value}"] if value.startswith("--") else [f"--{key}", value]
             lines.append("  " + shlex.join(one))
@@ -113,13 +115,16 @@ class Draft:
 
     # --- what it amounts to ------------------------------------------------------------------
 
-    def check(self, workspace: Workspace) -> Checked:
-        """By the checker of the command line, and the studio's own rules for paths and code."""
+    def check(self, workspace: Workspace, read: Read | None = None) -> Checked:
+        """By the checker of the command line, and the studio's own rules for paths and code.
+
+        `read`: what a verb makes of its words; unset: what `trueup train` does.
+        """
         heard = _Heard()
         log = logging.getLogger("trueup")
         log.addHandler(heard)
         try:
-            cfg, problems = load_config(None, self.words()), []
+            cfg, problems = (read or partial(load_config, None))(self.words()), []
         except ConfigError as error:
             cfg, problems = None, error.problems
         finally:

@@ -12,6 +12,7 @@ from fastapi import Request
 from nicegui import ui
 
 from trueup.web.jobs import Jobs
+from trueup.web.speakers import Speakers
 from trueup.web.words import LANGUAGES, find, preferred, say
 from trueup.web.workspace import Workspace
 
@@ -30,6 +31,7 @@ class View:
 
     workspace: Workspace
     jobs: Jobs
+    speakers: Speakers
     language: str
     theme: str
     address: str
@@ -59,13 +61,14 @@ class View:
         ui.navigate.to(address + (f"?{urlencode(query)}" if query else ""))
 
 
-def view_of(request: Request, workspace: Workspace, jobs: Jobs) -> View:
+def view_of(request: Request, workspace: Workspace, jobs: Jobs, speakers: Speakers) -> View:
     """The view that a request asks for."""
     language = request.cookies.get(LANGUAGE_COOKIE, "")
     theme = request.cookies.get(THEME_COOKIE, "")
     return View(
         workspace=workspace,
         jobs=jobs,
+        speakers=speakers,
         language=language if language in LANGUAGES else preferred(request.headers.get("accept-language", "")),
         theme=theme if theme in ("light", "dark") else "auto",
         address=request.url.path,

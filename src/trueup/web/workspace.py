@@ -127,6 +127,15 @@ class Workspace:
         newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
         return [path.relative_to(self.root).as_posix() for path in newest[:_MOST]]
 
+    def trained(self) -> list[str]:
+        """Whole models that runs have saved, checkpoints among them, newest first."""
+        found = [path.parent for path in (self.root / "saves").rglob("config.json")]
+        whole = [
+            path for path in found if any(path.glob("*.safetensors")) and not (path / "adapter_config.json").exists()
+        ]
+        newest = sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)
+        return ["./" + path.relative_to(self.root).as_posix() for path in newest[:_MOST]]
+
     # --- removing ----------------------------------------------------------------------------
 
     def trash(self, path: Path) -> Path:
