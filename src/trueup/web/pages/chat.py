@@ -63,7 +63,8 @@ class ChatPage:
         with heading(self.view, t("chat.title"), note=t("chat.note")):
             button(t("chat.earlier"), self._earlier_dialog, icon="history")
             button(t("chat.new"), lambda: self._open(Talk.new()), icon="add_comment")
-        with ui.element("div").classes("chat-columns"):
+        self.columns = ui.element("div").classes("chat-columns")
+        with self.columns:
             with ui.element("div").classes("chat-side"):
                 self.loading = LoadingCard(self.view, self._who)
                 self.who = card(t("chat.who"))
@@ -132,6 +133,7 @@ class ChatPage:
         """The card of who answers, and who judges."""
         t, there, chosen = self.view.t, self._all(), self._voices()
         self.nothing.set_visibility(not there and not self.talk.turns)
+        self.columns.classes(**{"add" if there or self.talk.turns else "remove": "chat-ready"})
         self.who.clear()
         self._able()
         with self.who:
