@@ -21,7 +21,7 @@ from trueup.inference.chat import Conversation, load_sides, sampling_of
 from trueup.inference.chat.pairs import PairFile
 from trueup.inference.chat.screen import Coming, Screen
 from trueup.inference.chat.settings import changed
-from trueup.inference.chat.thoughts import Split, split
+from trueup.inference.thoughts import Split, split
 from trueup.rollout import endpoint
 from trueup.rollout.engines import Sampling
 from trueup.rollout.generation import Generation

@@ -56,7 +56,7 @@ class Script(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
         self.wfile.flush()
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):  # noqa: A002
         pass
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from nicegui import ui
 
-from trueup.inference.chat.thoughts import OPEN, split
+from trueup.inference.thoughts import OPEN, split
 from trueup.web.frame import button, copy_block
 from trueup.web.talks import Answer, Turn, segments
 from trueup.web.view import View

@@ -16,8 +16,8 @@ from trueup.inference.chat.pairs import PairFile
 from trueup.inference.chat.screen import Coming, Screen
 from trueup.inference.chat.settings import changed, shown
 from trueup.inference.chat.sides import Side
-from trueup.inference.chat.thoughts import split
 from trueup.inference.chat.transcript import save
+from trueup.inference.thoughts import split
 from trueup.rollout.engines import Sampling, TooLong
 
 #: command → what it takes, what it does.

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trueup.inference.chat.thoughts import OPEN, Split
+from trueup.inference.thoughts import OPEN, Split
 from trueup.rollout.engines import Generation
 
 COLUMN = 30  # characters that an answer needs to stand beside another

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trueup.data.examples import Message
 from trueup.data.write import write_text
-from trueup.inference.chat.thoughts import split
+from trueup.inference.thoughts import split
 
 #: (name, model, conversation)
 Voice = tuple[str, str, Sequence[Message]]
