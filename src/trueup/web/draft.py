@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from trueup.config.checks import derive
 from trueup.config.load import given, load_config
 from trueup.config.methods import missing_condition
 from trueup.config.schema import FIELDS, SECRETS, SECTIONS, RunConfig
@@ -158,7 +159,7 @@ class Draft:
         return problems
 
     def lenient(self) -> RunConfig:
-        """A config of the values that can be read, unchecked as a whole; to tell which keys act."""
+        """A config of the values that can be read, unchecked as a whole."""
         sections: dict[str, Any] = {}
         good: set[str] = set()
         for name, model in SECTIONS.items():
@@ -172,6 +173,10 @@ class Draft:
             sections[name] = model.model_construct(**{**model().__dict__, **values})
         return RunConfig(**sections, explicit=frozenset(good))
 
+    def implied(self) -> RunConfig:
+        """The same with what follows from it: the stage's loss, what unset keys mean."""
+        return derive(self.lenient())
+
     def with_stage(self, stage: str) -> Draft:
         """The same for another stage: what was changed from where it began goes along, as far as it acts there."""
         model = self.values.get("model_name_or_path", "")
@@ -179,7 +184,7 @@ class Draft:
         changed = {key: value for key, value in self.values.items() if before.values.get(key) != value}
         stays = {key: value for key, value in changed.items() if key not in _OF_THE_STAGE}
         whole = Draft({**after.values, **stays, "stage": stage})
-        cfg = whole.lenient()
+        cfg = whole.implied()
         return Draft({key: value for key, value in whole.values.items() if missing_condition(key, cfg) is None})
 
 

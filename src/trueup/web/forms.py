@@ -44,10 +44,9 @@ class Key:
     choices: tuple[str, ...] = ()
     limits: str = ""
 
-    @property
-    def default(self) -> str:
-        """The schema's default in words; "" if there is none."""
-        value = default(self.name)
+    def unset(self, cfg: RunConfig) -> str:
+        """What it means if it is not set, in words; "" if that is nothing."""
+        value = default(self.name) if self.name in cfg.explicit else cfg[self.name]
         return "" if value in (None, [], {}, "") else word_of(value)
 
 
@@ -84,8 +83,9 @@ def _limits(rule: dict[str, Any]) -> str:
     low, high, above, below = (limit(name) for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
     if low is not None and high is not None:
         return f"{low:g} … {high:g}"
-    parts = [("≥", low), (">", above), ("≤", high), ("<", below)]
-    return ", ".join(f"{sign} {value:g}" for sign, value in parts if value is not None)
+    lower = max([(value, sign) for sign, value in (("≥", low), (">", above)) if value is not None], default=None)
+    upper = min([(value, sign) for sign, value in (("≤", high), ("<", below)) if value is not None], default=None)
+    return ", ".join(f"{sign} {value:g}" for value, sign in filter(None, (lower, upper)))
 
 
 def front(card: str, cfg: RunConfig) -> list[Key]:
@@ -139,13 +139,13 @@ def help_of(name: str, view: View) -> str:
 
 
 class Widget:
-    """One key on the page. `change(key, word or None)` is told what a person enters."""
+    """One key on the page. `change(key, word or None)` is told what a person enters; `unset` is what nothing means."""
 
     def __init__(
         self, key: Key, view: View, value: str | None, change: Callable[[str, str | None], None],
-        options: Sequence[str] | None = None, note: str | None = None,
+        options: Sequence[str] | None = None, note: str | None = None, unset: str = "",
     ) -> None:  # fmt: skip
-        self.key, self.view, self._change = key, view, change
+        self.key, self.view, self._change, self.unset = key, view, change, unset
         self.label = label_of(key.name, view)
         with ui.element("div").classes("field") as self.box:
             self.field = self._make(value, options)
@@ -167,19 +167,21 @@ class Widget:
         if options is not None or key.kind in ("choice", "flag"):
             return self._one(value, list(options if options is not None else key.choices or ("true", "false")))
         numeric = " inputmode=decimal" if key.kind == "number" else ""
-        made = ui.input(self.label, value=value or "", placeholder=key.default, on_change=self._typed)
+        made = ui.input(self.label, value=value or "", placeholder=self.unset, on_change=self._typed)
         return made.props(f"outlined dense debounce=250{numeric}")
 
     def _one(self, value: str | None, found: list[str]) -> ui.select:
         """One of several; of a closed set, or with something new typed in."""
         closed = self.key.kind in ("choice", "flag")
+        if closed and self.key.choices:
+            found = [one for one in found if one in self.key.choices]
         shown = found if value is None or value in found else [value, *found]
         made = ui.select(
             shown, label=self.label, value=value, clearable=True, with_input=not closed or len(found) > 8,
             new_value_mode=None if closed else "add-unique", on_change=self._chosen,
         )  # fmt: skip
-        if value is None and self.key.default:
-            made.props["placeholder" if not closed else "display-value"] = self.key.default
+        if value is None and self.unset:
+            made.props["placeholder" if not closed else "display-value"] = self.unset
         return made.props("outlined dense options-dense behavior=menu")
 
     def _several(self, value: str | None, found: list[str]) -> ui.select:
@@ -203,8 +205,8 @@ class Widget:
 
     def _chosen(self, event: Any) -> None:
         self.field.props.pop("display-value", None)
-        if event.value is None and self.key.kind in ("choice", "flag") and self.key.default:
-            self.field.props["display-value"] = self.key.default
+        if event.value is None and self.key.kind in ("choice", "flag") and self.unset:
+            self.field.props["display-value"] = self.unset
         self._change(self.key.name, event.value or None)
 
     def _chosen_several(self, event: Any) -> None:

@@ -14,9 +14,10 @@ from nicegui import ui
 from trueup.builtin import BUILTIN_MODELS, QUICKSTART_CONFIG
 from trueup.config.checks import default_output_dir
 from trueup.config.load import given
+from trueup.config.losses import STAGE_LOSSES
 from trueup.config.methods import STAGES
-from trueup.config.schema import RunConfig
 from trueup.data.registry import known_names
+from trueup.data.template_names import TEMPLATES
 from trueup.errors import Problem, UserError
 from trueup.web import forms
 from trueup.web.draft import CODE_KEYS, Checked, Draft
@@ -48,7 +49,7 @@ class TrainPage:
         self.note: list[Problem] = []
         self.draft = self._begin()
         self.widgets: dict[str, list[forms.Widget]] = {}
-        self.checked = Checked(None)
+        self.checked, self.implied = Checked(None), self.draft.implied()
 
     def _begin(self) -> Draft:
         """From the address: a draft, an example, a saved config, another run; else a stage's beginning."""
@@ -103,10 +104,9 @@ class TrainPage:
         self._stages()
         with ui.element("div").classes("train-columns"):
             with ui.element("div").classes("train-form"):
-                cfg = self.draft.lenient()
                 for name in forms.FRONT:
-                    self._card(name, cfg)
-                self._everything(cfg)
+                    self._card(name)
+                self._everything()
             with ui.element("div").classes("train-side"):
                 self._start_card()
                 self._written()
@@ -127,16 +127,16 @@ class TrainPage:
                     ui.label(self.view.maybe(f"train.stage_{name}") or stage.help).classes("stage-help")
                 made.on("click", lambda _, name=name: self._take(self._named(self.draft.with_stage(name))))
 
-    def _card(self, name: str, cfg: RunConfig) -> None:
-        keys = forms.front(name, cfg)
+    def _card(self, name: str) -> None:
+        keys = forms.front(name, self.implied)
         if keys:
             with card(self.view.t(f"train.card_{name}")), ui.element("div").classes("fields"):
                 for key in keys:
                     self._field(key)
 
     def _field(self, key: forms.Key, note: str | None = None) -> None:
-        value = self.draft.values.get(key.name)
-        widget = forms.Widget(key, self.view, value, self._change, self._options(key.name), note)
+        value, unset = self.draft.values.get(key.name), key.unset(self.implied)
+        widget = forms.Widget(key, self.view, value, self._change, self._options(key.name), note, unset)
         self.widgets.setdefault(key.name, []).append(widget)
 
     def _options(self, name: str) -> list[str] | None:
@@ -150,11 +150,15 @@ class TrainPage:
                 return known_names(self.place.root / self.draft.values.get("dataset_dir", "data"))
             except UserError:
                 return known_names(self.place.root / "data-that-is-not-there")
+        if name == "pref_loss":
+            return list(STAGE_LOSSES.get(self.draft.values.get("stage", ""), ()))
+        if name == "template":
+            return sorted(TEMPLATES)
         return self.place.code() if name in CODE_KEYS else None
 
     # --- all other keys ----------------------------------------------------------------------
 
-    def _everything(self, cfg: RunConfig) -> None:
+    def _everything(self) -> None:
         """Every other key: found by typing, or section by section; made when they are looked at."""
         with card(self.view.t("train.card_all"), note=self.view.t("train.all_note")):
             found = ui.input(self.view.t("train.search")).props("outlined dense clearable debounce=200 type=search")
@@ -163,9 +167,9 @@ class TrainPage:
             hits = ui.element("div").classes("fields")
             found.on_value_change(lambda event: self._search(str(event.value or ""), hits))
             for section, keys in forms.others().items():
-                self._section(section, keys, cfg)
+                self._section(section, keys)
 
-    def _section(self, section: str, keys: Sequence[forms.Key], cfg: RunConfig) -> None:
+    def _section(self, section: str, keys: Sequence[forms.Key]) -> None:
         count = sum(key.name in self.draft.values for key in keys)
         title = self.view.t(f"train.section_{section}") if section in _SECTIONS else section
         folded = ui.expansion(title, caption=self.view.t("train.set", count=count) if count else None)
@@ -177,7 +181,7 @@ class TrainPage:
             if event.value and not place.default_slot.children:
                 with place:
                     for key in keys:
-                        self._field(key, forms.why_not(key.name, self.draft.lenient()))
+                        self._field(key, forms.why_not(key.name, self.implied))
                 self._tell()
 
         folded.on_value_change(fill)
@@ -185,11 +189,10 @@ class TrainPage:
     def _search(self, text: str, place: ui.element) -> None:
         place.clear()
         if text.strip():
-            cfg = self.draft.lenient()
             with place:
                 found = forms.search(text, self.view)
                 for key in found[:_MOST_HITS]:
-                    self._field(key, forms.why_not(key.name, cfg))
+                    self._field(key, forms.why_not(key.name, self.implied))
                 if not found:
                     ui.label(self.view.t("train.no_key")).classes("muted")
             self._tell()
@@ -271,7 +274,7 @@ class TrainPage:
         self.view.open("/train", draft=draft.pack())
 
     def _check(self) -> None:
-        self.checked = self.draft.check(self.place)
+        self.checked, self.implied = self.draft.check(self.place), self.draft.implied()
         self._tell()
         set_code(self.command, self.draft.command())
         set_code(self.yaml, self.draft.yaml())
