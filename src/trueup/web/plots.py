@@ -84,13 +84,13 @@ def options(plot: Plot, table: Table, look: Look, say: Callable[[str], str | Non
     if look.span != (0.0, 1.0):
         span = low + look.span[0] * (high - low), low + look.span[1] * (high - low)
     curves: list[charts.Line] = []
-    for number, (name, metric) in enumerate(plot.metrics.items()):
+    for name, metric in plot.metrics.items():
         evaluated = metric.startswith("eval_")
         smoothing = 0.0 if evaluated else look.smoothing
         if points := table.curve(metric, x=look.x, smoothing=smoothing, span=span):
             raw = table.curve(metric, x=look.x, span=span) if smoothing else None
             shown = say(f"curve_{name}") or name
-            curves.append(charts.Line(shown, points, colour=number, raw=raw, dashed=evaluated, dots=evaluated))
+            curves.append(charts.Line(shown, points, colour=len(curves), raw=raw, dashed=evaluated, dots=evaluated))
     if not curves:
         return None
     log = look.log and plot.positive and _positive([*(c.points for c in curves), *(c.raw or () for c in curves)])

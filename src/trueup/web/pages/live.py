@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nicegui import run as background
@@ -17,7 +18,7 @@ from trueup.web import charts
 from trueup.web.answers import read as read_answers
 from trueup.web.frame import button, card, figure, heading, problems, state_badge
 from trueup.web.jobs import RunState
-from trueup.web.pages import page
+from trueup.web.pages import PAGES, page
 from trueup.web.plots import Look, Plot, front, options, others
 from trueup.web.series import Table, read
 from trueup.web.view import View
@@ -25,6 +26,8 @@ from trueup.web.view import View
 _SECONDS = 1.0
 _COMPLETIONS = 8  # of a step
 _NEWEST = 20  # rows, from which the time left is told
+_SAVED = ("adapter_config.json", "config.json")  # either, if there is a model
+_ONWARD = {"chat": "forum", "evaluate": "analytics", "export": "ios_share"}  # pages that take a run → their icons
 _AXES = ("step", "epoch", "tokens", "time")
 
 
@@ -83,8 +86,10 @@ class LivePage:
         self.more.set_visibility(False)
         self.more.on_value_change(self._look_again)
         self._answers_card()
-        with card(t("live.log")):
+        self.log_card = card(t("live.log"))
+        with self.log_card:
             self.log = ui.label("").classes("log").props(f'role=log tabindex=0 aria-label="{t("live.log")}"')
+        self.log_card.set_visibility(False)
         self._stand(self.view.jobs.state(self.run))
         ui.timer(_SECONDS, self._look_again)
 
@@ -191,6 +196,7 @@ class LivePage:
         self._say_answers(seen)
         if seen.log != self.log_text:
             self.log_text = seen.log
+            self.log_card.set_visibility(True)
             self.log.set_text(seen.log)
             ui.run_javascript(f"trueupFollow({self.log.id})")
 
@@ -216,6 +222,12 @@ class LivePage:
             button(t("live.stop_now"), lambda: self._do(lambda: self._stop(False)), icon="stop", kind="danger")
         elif state.resumable:
             button(t("live.resume"), lambda: self._do(self._resume), icon="play_arrow", kind="primary")
+        if not state.alive and any((self.path / name).is_file() for name in _SAVED):
+            for name, icon in _ONWARD.items():
+                if f"/{name}" in PAGES:
+                    kind = "primary" if state.state == "finished" and name == "chat" else "plain"
+                    open_it = partial(self.view.open, f"/{name}", run=self.run)
+                    button(t(f"live.{name}"), open_it, icon=icon, kind=kind)
         button(t("live.duplicate"), lambda: self.view.open("/train", run=self.run), icon="content_copy")
 
     def _why(self, state: RunState) -> None:
@@ -250,7 +262,8 @@ class LivePage:
         done = f"{state.step:,} / {total:,}" if total else f"{state.step:,}"
         self._say("step", done, _short(epoch, self.view.t("live.epoch")))
         left = self._time_left(table, state)
-        self._say("left", "–" if left is None else _clock(left), "")
+        took = _clock(table.extent("time")[1]) if table.length > 1 else ""
+        self._say("left", "–" if left is None else _clock(left), self.view.t("live.took", time=took) if took else "")
         self._say("loss", _short(table.last("loss")), _short(table.last("eval_loss"), "eval"))
         memory = _short(table.last("memory_gb"), "GB", after=True)
         self._say("speed", _short(table.last("tokens_per_second")), memory)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import quote
 
 from nicegui import ui
 
@@ -130,14 +131,25 @@ class TrainPage:
     def _card(self, name: str) -> None:
         keys = forms.front(name, self.implied)
         if keys:
-            with card(self.view.t(f"train.card_{name}")), ui.element("div").classes("fields"):
-                for key in keys:
-                    self._field(key)
+            with card(self.view.t(f"train.card_{name}")):
+                with ui.element("div").classes("fields"):
+                    for key in keys:
+                        self._field(key)
+                if name == "data":
+                    button(self.view.t("train.look"), self._look_at_data, icon="visibility")
 
     def _field(self, key: forms.Key, note: str | None = None) -> None:
         value, unset = self.draft.values.get(key.name), key.unset(self.implied)
         widget = forms.Widget(key, self.view, value, self._change, self._options(key.name), note, unset)
         self.widgets.setdefault(key.name, []).append(widget)
+
+    def _look_at_data(self) -> None:
+        """The first dataset, with this model's tokens."""
+        values = self.draft.values
+        name = values.get("dataset", "").split(",")[0].strip()
+        asked = {"model": values.get("model_name_or_path"), "cutoff": values.get("cutoff_len")}
+        if name:
+            self.view.open(f"/data/{quote(name)}", **{key: value for key, value in asked.items() if value})
 
     def _options(self, name: str) -> list[str] | None:
         """What may be chosen beyond what the schema says: things that lie here."""
