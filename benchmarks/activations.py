@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from trueup.config.load import load_config
 from trueup.data.encoded import Answer, Encoded
 from trueup.data.forest import build_forest
-from trueup.models.adapters import attach_lora
+from trueup.models.adapters import attach_trained
 from trueup.models.fused import fuse
-from trueup.models.load import lora_config, unfreeze
+from trueup.models.load import unfreeze
 from trueup.models.memory import head_bytes, layer_costs, recompute
 from trueup.models.policy import Policy
+from trueup.models.tuners import adapter_config
 from trueup.training.optim import MasterOptimizer
 from trueup.types import Forest
 
@@ -56,7 +57,7 @@ def main() -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(CONFIGS[asked.shape](**SHAPE), dtype=dtype).requires_grad_(False)
     if asked.method == "lora":
-        policy = Policy(base, attach_lora(base, lora_config(cfg.tuning), [], "shape").model)
+        policy = Policy(base, attach_trained(base, adapter_config(cfg.tuning, base), [], "shape").model)
     else:
         policy = Policy(base)
         unfreeze(base, cfg.tuning)

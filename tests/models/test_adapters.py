@@ -12,7 +12,7 @@ from tests.models.test_layout import random_rows
 from tests.models.tiny import tiny_model
 from trueup.data.forest import build_forest
 from trueup.errors import ModelError
-from trueup.models.adapters import attach_frozen, attach_lora, merge_adapters
+from trueup.models.adapters import attach_frozen, attach_trained, merge_adapters
 from trueup.models.policy import Policy
 
 
@@ -31,7 +31,7 @@ def train_a_little(policy: Policy, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def start(starts=(), wanted=None, **more):
     base = tiny_model("llama").requires_grad_(False)
-    adapters = attach_lora(base, wanted or lora(), list(starts), "tiny", **more)
+    adapters = attach_trained(base, wanted or lora(), list(starts), "tiny", **more)
     policy = Policy(base, adapters.model)
     policy.verify_layout()
     return policy, adapters
@@ -131,7 +131,7 @@ def test_an_adapter_of_another_model_is_refused_by_tensor(tmp_path: Path) -> Non
     saved(tmp_path / "a")
     other = tiny_model("llama", hidden_size=64, head_dim=8)
     with pytest.raises(ModelError, match=r"does not fit this base") as error:
-        attach_lora(other, lora(), [tmp_path / "a"], "other")
+        attach_trained(other, lora(), [tmp_path / "a"], "other")
     assert "the adapter has (4, 32), the model wants (4, 64)" in str(error.value)
 
 
@@ -173,8 +173,8 @@ def test_attaching_adapters_leaves_the_base_as_it_was_loaded(tmp_path: Path) -> 
     """RoPE's frequencies stay in fp32 under a bf16 model: rounded, they would turn far positions by whole radians."""
     saved(tmp_path / "a")
     for attach in (
-        lambda base: attach_lora(base, lora(), [], "tiny").model,
-        lambda base: attach_lora(base, lora(2), [tmp_path / "a"], "tiny").model,
+        lambda base: attach_trained(base, lora(), [], "tiny").model,
+        lambda base: attach_trained(base, lora(2), [tmp_path / "a"], "tiny").model,
         lambda base: attach_frozen(base, [tmp_path / "a"]),
     ):
         base = tiny_model("llama")

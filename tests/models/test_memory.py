@@ -12,12 +12,13 @@ from trueup.config.load import load_config
 from trueup.config.schema import TuningSection
 from trueup.data.encoded import Answer, Encoded
 from trueup.data.forest import build_forest
-from trueup.models.adapters import attach_lora
+from trueup.models.adapters import attach_trained
 from trueup.models.fused import fuse
-from trueup.models.load import lora_config, unfreeze
+from trueup.models.load import unfreeze
 from trueup.models.logprobs import bytes_of_logit, tile_of
 from trueup.models.memory import SLACK, LayerCosts, decide, head_bytes, layer_costs, recompute
 from trueup.models.policy import Policy
+from trueup.models.tuners import adapter_config
 
 CPU = torch.device("cpu")
 SHAPE = dict(hidden_size=128, intermediate_size=352, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=4)
@@ -28,7 +29,7 @@ def policy(name: str, dtype: torch.dtype, **keys) -> tuple[Policy, TuningSection
     tuning = load_config({"model_name_or_path": "m", "dataset": "alpaca_en_demo", **keys}).tuning
     base = tiny_model(name, std=0.02, **SHAPE).to(dtype).requires_grad_(False)
     if tuning.finetuning_type == "lora":
-        made = Policy(base, attach_lora(base, lora_config(tuning), [], name).model)
+        made = Policy(base, attach_trained(base, adapter_config(tuning, base), [], name).model)
     else:
         made = Policy(base)
         unfreeze(base, tuning)
@@ -132,7 +133,7 @@ def test_an_adapted_or_trained_head_needs_more_than_a_frozen_one() -> None:
         tuning = load_config({"model_name_or_path": "m", "dataset": "alpaca_en_demo", **keys}).tuning
         base = tiny_model("llama", **shape).requires_grad_(False)
         if tuning.finetuning_type == "lora":
-            attach_lora(base, lora_config(tuning), [], "llama")
+            attach_trained(base, adapter_config(tuning, base), [], "llama")
         else:
             unfreeze(base, tuning)
         return head_bytes(base, torch.float32, CPU), base.get_output_embeddings()

@@ -14,12 +14,13 @@ from trueup.config.schema import ModelSection, TuningSection
 from trueup.data.forest import build_forest
 from trueup.errors import ModelError
 from trueup.models import quantise
-from trueup.models.adapters import attach_lora
+from trueup.models.adapters import attach_trained
 from trueup.models.fused import FusedLora, fuse
-from trueup.models.load import load_base, lora_config
+from trueup.models.load import load_base
 from trueup.models.policy import Policy
 from trueup.models.reference import LiveReference
 from trueup.models.reward import RewardModel
+from trueup.models.tuners import adapter_config
 
 WAYS = {
     "bnb nf4": {"quantization_bit": 4},
@@ -53,7 +54,7 @@ def quantised(directory: Path, way: str, dtype=torch.float32, kind=Policy):
 
 def with_lora(base, **tuning) -> tuple[Policy, object]:
     torch.manual_seed(0)
-    adapters = attach_lora(base, lora_config(TuningSection(**tuning)), [], "base")
+    adapters = attach_trained(base, adapter_config(TuningSection(**tuning), base), [], "base")
     policy = Policy(base, adapters.model)
     fuse(policy.model)
     policy.verify_layout()

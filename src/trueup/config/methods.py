@@ -234,12 +234,15 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("asft_alpha", {"use_asft_loss": (True,)}),
     ("eaft_alpha", {"use_eaft_loss": (True,)}),
     (
-        "lora_rank lora_alpha lora_dropout lora_target use_rslora use_dora loraplus_lr_ratio pissa_init",
+        "lora_rank lora_alpha lora_dropout lora_target use_rslora use_dora loraplus_lr_ratio pissa_init "
+        "rank_pattern alpha_pattern",
         _LORA,
     ),
     ("loraplus_lr_embedding", {"loraplus_lr_ratio": SET}),
     ("pissa_iter pissa_convert", {"pissa_init": (True,)}),
-    ("additional_target create_new_adapter", {"finetuning_type": ("lora", "oft")}),
+    ("loftq_init", {**_LORA, "quantization_bit": SET}),
+    ("additional_target create_new_adapter", {"finetuning_type": ("lora", "oft", "ia3")}),
+    ("ia3_target", {"finetuning_type": ("ia3",)}),
     (
         "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro",
         {"finetuning_type": ("freeze",)},

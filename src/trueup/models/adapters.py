@@ -1,4 +1,4 @@
-"""LoRA adapters: where a run starts from, what it trains, and what it saves.
+"""Adapters: where a run starts from, what it trains, and what it saves.
 
 Three rules (docs/training.md tells them to users):
  * The reference is base + the adapters the run starts from.
@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
@@ -28,24 +27,29 @@ from transformers import PreTrainedModel
 
 from trueup import memory
 from trueup.errors import ModelError, Problem
+from trueup.models.quantise import is_quantised
+from trueup.models.tuners import KINDS, check_targets, is_plain, same_shape, with_dropout_of, without_dropout
 
 TRAINED = "default"  # peft's own name for the adapter that is saved at the top of a directory
 REFERENCE = "reference"
 WEIGHTS_FILE = "adapter_model.safetensors"
+INITIAL_FILE = "initial_adapter.safetensors"  # of LoftQ: on a base that is not quantised, the difference to it acts
 
 StateDict = dict[str, Tensor]
-Part = tuple[LoraConfig, StateDict]
+Part = tuple[Any, StateDict]  # peft's config, and tensors as peft saves them
 
 
 @dataclass
 class Adapters:
-    """The LoRA adapters on a model. `frozen` carry the start, `TRAINED` is what the optimizer moves."""
+    """The adapters on a model. `frozen` carry the start, `TRAINED` is what the optimizer moves."""
 
     model: PeftModel
     base_name: str
     frozen: list[str] = field(default_factory=list)
     frozen_parts: list[Part] = field(default_factory=list)  # as they were read, in fp32, to be saved again
     continued: bool = False
+    initial: Part | None = None  # what the trained one started as, fp32, where that was not nothing
+    base_changed: bool = False  # by that start
     masters: StateDict = field(default_factory=dict)  # fp32, by parameter: what a continued adapter's files hold
 
     def activate(self, names: Sequence[str]) -> None:
@@ -57,7 +61,7 @@ class Adapters:
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """The model as it stood before the first step: starting adapters on, the trained one off."""
-        start = [REFERENCE] if self.continued else []
+        start = [REFERENCE] if self.continued or self.initial is not None else []
         names = [*self.frozen, *start]
         if not names:
             with self.model.disable_adapter():
@@ -71,7 +75,8 @@ class Adapters:
 
     def save(self, directory: Path, masters: Mapping[str, Tensor]) -> None:
         """Write adapter_config.json and adapter_model.safetensors (fp32 masters) that stand on the root base."""
-        parts = [*self.frozen_parts, _read_part(self.model, TRAINED, masters)]
+        taken_out = [_negated(self.initial)] if self.initial is not None and self.base_changed else []
+        parts = [*self.frozen_parts, *taken_out, _read_part(self.model, TRAINED, masters)]
         config, state = parts[0] if len(parts) == 1 else concatenate(parts, _module_names(self.model))
         config = copy.deepcopy(config)
         config.base_model_name_or_path = self.base_name
@@ -83,6 +88,8 @@ class Adapters:
             directory / WEIGHTS_FILE,
             {"format": "pt"},
         )
+        if self.initial is not None and not self.base_changed:
+            save_file({k: v.contiguous() for k, v in self.initial[1].items()}, directory / INITIAL_FILE)
 
 
 def belongs_to(path: str, adapter: str) -> bool:
@@ -90,12 +97,21 @@ def belongs_to(path: str, adapter: str) -> bool:
     return f".{adapter}." in path or path.endswith(f".{adapter}")
 
 
-def attach_lora(
+@dataclass(frozen=True)
+class Start:
+    """How a new adapter starts where it does not start at nothing (models/principal.py)."""
+
+    fill: Callable[[PeftModel], None]  # gives adapter `TRAINED` its first values
+    changes_base: bool  # PiSSA does: what is saved, for the base as it was, is then the difference to the start
+
+
+def attach_trained(
     base: PreTrainedModel,
-    wanted: LoraConfig,
+    wanted: PeftConfig,
     starts: Sequence[str | Path],
     base_name: str,
     create_new: bool = False,
+    start: Start | None = None,
 ) -> Adapters:
     """Attach starting adapters and the one to train.
 
@@ -105,36 +121,51 @@ def attach_lora(
         starts: directories of adapters to start from, applied in sum.
         base_name: what the saved adapter names as its base.
         create_new: always train a new adapter on top, even if the last start has the wanted shape.
+        start: first values of a new adapter; it is then never an old one that is continued.
 
     Raises:
         ModelError: a start does not fit the base (C11), or cannot be carried along.
     """
-    _check_targets(base, wanted)
+    check_targets(base, wanted)
     loaded = [_load_part(base, path) for path in starts]
     in_memory = bool(starts) and memory.is_name(starts[-1])  # it is this adapter that its owner wants trained
-    continued = bool(loaded) and not create_new and (in_memory or _same_shape(base, loaded[-1][0], wanted))
+    fits = bool(loaded) and (in_memory or same_shape(base, loaded[-1][0], wanted))
+    continued = fits and not create_new and start is None
     frozen_parts = loaded[:-1] if continued else loaded
-    _refuse_uncarriable(frozen_parts, starts)
+    _refuse_uncarriable(frozen_parts, starts, wanted)
 
     config = copy.deepcopy(loaded[-1][0] if continued else wanted)
     config.inference_mode = False
-    config.lora_dropout = wanted.lora_dropout
+    with_dropout_of(config, wanted)
     model = _wrap(base, config, TRAINED)
     adapters = Adapters(model, base_name, continued=continued)
     if continued:
         _fill(model, TRAINED, loaded[-1], starts[-1])
-        model.add_adapter(REFERENCE, _without_dropout(config))
-        _fill(model, REFERENCE, loaded[-1], starts[-1])
+        _add(model, REFERENCE, loaded[-1], starts[-1])
         adapters.masters = _by_parameter(model, TRAINED, loaded[-1])
     for index, (part, path) in enumerate(zip(frozen_parts, starts, strict=False)):
         name = f"start_{index}"
-        model.add_adapter(name, _without_dropout(part[0]))
-        _fill(model, name, part, path)
+        _add(model, name, part, path)
         adapters.frozen.append(name)
         adapters.frozen_parts.append((part[0], {key: tensor.float() for key, tensor in part[1].items()}))
+    if start is not None:
+        start.fill(model)
     _match_dtype(model, base.dtype)
+    if start is not None:
+        adapters.initial = _read_part(model, TRAINED, {})
+        adapters.base_changed = start.changes_base
+        _add(model, REFERENCE, adapters.initial, "the initial adapter")
+        _match_dtype(model, base.dtype)
     adapters.activate([*adapters.frozen, TRAINED])
     return adapters
+
+
+def _add(model: PeftModel, name: str, part: Part, path: str | Path) -> None:
+    """One more adapter, which acts and does not train."""
+    config = copy.deepcopy(part[0])
+    without_dropout(config)
+    _inject(model, name, config)
+    _fill(model, name, part, path)
 
 
 def attach_frozen(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTrainedModel | PeftModel:
@@ -143,14 +174,25 @@ def attach_frozen(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTra
         return base
     parts = [_load_part(base, path) for path in starts]
     names = [TRAINED if memory.is_name(path) else f"start_{index}" for index, path in enumerate(starts)]
+    _check_kinds(parts, starts)
     model = _wrap(base, copy.deepcopy(parts[0][0]), names[0])
     for name, part, path in zip(names, parts, starts, strict=True):
         if name != names[0]:
-            model.add_adapter(name, copy.deepcopy(part[0]))
+            _inject(model, name, copy.deepcopy(part[0]))
         _fill(model, name, part, path)
     _match_dtype(model, base.dtype)
     model.base_model.set_adapter(names if len(names) > 1 else names[0])
     return model.requires_grad_(False).eval()
+
+
+def _check_kinds(parts: Sequence[Part], paths: Sequence[str | Path]) -> None:
+    """peft lets adapters of one kind act on a model together."""
+    if len(kinds := {type(config) for config, _ in parts}) > 1 or (len(parts) > 1 and LoraConfig not in kinds):
+        shown = ", ".join(f"{path} ({kind_of(config)})" for (config, _), path in zip(parts, paths, strict=True))
+        raise ModelError(
+            f"these adapters cannot act together: {shown}", where="adapter_name_or_path",
+            expected="LoRA adapters, or one adapter of another kind", fix="merge all but the last: trueup export",
+        )  # fmt: skip
 
 
 def add_frozen(model: PreTrainedModel | PeftModel, names: Sequence[str], paths: Sequence[str | Path]) -> PeftModel:
@@ -165,7 +207,7 @@ def add_frozen(model: PreTrainedModel | PeftModel, names: Sequence[str], paths: 
     try:
         for name, part, path in zip(names, parts, paths, strict=True):
             if isinstance(model, PeftModel):
-                model.add_adapter(name, copy.deepcopy(part[0]))
+                _inject(model, name, copy.deepcopy(part[0]))
             else:
                 model = _wrap(model, copy.deepcopy(part[0]), name)
             added.append(name)
@@ -194,13 +236,27 @@ def attach_alone(base: PreTrainedModel, path: str | Path) -> PeftModel:
 def merge_adapters(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTrainedModel:
     """Fold adapters into the base weights, in order: the starting point of full and freeze training, and of export."""
     for path in starts:
-        part = _load_part(base, path)
-        model = _wrap(base, part[0], TRAINED)
-        _fill(model, TRAINED, part, path)
-        base = model.merge_and_unload()
+        base = merge_part(base, _load_part(base, path), path)
+    return base
+
+
+def merge_part(base: PreTrainedModel, part: Part, path: str | Path) -> PreTrainedModel:
+    """Fold one adapter into the base weights. Raises ModelError where it does not fit."""
+    model = _wrap(base, part[0], TRAINED)
+    _fill(model, TRAINED, part, path)
+    base = model.merge_and_unload()
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base
+
+
+def take_off(model: PeftModel) -> tuple[PreTrainedModel, Part]:
+    """The base without its adapter `TRAINED`, and that adapter, in fp32."""
+    part = _read_part(model, TRAINED, {})
+    base = model.base_model.unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base, part
 
 
 def _wrap(base: PreTrainedModel, config: LoraConfig, name: str) -> PeftModel:
@@ -208,7 +264,27 @@ def _wrap(base: PreTrainedModel, config: LoraConfig, name: str) -> PeftModel:
     those that a language model was trained with; its plain class keeps to what each config says.
     """
     make = get_peft_model if base.can_generate() else PeftModel
-    return make(base, config, adapter_name=name, autocast_adapter_dtype=False)
+    with _layers_as_peft_should_see_them(base, config):
+        return make(base, config, adapter_name=name, autocast_adapter_dtype=False)
+
+
+def _inject(model: PeftModel, name: str, config: PeftConfig) -> None:
+    with _layers_as_peft_should_see_them(model.get_base_model(), config):
+        model.add_adapter(name, config)
+
+
+@contextmanager
+def _layers_as_peft_should_see_them(base: PreTrainedModel, config: PeftConfig) -> Iterator[None]:
+    """Quantised layers as plain ones where (IA)³ is to come: peft 0.21's own layer for them answers bf16 in fp32."""
+    marks = [name for name in ("is_loaded_in_4bit", "is_loaded_in_8bit") if getattr(base, name, False)]
+    marks = marks if isinstance(config, IA3Config) else []
+    for name in marks:
+        setattr(base, name, False)
+    try:
+        yield
+    finally:
+        for name in marks:
+            setattr(base, name, True)
 
 
 def _match_dtype(model: PeftModel, dtype: torch.dtype) -> None:
@@ -216,8 +292,8 @@ def _match_dtype(model: PeftModel, dtype: torch.dtype) -> None:
 
     Only adapters are touched: a model keeps some tensors in fp32 on purpose, RoPE's frequencies among them.
     """
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
+    for path, parameter in model.named_parameters():
+        if any(belongs_to(path, name) for name in model.peft_config):
             parameter.data = parameter.data.to(dtype)
 
 
@@ -226,12 +302,11 @@ def _load_part(base: PreTrainedModel, path: str | Path) -> Part:
         return memory.held(str(path), "adapter_name_or_path").adapter
     path = Path(path)
     config = PeftConfig.from_pretrained(str(path))
-    if not isinstance(config, LoraConfig):
+    if type(config) not in KINDS.values():
         raise ModelError(
-            f"a {config.peft_type} adapter cannot be started from yet",
-            where=str(path),
-            expected="a LoRA adapter",
-        )
+            f"a {kind_of(config)} adapter cannot be started from", where=str(path),
+            expected=f"an adapter of kind {', '.join(KINDS)}",
+        )  # fmt: skip
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
         raise ModelError(
@@ -239,7 +314,12 @@ def _load_part(base: PreTrainedModel, path: str | Path) -> Part:
             fix="convert a pickled adapter with `peft` on a machine that may trust it, and save it as safetensors",
         )  # fmt: skip
     config.base_model_name_or_path = base.name_or_path  # peft warns of two spellings of one base
-    return config, load_file(weights)
+    part = config, load_file(weights)
+    if (path / INITIAL_FILE).is_file() and not is_quantised(base):
+        # Where it started it made up for a quantised base's losses, which this base has not had.
+        started = config, load_file(path / INITIAL_FILE)
+        return concatenate([part, _negated(started)], {name for name, _ in base.named_modules()})
+    return part
 
 
 def _fill(model: PeftModel, name: str, part: Part, path: str | Path) -> None:
@@ -277,85 +357,22 @@ def _by_parameter(model: PeftModel, name: str, part: Part) -> StateDict:
     }
 
 
-def _same_shape(base: PreTrainedModel, start: LoraConfig, wanted: LoraConfig) -> bool:
-    """Whether continuing `start` trains exactly what `wanted` describes."""
-
-    def shape(config: LoraConfig):
-        return (
-            config.r, config.lora_alpha, config.use_rslora, config.use_dora, config.bias,
-            config.rank_pattern, config.alpha_pattern, set(config.modules_to_save or ()), _targets(base, config),
-        )  # fmt: skip
-
-    return shape(start) == shape(wanted)
-
-
-def _targets(base: PreTrainedModel, config: LoraConfig) -> set[str]:
-    """Paths of the modules a LoRA config adapts."""
-    linear = {
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and _leaf(name) not in (config.modules_to_save or ())
-    }
-    if config.target_modules == "all-linear":
-        head = base.get_output_embeddings()
-        return {name for name in linear if base.get_submodule(name) is not head}
-    return {name for name in linear if check_target_module_exists(config, name)}
-
-
-def _check_targets(base: PreTrainedModel, wanted: LoraConfig) -> None:
-    """Every name in `lora_target` and `additional_target` must be a module's; peft passes over those that are not.
-
-    Raises:
-        ModelError: with every name that matches nothing, and the names there are.
-    """
-    linear = sorted({_leaf(name) for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)})
-    modules = [name for name, _ in base.named_modules() if name]
-    problems = []
-    for key, names in (("lora_target", wanted.target_modules), ("additional_target", wanted.modules_to_save)):
-        if isinstance(names, str):
-            if names != "all-linear" and (fault := _pattern_fault(names, modules)):
-                problems.append(Problem(fault, key, f"a regular expression for whole paths such as {modules[-1]}"))
-            continue
-        for name in sorted(names or ()):
-            if not any(path == name or path.endswith(f".{name}") for path in modules):
-                expected = f"all, or some of {', '.join(linear)}"
-                if key == "additional_target":
-                    expected = "the last part of a module's path, such as embed_tokens or lm_head"
-                problems.append(Problem(f"no module of the model is called {name!r}", key, expected))
-    if problems:
-        raise ModelError(problems)
-
-
-def _pattern_fault(pattern: str, modules: Sequence[str]) -> str | None:
-    try:
-        found = any(re.fullmatch(pattern, path) for path in modules)
-    except re.error as error:
-        return f"{pattern!r} is no regular expression: {error}"
-    return None if found else f"no module of the model matches {pattern!r}"
-
-
-def _refuse_uncarriable(parts: Sequence[Part], starts: Sequence[str | Path]) -> None:
+def _refuse_uncarriable(parts: Sequence[Part], starts: Sequence[str | Path], wanted: PeftConfig) -> None:
+    """Adapters are saved as one; only LoRA adapters can be, those of another kind cannot even act together."""
     problems = []
     for (config, _), path in zip(parts, starts, strict=False):
-        if config.modules_to_save or config.use_dora or config.bias != "none":
+        if not is_plain(config) or not isinstance(wanted, LoraConfig) or wanted.use_dora or wanted.target_parameters:
             problems.append(
                 Problem(
-                    "this adapter holds fully trained modules, DoRA magnitudes or biases, which cannot be "
-                    "concatenated with a new adapter",
+                    f"this {kind_of(config)} adapter cannot be concatenated with a new {kind_of(wanted)} adapter",
                     str(path),
-                    fix="ask for the same lora_rank, lora_alpha and lora_target so that it is continued, "
-                    "or merge it into the base first",
+                    "plain LoRA adapters: no modules trained whole, DoRA magnitudes, biases or experts",
+                    fix="ask for the same kind and shape so that it is continued, or merge it into the base first: "
+                    "trueup export",
                 )
             )
     if problems:
         raise ModelError(problems)
-
-
-def _without_dropout(config: LoraConfig) -> LoraConfig:
-    """What does not train does not drop: the step-0 policy is its reference."""
-    config = copy.deepcopy(config)
-    config.lora_dropout = 0.0
-    return config
 
 
 def _read_part(model: PeftModel, name: str, masters: Mapping[str, Tensor]) -> Part:
@@ -363,6 +380,18 @@ def _read_part(model: PeftModel, name: str, masters: Mapping[str, Tensor]) -> Pa
     state = {**model.state_dict(), **masters}
     tensors = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
     return model.peft_config[name], {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}
+
+
+def _negated(part: Part) -> Part:
+    """The LoRA adapter that takes back what `part` adds."""
+    config, state = part
+    return config, {key: -value if "lora_B" in key or "embedding_B" in key else value for key, value in state.items()}
+
+
+def kind_of(config: PeftConfig) -> str:
+    """What people call an adapter's kind."""
+    dora = getattr(config, "use_dora", False)
+    return "DoRA" if dora else str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _scaling(config: LoraConfig, module: str, rank: int) -> float:

@@ -9,12 +9,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trueup.config.schema import ModelSection, RunConfig
-from trueup.models.adapters import attach_lora
+from trueup.models.adapters import attach_trained
 from trueup.models.device_memory import free_memory
 from trueup.models.hub import resolve_model
 from trueup.models.load import (
     hub_access,
-    lora_config,
     pick_device,
     pick_dtype,
     read_model_config,
@@ -31,6 +30,7 @@ from trueup.models.memory import (
 )
 from trueup.models.policy import Policy
 from trueup.models.quantise import expected_bytes
+from trueup.models.tuners import ADAPTERS, adapter_config
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def estimate(
     base.requires_grad_(False)
     parameters = sum(p.numel() for p in base.parameters())
     weights = expected_bytes(base, cfg.model, dtype)
-    if cfg.tuning.finetuning_type == "lora":
-        model = attach_lora(base, lora_config(cfg.tuning, kind), [], "estimate").model
+    if cfg.tuning.finetuning_type in ADAPTERS:
+        model = attach_trained(base, adapter_config(cfg.tuning, base, kind), [], "estimate").model
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         saved = trainable
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from peft import LoraConfig
 from transformers import (
     AutoConfig,
     PretrainedConfig,
@@ -26,15 +24,17 @@ from trueup.config.schema import ModelSection, TrainSection, TuningSection
 from trueup.errors import ModelError
 from trueup.garbage import no_collection
 from trueup.models import quantise
-from trueup.models.adapters import Adapters, attach_frozen, attach_lora, merge_adapters
+from trueup.models.adapters import TRAINED, Adapters, Start, attach_frozen, attach_trained, merge_adapters
 from trueup.models.allocator import keep_memory
 from trueup.models.config_code import refuse_code
 from trueup.models.fused import fuse
 from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
 from trueup.models.policy import Policy
+from trueup.models.principal import originals_of, take_lost, take_principal
 from trueup.models.tokenizer import hub_access
 from trueup.models.tokenizer import load_tokenizer as load_tokenizer  # for those who load a model as well
+from trueup.models.tuners import ADAPTERS, adapter_config
 
 log = logging.getLogger("trueup")
 
@@ -246,7 +246,7 @@ def load_policy(
     access = hub_access(model)
     name, location, starts = resolve_model(model.model_name_or_path, model.adapter_name_or_path, access)
     # Adapters are folded into fp32 weights: in bf16 a small change would vanish in the rounding of the large weight.
-    merging = bool(starts) and tuning.finetuning_type != "lora"
+    merging = bool(starts) and tuning.finetuning_type not in ADAPTERS
     torch.manual_seed(train.seed)  # a new head's first weights
     base = load_base(location, model, device, torch.float32 if merging else dtype, name, kind)
     check_vocabulary(base, tokenizer, name)
@@ -255,8 +255,9 @@ def load_policy(
 
     adapters = None
     torch.manual_seed(train.seed)  # the new adapter's first weights
-    if tuning.finetuning_type == "lora":
-        adapters = attach_lora(base, lora_config(tuning, kind), starts, name, tuning.create_new_adapter)
+    if tuning.finetuning_type in ADAPTERS:
+        wanted, start = adapter_config(tuning, base, kind), _start(tuning, base, location, access)
+        adapters = attach_trained(base, wanted, starts, name, tuning.create_new_adapter, start)
         policy = kind(base, adapters.model)
     else:
         merged = merge_adapters(base, starts)
@@ -285,25 +286,24 @@ def _check_trainable(base: PreTrainedModel, tuning: TuningSection) -> None:
         )  # fmt: skip
 
 
-def lora_config(tuning: TuningSection, kind: type[Policy] = Policy) -> LoraConfig:
-    """The shape of the adapter a config asks for."""
-    return LoraConfig(
-        task_type=kind.task_type,
-        r=tuning.lora_rank,
-        lora_alpha=tuning.lora_alpha if tuning.lora_alpha is not None else 2 * tuning.lora_rank,
-        lora_dropout=tuning.lora_dropout,
-        target_modules=_lora_targets(tuning.lora_target),
-        modules_to_save=[*tuning.additional_target, *kind.always_trained] or None,
-        use_rslora=tuning.use_rslora,
-    )
-
-
-def _lora_targets(names: list[str]) -> str | list[str]:
-    """peft's spelling: a keyword for all linear layers, a string for a regular expression, else names."""
-    if names == ["all"]:
-        return "all-linear"
-    is_regex = len(names) == 1 and re.search(r"[\\^$*+?|()\[\]{}]", names[0])
-    return names[0] if is_regex else list(names)
+def _start(tuning: TuningSection, base: PreTrainedModel, location: str, access: HubAccess) -> Start | None:
+    """What a new adapter starts as, where that is not nothing."""
+    if not (tuning.pissa_init or tuning.loftq_init):
+        return None
+    if memory.is_name(location):
+        raise ModelError(
+            "a model in memory has no files to read its weights from, and nobody to give changed ones back to",
+            where="pissa_init" if tuning.pissa_init else "loftq_init", fix="give the model by its directory",
+        )  # fmt: skip
+    if tuning.pissa_init:
+        return Start(lambda model: take_principal(model, TRAINED, tuning.pissa_iter), changes_base=True)
+    if quantise.stored_quantisation(base.config) and not quantise.made_here(base):
+        raise ModelError(
+            "the checkpoint holds quantised weights only: what quantising lost is not known", where="loftq_init",
+            fix="name the model that it was quantised from, with quantization_bit",
+        )  # fmt: skip
+    originals = originals_of(location, access)
+    return Start(lambda model: take_lost(model, TRAINED, originals), changes_base=False)
 
 
 def unfreeze(base: PreTrainedModel, tuning: TuningSection, kind: type[Policy] = Policy) -> None:

@@ -19,6 +19,7 @@ from trueup.models.attention import kernels_for
 from trueup.models.device_memory import free_memory
 from trueup.models.fused import GATED_MLPS
 from trueup.models.logprobs import FP32, bytes_of_logit, tile_of
+from trueup.models.tuners import ADAPTERS
 
 #: Of the memory that is free, what a plan may use: kernels' own buffers, fragments and other programs have the rest.
 USABLE = 0.85
@@ -57,8 +58,8 @@ def layer_costs(base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype
     text = base.config.get_text_config()
     width, hidden = dtype.itemsize, text.hidden_size
     layer = layers[-1] if len(layers) else nn.Module()
-    lora = tuning.finetuning_type == "lora"
-    per_token = sum(_norm_bytes(name, norm, text, width, lora) for name, norm in layer.named_modules())
+    frozen = tuning.finetuning_type in ADAPTERS
+    per_token = sum(_norm_bytes(name, norm, text, width, frozen) for name, norm in layer.named_modules())
     per_token += _attention_bytes(text, width, device, dtype) + _mlp_bytes(layer, text, width, tuning)
     per_token += _input_bytes(text, width, tuning)
     query, key = _head_columns(text)
@@ -122,7 +123,8 @@ def _mlp_bytes(layer: nn.Module, text, width: int, tuning: TuningSection) -> int
 def _input_bytes(text, width: int, tuning: TuningSection) -> int:
     """Inputs of attention and MLP, and LoRA's low-rank values; with dropout each projection's own input and mask."""
     low = 7 * tuning.lora_rank if tuning.finetuning_type == "lora" else 0
-    if not (low and tuning.lora_dropout):
+    rotated = tuning.finetuning_type in ("oft", "ia3")  # each projection has an input of its own
+    if not (rotated or (low and tuning.lora_dropout)):
         return (2 * text.hidden_size + low) * width
     query, _ = _head_columns(text)
     return (2 * (5 * text.hidden_size + query + inner_size(text)) + low) * width

@@ -5,7 +5,6 @@ Both are fp32: adapters are folded into fp32 weights, and what is written is rou
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import sys
@@ -26,10 +25,10 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 from trueup import memory
 from trueup.config.schema import ModelSection
 from trueup.errors import ModelError, Problem
-from trueup.models.adapters import WEIGHTS_FILE, attach_frozen
-from trueup.models.fused import unfuse
+from trueup.models.adapters import WEIGHTS_FILE, attach_frozen, kind_of
 from trueup.models.load import load_base
 from trueup.models.policy import Policy
+from trueup.models.tuners import KINDS
 
 log = logging.getLogger("trueup")
 
@@ -62,9 +61,9 @@ def check_starts(starts: Sequence[str], combination: Combination) -> list[Proble
     """What keeps adapters from being folded in as asked, from their settings alone."""
     configs = {path: PeftConfig.from_pretrained(path) for path in starts if not memory.is_name(path)}
     problems = [
-        Problem(f"{path} is a {config.peft_type} adapter", "adapter_name_or_path", "a LoRA adapter")
+        Problem(f"{path} is a {kind_of(config)} adapter", "adapter_name_or_path", "a LoRA adapter")
         for path, config in configs.items()
-        if not isinstance(config, LoraConfig)
+        if type(config) not in KINDS.values() or not (combination.plain or isinstance(config, LoraConfig))
     ]
     if problems or combination.plain:
         return problems
@@ -229,14 +228,6 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, keep: str | None = None) ->
         if keep is None or not name.startswith(keep):
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-
-
-def unmerged_copy(policy: Policy) -> PreTrainedModel | PeftModel:
-    """A policy in memory as transformers and peft know it, in fp32; the original is not touched."""
-    with policy.generating():
-        model = copy.deepcopy(policy.model)
-    unfuse(model)
-    return model.float().eval()
 
 
 def load_written(

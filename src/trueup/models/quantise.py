@@ -95,6 +95,8 @@ def stored_quantisation(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def _require(method: str, where: str) -> None:
+    if method == "bnb":  # on a CPU it warns of a kernel for evaluation that nobody asks for here
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name, modules, install = LIBRARIES.get(method, (method, (), ""))
     if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
         raise ModelError(
@@ -243,6 +245,11 @@ def _weighted(cls: type) -> type:
 def is_quantised(model: nn.Module) -> bool:
     """Whether a model has quantised layers."""
     return any(is_packed(module) for module in model.modules())
+
+
+def made_here(base: PreTrainedModel) -> bool:
+    """Whether quantised weights were made while loading, of files that hold them in full."""
+    return not getattr(getattr(base, "hf_quantizer", None), "pre_quantized", False)
 
 
 def is_packed(module: nn.Module) -> bool:

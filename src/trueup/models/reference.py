@@ -16,11 +16,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig
+from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,6 +38,11 @@ log = logging.getLogger("trueup")
 
 #: Fields of a model's config that name things and change no value.
 _NO_VALUE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_attn_implementation")
+#: Fields of adapters' configs that change values.
+_OF_ADAPTERS = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms",
+}  # fmt: skip
 _ABANDONED_SECONDS = 24 * 3600.0  # an older stage was left by a process that was killed
 
 
@@ -105,10 +111,10 @@ class LiveReference:
         return digest.hexdigest()
 
 
-def _shape_of(config: LoraConfig) -> list:
+def _shape_of(config: PeftConfig) -> dict[str, Any]:
     """What of an adapter's config decides its values, beside its weights."""
-    patterns = sorted(config.rank_pattern.items()), sorted(config.alpha_pattern.items())
-    return [config.r, config.lora_alpha, config.use_rslora, config.use_dora, *patterns]
+    said = config.to_dict()
+    return {name: said[name] for name in sorted(_OF_ADAPTERS.intersection(said))}
 
 
 class MovingReference(LiveReference):

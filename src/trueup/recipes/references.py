@@ -24,6 +24,7 @@ from trueup.models.load import Loaded, hub_access, load_frozen, read_model_confi
 from trueup.models.memory import FP32
 from trueup.models.quantise import expected_bytes, in_bits
 from trueup.models.reference import LiveReference, MovingReference, ReferenceTable, table_path
+from trueup.models.tuners import ADAPTERS
 from trueup.recipes.batches import Batch
 from trueup.recipes.objective import terms_of
 from trueup.training.backend import Backend
@@ -224,7 +225,7 @@ def reference_bytes(cfg: RunConfig, base: PreTrainedModel, dtype: torch.dtype) -
     if cfg.objective.sync_ref_model:  # what trains, as it runs and in fp32
         trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
         return trained * (dtype.itemsize + (FP32 if dtype != torch.float32 else 0))
-    if cfg.tuning.finetuning_type == "lora":
+    if cfg.tuning.finetuning_type in ADAPTERS:
         return 0
     return sum(p.numel() for p in base.parameters()) * dtype.itemsize
 

@@ -41,7 +41,9 @@ REFUSED = frozenset(
     _words("""
     seed data_seed model_name_or_path model_revision adapter_name_or_path create_new_adapter
     template finetuning_type lora_rank lora_alpha lora_target additional_target use_rslora
-    use_dora stage pref_loss custom_objective ref_model ref_model_adapters reward_model optim dataset
+    use_dora rank_pattern alpha_pattern pissa_init pissa_iter loftq_init oft_rank oft_block_size oft_target ia3_target
+    quantization_bit quantization_method quantization_type double_quantization ref_model_quantization_bit
+    stage pref_loss custom_objective ref_model ref_model_adapters reward_model optim dataset
     packing neat_packing disable_shuffling dataloader_drop_last effective_batch data_fingerprint
 """)
 )

@@ -9,6 +9,7 @@ from pydantic import Field
 from trueup.config.values import (
     Int,
     Lower,
+    Mapping,
     Names,
     NonNegativeFloat,
     Patterns,
@@ -17,13 +18,13 @@ from trueup.config.values import (
     Section,
 )
 
-FinetuningType = Literal["lora", "full", "freeze", "oft"]
+FinetuningType = Literal["lora", "full", "freeze", "oft", "ia3"]
 
 
 class TuningSection(Section):
     finetuning_type: Annotated[FinetuningType, Lower] = "lora"
-    """What trains: lora (small added matrices), full (every weight), freeze (the last layers),
-    oft."""
+    """What trains: lora (small added matrices), full (every weight), freeze (the last layers), oft (rotations of
+    layers' inputs), ia3 (one factor for each channel of some layers)."""
     additional_target: Names = []
     """Whole modules that train and are saved beside the adapter, e.g. embed_tokens."""
     create_new_adapter: bool = False
@@ -40,7 +41,11 @@ class TuningSection(Section):
     """Share of the adapter's input dropped while training."""
     lora_target: Patterns = ["all"]
     """Layers that get an adapter: all linear ones, names like q_proj,v_proj, or a regular
-    expression."""
+    expression. The name experts means the stacked weights of a mixture of experts."""
+    rank_pattern: Mapping = {}
+    """Ranks of single layers, by names or parts of them: {q_proj: 16}."""
+    alpha_pattern: Mapping = {}
+    """Scales of single layers' adapters, by names or parts of them: {q_proj: 32}."""
     loraplus_lr_ratio: PositiveFloat | None = None
     """Learning rate of LoRA's second matrix over the first's (LoRA+)."""
     loraplus_lr_embedding: PositiveFloat = 1e-6
@@ -53,8 +58,10 @@ class TuningSection(Section):
     """Start the adapter from the weights' principal components (PiSSA)."""
     pissa_iter: Annotated[Int, Field(ge=-1)] = 16
     """Iterations of PiSSA's fast decomposition; -1 computes it exactly."""
-    pissa_convert: bool = False
-    """Save a PiSSA adapter as an ordinary LoRA."""
+    pissa_convert: bool = True
+    """Save a PiSSA adapter as an ordinary LoRA of twice the rank, which the original model takes; always so."""
+    loftq_init: bool = False
+    """Start the adapter from what quantising the base has lost (LoftQ)."""
 
     # freeze
     freeze_trainable_layers: Int = 2
@@ -75,6 +82,11 @@ class TuningSection(Section):
     """Size of an OFT block."""
     oft_target: Patterns = ["all"]
     """Layers that get an OFT adapter."""
+
+    # (IA)³
+    ia3_target: Patterns = ["all"]
+    """Layers that (IA)³ scales: all that it scales by custom (keys or queries, values, the MLP's second layer), or
+    names."""
 
     # memory-saving optimisers
     use_galore: bool = False

@@ -69,12 +69,16 @@ class Exported:
         size = sum(self.files.values()) / 1e9
         weights = [name for name in self.files if name.endswith((".safetensors", ".gguf"))]
         lines = [f"wrote {self.directory}: {len(self.files)} files, {size:.2f} GB ({', '.join(weights)})"]
-        lines += [f"  {key}: {value}" for key, value in self.facts.items()]
+        lines += [f"  {key}: {_shown(value)}" for key, value in self.facts.items()]
         lines += [
             f"  largest logit difference of the {name} from base + adapter: {found}"
             for name, found in self.differences.items()
         ]
         return "\n".join(lines + ([f"  pushed to {self.url}"] if self.url else []))
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def export(cfg: RunConfig) -> Exported:
@@ -150,11 +154,28 @@ def _beside(plan: Plan) -> PreTrainedModel:
     return model
 
 
-def write(stage: Path, plan: Plan, beside: Callable[[], Any], done: Exported) -> None:
+def write_merged(
+    stage: Path, plan: Plan, beside: Callable[[], Any], folded: Callable[[PreTrainedModel], None] = lambda _: None
+) -> None:
+    """`write` for a program that has a model in its hands already; with export.json, and without the rest."""
+    done = Exported(plan.target, _facts(plan))
+    write(stage, plan, beside, done, folded)
+    _write_report(stage, done)
+    log.info("largest logit difference of %s from base + adapter: %s", plan.target, done.differences["model"])
+
+
+def write(
+    stage: Path,
+    plan: Plan,
+    beside: Callable[[], Any],
+    done: Exported,
+    folded: Callable[[PreTrainedModel], None] = lambda _: None,
+) -> None:
     """The model, folded and rounded, with tokenizer, template and generation settings, and its GGUF file.
 
     Args:
         beside: makes the base with its adapters beside it, in fp32.
+        folded: is shown the merged model before it is rounded.
 
     Raises:
         ModelError: what was folded, or what was read back, is not what it was made from.
@@ -165,6 +186,7 @@ def write(stage: Path, plan: Plan, beside: Callable[[], Any], done: Exported) ->
     merged = fold(model)
     del model
     _require(difference(before, ask(merged, rows)), _FOLDED, "folding the adapters in changed the model")
+    folded(merged)
     if not plan.is_reward:
         tidy_generation(merged, plan.template.stop_ids)
     if plan.cfg.export.export_gguf:
@@ -243,15 +265,19 @@ def _write_companions(stage: Path, plan: Plan, done: Exported) -> None:
         context = int(getattr(plan.shape.config.get_text_config(), "max_position_embeddings", 2048))
         text = modelfile(source, plan.template, stops, context, plan.cfg.data.default_system)
         (stage / "Modelfile").write_text(text, encoding="utf-8")
-    shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in done.facts.items()}
+    shown = {key: _shown(value) for key, value in done.facts.items()}
     shown |= {f"largest logit difference ({name})": str(found) for name, found in done.differences.items()}
     text = card(plan.target.name, public_name(plan.root), _stages(plan), shown, plan.is_reward, _use(plan))
     (stage / "README.md").write_text(text, encoding="utf-8")
+    _write_report(stage, done)
+    done.files = {path.relative_to(stage).as_posix(): path.stat().st_size for path in durable.walk_files(stage)}
+
+
+def _write_report(stage: Path, done: Exported) -> None:
     report = done.to_dict()
     for private in ("directory", "files", "url"):
         report.pop(private)
     durable.write_json(stage / REPORT, {"trueup": __version__, **report})
-    done.files = {path.relative_to(stage).as_posix(): path.stat().st_size for path in durable.walk_files(stage)}
 
 
 def _stages(plan: Plan) -> list[Stage]:
