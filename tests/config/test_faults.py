@@ -118,7 +118,15 @@ def test_files_that_are_no_config(tmp_path):
         ),
         ({"early_stopping_steps": 3}, ("evaluations",)),
         ({"val_size": 0.1, "eval_dataset": "e"}, ("`val_size`", "`eval_dataset`")),
-        ({"use_galore": True, "use_muon": True}, ("one optimizer",)),
+        ({"use_galore": True, "use_muon": True, "finetuning_type": "full"}, ("one optimizer",)),
+        ({"use_galore": True, "optim": "lion_8bit", "finetuning_type": "full"}, ("one optimizer",)),
+        ({"use_galore": True}, ("adapters are small",)),
+        ({"use_galore": True, "optim_args": "rank=3", "finetuning_type": "full"}, ("`optim_args`",)),
+        ({"optim": "sgd", "optim_args": "rank=3"}, ("`optim_args`",)),
+        ({"optim": "schedule_free_adamw", "lr_scheduler_type": "cosine"}, ("schedule-free",)),
+        ({"optim": "schedule_free_radam", "warmup_ratio": 0.1}, ("warms up by itself",)),
+        ({"layer_lr_decay": 1.5}, ("`layer_lr_decay`",)),
+        ({"lr_multipliers": {"embed": "much"}}, ("`lr_multipliers`",)),
         ({"use_cpu": True, "device": "cuda"}, ("`device`",)),
         ({"interleave_probs": "1,2", "mix_strategy": "interleave_over", "dataset": "a,b,c"},
          ("`interleave_probs`",)),
@@ -201,7 +209,7 @@ def test_the_way_out_names_only_what_there_is():
     assert fix(pref_beta=0.1, stage="sft") == f"drop it; it acts with {stages} and {losses}"
     assert fix(kto_chosen_weight=2.0).startswith("drop it; it acts with `stage: kto`")
     assert fix(simpo_gamma=1.0, stage="dpo").endswith("`pref_loss: simpo | alphapo`")
-    assert fix(use_galore=True, galore_rank=8).startswith("use optim: adamw_torch")
+    assert fix(optim="lomo").startswith("use adafactor")
     assert fix(push_to_hub=True) == "upload output_dir with the hub's own tool"
 
 

@@ -248,7 +248,7 @@ def test_idle_keys_say_why_where_a_reader_would_wonder(caplog):
 
 def test_help_on_a_key_by_any_of_its_names():
     assert explain("dpo_beta").startswith("pref_beta (objective): ")
-    assert "not supported yet" in explain("use_galore")
+    assert "not supported yet" in explain("galore_layerwise")
     assert "text only" in explain("video_fps")
     assert "did you mean learning_rate" in explain("learnign_rate")
     assert nearest("zzzzzz") is None

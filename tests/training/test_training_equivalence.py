@@ -12,7 +12,8 @@ from trueup.errors import ConfigError, DivergenceError
 from trueup.training.backend import Single, make_backend
 from trueup.training.evaluation import evaluate
 from trueup.training.metrics import MetricSums
-from trueup.training.optim import LossScale, MasterOptimizer, is_decayed
+from trueup.training.optim import LossScale, MasterOptimizer
+from trueup.training.optimizers import is_decayed
 from trueup.training.run_directory import read_metrics
 from trueup.training.step import train_step
 
@@ -185,7 +186,7 @@ def test_bad_schedule_arguments_and_optimizers_are_the_users_error():
     with pytest.raises(ConfigError, match="cosine_with_min_lr"):
         MasterOptimizer({"w": weight}, lr_scheduler_type="cosine_with_min_lr")
     with pytest.raises(ConfigError, match="adafactor"):
-        MasterOptimizer({"w": weight}, optim="adafactor")
+        MasterOptimizer({"w": weight}, optim="lomo")
 
 
 def test_not_finite_loss_stops_before_the_weights_move(tmp_path):

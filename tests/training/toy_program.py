@@ -21,6 +21,10 @@ from torch import Tensor, nn
 SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-2,
     "optim": "adamw_torch",
+    "optim_args": None,
+    "optim_target_modules": [],
+    "lr_multipliers": {},
+    "layer_lr_decay": None,
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_epsilon": 1e-8,

@@ -25,6 +25,7 @@ from trueup.config.methods import (
     missing_condition,
     other_verb,
 )
+from trueup.config.optimizers import switched
 from trueup.config.rules import QUANTISATION, RULES, Rule
 from trueup.config.schema import SECTION_OF, RunConfig, default
 from trueup.config.sections.online import SAMPLING, unset_values
@@ -59,7 +60,7 @@ def derive(cfg: RunConfig) -> RunConfig:
     if cfg.train.output_dir is None and cfg.model.model_name_or_path:
         model, method = str(cfg.model.model_name_or_path), cfg.tuning.finetuning_type
         changes["output_dir"] = default_output_dir(model, method, cfg.objective.stage)
-    return cfg.replace(**changes, **_jobs(cfg), **_evaluation(cfg), **_online(cfg))
+    return cfg.replace(**changes, **switched(cfg), **_jobs(cfg), **_evaluation(cfg), **_online(cfg))
 
 
 def _online(cfg: RunConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from trueup.config.losses import (
     pref_losses,
     stages_of,
 )
+from trueup.config.optimizers import OPTIMIZERS, REFUSED_OPTIMIZERS, reading
 from trueup.config.schema import SECTION_OF, RunConfig, default
 from trueup.config.sections.train import Scheduler
 from trueup.config.values import words
@@ -56,8 +57,7 @@ STAGES: dict[str, Stage] = {
     "online_dpo": Stage("prompt", "DPO on answers that a judge compares", reference=True),
 }
 
-_ADAPTERS = "plain LoRA (finetuning_type: lora)"
-_OPTIMISERS = "optim: adamw_torch with LoRA, which needs little optimizer memory"
+_WHOLE = "drop it: gradients are clipped and checked as a whole before a step"
 _DDP = "one process per device with torchrun"
 
 LATER: dict[str, str] = {
@@ -83,15 +83,9 @@ LATER: dict[str, str] = {
     "eval_num_beams": "temperature: 0, which takes the likeliest token",
     # tuning
     "pure_bf16": "bf16: true, which keeps fp32 masters of the trained weights",
-    "use_dora": _ADAPTERS,
-    "loraplus_lr_ratio": "a higher learning_rate",
-    "pissa_init": _ADAPTERS,
-    "pissa_convert": _ADAPTERS,
     "use_llama_pro": "finetuning_type: freeze",
-    "use_galore": _OPTIMISERS,
-    "use_apollo": _OPTIMISERS,
-    "use_adam_mini": _OPTIMISERS,
-    "use_muon": _OPTIMISERS,
+    "galore_layerwise": _WHOLE,
+    "apollo_layerwise": _WHOLE,
     # objective
     "use_dft_loss": "the plain SFT loss",
     "use_asft_loss": "the plain SFT loss",
@@ -105,7 +99,6 @@ LATER: dict[str, str] = {
     "torch_compile_mode": "drop it: the default kernels",
     "auto_find_batch_size": "per_device_train_batch_size: 1 with more gradient_accumulation_steps",
     "compute_accuracy": "the evaluation loss",
-    "optim_args": "the adam_… keys",
     "num_beams": "num_beams: 1 with sampling",
     "push_to_hub": "upload output_dir with the hub's own tool",
     "deepspeed": _DDP,
@@ -114,28 +107,13 @@ LATER: dict[str, str] = {
     "ray_init_kwargs": _DDP,
 }
 
-_OTHER_OPTIMISERS = words(
-    """
-    adafactor adamw_anyprecision adamw_torch_4bit adamw_torch_8bit adamw_torch_xla
-    adamw_torch_npu_fused ademamix adagrad adamw_bnb_8bit adamw_8bit ademamix_8bit lion_8bit
-    lion_32bit paged_adamw_32bit paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit
-    paged_lion_32bit paged_lion_8bit rmsprop rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit
-    galore_adamw galore_adamw_8bit galore_adafactor galore_adamw_layerwise
-    galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw
-    schedule_free_radam schedule_free_adamw schedule_free_sgd apollo_adamw
-    apollo_adamw_layerwise stable_adamw muon
-    """
-)
-OPTIMISERS: dict[str, str | None] = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "sgd")),
-    **dict.fromkeys(_OTHER_OPTIMISERS, "adamw_torch"),
-}
+#: value of `optim` → what to use instead (None: supported).
+OPTIMISERS: dict[str, str | None] = {**dict.fromkeys(OPTIMIZERS), **REFUSED_OPTIMIZERS}
 #: key → its values, each with what to use instead (None: supported).
 LATER_VALUES: dict[str, dict[str, str | None]] = {
     "stage": {name: stage.instead for name, stage in STAGES.items()},
     "pref_loss": {name: loss.instead for name, loss in PREF_LOSSES.items()},
     "optim": OPTIMISERS,
-    "finetuning_type": {"oft": "finetuning_type: lora"},
     "lr_scheduler_type": {"reduce_lr_on_plateau": "cosine", "greedy": "cosine"},
     "infer_backend": {
         "vllm": "huggingface; vLLM's own server is started by trueup serve --engine vllm",
@@ -289,8 +267,11 @@ _QUIET_ROWS: list[tuple[str, dict[str, Any]]] = [
     ("gradient_checkpointing_kwargs", {"gradient_checkpointing": ("auto", "full", "selective")}),
     (
         "optim_target_modules",
-        {"optim": tuple(name for name in OPTIMISERS if "galore" in name or "apollo" in name)},
+        {"optim": tuple(name for name, row in OPTIMIZERS.items() if row.projects)},
     ),
+    ("optim_args", {"optim": tuple(name for name, row in OPTIMIZERS.items() if row.arguments)}),
+    ("adam_beta1 adam_beta2", {"optim": reading("adam_beta1")}),
+    ("adam_epsilon", {"optim": reading("adam_epsilon")}),
     (
         "default_system tool_format enable_thinking preserve_thinking mask_thinking template",
         {"stage": tuple(name for name in STAGES if name != "pt")},
@@ -326,7 +307,8 @@ STEPS = frozenset(
         """
         num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
         dataloader_drop_last learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
-        optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm gradient_checkpointing
+        optim optim_args lr_multipliers layer_lr_decay weight_decay adam_beta1 adam_beta2 adam_epsilon
+        max_grad_norm gradient_checkpointing
         eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model
         early_stopping_steps save_strategy save_steps save_total_limit save_only_model
         """

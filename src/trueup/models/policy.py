@@ -66,6 +66,14 @@ class Policy:
         return self.base.dtype
 
     @property
+    def head_elements(self) -> int | None:
+        """Weights of one attention head's projection; None where there are no heads."""
+        text = self.base.config.get_text_config()
+        heads = getattr(text, "num_attention_heads", None)
+        columns = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
+        return columns * text.hidden_size if columns else None
+
+    @property
     def head(self) -> Head:
         """The output projection as it is now (adapters may have wrapped it since loading)."""
         return head_of(self.base)

@@ -113,6 +113,7 @@ class OnlineProgram:
         self.value_head = None
         self.trainable: dict[str, nn.Parameter] = loaded.policy.trainable()
         self.masters = self.adapters.masters if self.adapters is not None else {}
+        self.head_elements = self.policy.head_elements
         if "values" in learner.wants:
             width = loaded.policy.base.config.get_text_config().hidden_size
             self.value_head = ValueHead(width, loaded.policy.device)

@@ -100,6 +100,7 @@ class OfflineProgram:
         self.rank, self.world_size = backend.rank, backend.world_size
         self.trainable: dict[str, nn.Parameter] = loaded.policy.trainable()
         self.masters = self.adapters.masters if self.adapters is not None else {}
+        self.head_elements = loaded.policy.head_elements
         self.examples_per_step = plan.rows_per_step
         self.steps_per_epoch = self.feed.steps_per_epoch
         self.eval_sets = {

@@ -45,7 +45,7 @@ from trueup.training.profile import phase, profiling
 from trueup.training.run_directory import METRICS_FILE, RUN_FILE, RunDirectory, read_metrics
 from trueup.training.signals import Stopped, StopRequest
 from trueup.training.state import Progress, RankState
-from trueup.training.step import B, NotFinite, Program, StartsInFp32, StepResult, train_step
+from trueup.training.step import B, KnowsHeads, NotFinite, Program, StartsInFp32, StepResult, train_step
 from trueup.training.watchdog import Watchdog
 
 #: Fields of metrics.jsonl that depend on the clock or the machine; all others are the same to the
@@ -116,7 +116,8 @@ class Trainer(Generic[B]):
         self.observers = Observers(observers if backend.rank == 0 else ())
         self.stop, self.watchdog = stop, watchdog
         self.plan = make_plan(settings, program.steps_per_epoch)
-        self.optimizer = MasterOptimizer.from_settings(program.trainable, settings, self.plan.total_steps)
+        heads = program.head_elements if isinstance(program, KnowsHeads) else None
+        self.optimizer = MasterOptimizer.from_settings(program.trainable, settings, self.plan.total_steps, heads)
         if isinstance(program, StartsInFp32):
             self.optimizer.start_from(program.masters)
         self.sums = MetricSums(backend.device)
@@ -300,7 +301,7 @@ class Trainer(Generic[B]):
         def tell(done: int, total: int) -> None:
             self.observers.tell(EvaluationProgress(self.progress.step, done, total))
 
-        with phase("evaluation"):
+        with phase("evaluation"), self.optimizer.averaged():
             return evaluate_sets(self.program, self.backend, self._asked_to_stop, tell)
 
     def _judge(self, row: Mapping[str, float]) -> bool:
@@ -341,7 +342,8 @@ class Trainer(Generic[B]):
 
         def write(directory: Path) -> None:
             progress.lines = self.run.sync_logs()
-            self.program.save_model(directory, self.optimizer.masters)
+            with self.optimizer.averaged():
+                self.program.save_model(directory, self.optimizer.masters)
             durable.boundary(checkpoints.POINT)
             if resumable or self.plan.load_best:
                 states.write_masters(directory, self.optimizer)
@@ -399,7 +401,7 @@ class Trainer(Generic[B]):
         reload = self.plan.load_best and best is not None and best != self._path_of(self.progress.step)
         if reload and best is not None:
             states.load_best_masters(best, self.optimizer)
-        with phase("save"):
+        with phase("save"), self.optimizer.averaged():
             self.backend.on_first(
                 lambda: checkpoints.replace_files(
                     self.run.path, lambda d: self.program.save_model(d, self.optimizer.masters)

@@ -9,8 +9,8 @@ are.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,20 +20,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
 from trueup.errors import ConfigError
+from trueup.training import optimizers
+from trueup.training.optimizers import Wanted
 from trueup.training.plan import warmup_steps
 
 _BUCKET_ELEMENTS = 64 * 2**20  # 256 MB of fp32 gradients per all-reduce
-
-# As transformers' Trainer: biases and normalisation weights are not decayed ("ln_1" is GPT-2's
-# spelling).
-_NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)|(?:^|\.)ln_")
-
-_ADAMW_NAMES = ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf")
-
-
-def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to the parameter of this name."""
-    return _NOT_DECAYED.search(name.lower()) is None
 
 
 class GradientBuckets:
@@ -180,7 +171,7 @@ class _MetricDriven:
 
 
 class MasterOptimizer:
-    """AdamW or SGD over fp32 masters of `parameters` (stable names → parameters in compute dtype).
+    """An optimizer over fp32 masters of `parameters` (stable names → parameters in compute dtype).
 
     A parameter that no micro-batch reached has gradient zero, on every rank alike, so that the
     result does not depend on how a step was cut into micro-batches and ranks.
@@ -200,6 +191,7 @@ class MasterOptimizer:
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         num_warmup_steps: int = 0,
         total_steps: int = 1,
+        wanted: Wanted | None = None,
     ) -> None:
         if not parameters:
             raise ConfigError(
@@ -218,47 +210,33 @@ class MasterOptimizer:
         self.max_grad_norm = max_grad_norm
         fp16 = any(p.dtype == torch.float16 for p in self.parameters.values())
         self.loss_scale = LossScale() if fp16 else None
-        self.optimizer = self._make(optim, learning_rate, betas, eps, weight_decay)
+        self.wanted = wanted or Wanted(optim, learning_rate, betas, eps, weight_decay)
+        self.optimizer = optimizers.make_optimizer(self.masters, self.wanted)
+        self.averages = self.wanted.name.startswith("schedule_free")
+        self.full_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.schedule = self._make_schedule(lr_scheduler_type, lr_scheduler_kwargs, num_warmup_steps, total_steps)
         self.schedule.set(0)
 
     @classmethod
-    def from_settings(cls, parameters: Mapping[str, nn.Parameter], settings: Any, total_steps: int) -> MasterOptimizer:
+    def from_settings(
+        cls,
+        parameters: Mapping[str, nn.Parameter],
+        settings: Any,
+        total_steps: int,
+        head_elements: int | None = None,
+    ) -> MasterOptimizer:
         """From the train section's keys (transformers' TrainingArguments names)."""
+        warmup = warmup_steps(settings, total_steps)
         return cls(
             parameters,
             optim=settings.optim,
-            learning_rate=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             lr_scheduler_type=settings.lr_scheduler_type,
             lr_scheduler_kwargs=settings.lr_scheduler_kwargs or None,
-            num_warmup_steps=warmup_steps(settings, total_steps),
+            num_warmup_steps=warmup,
             total_steps=total_steps,
+            wanted=optimizers.wanted_from(settings, list(parameters), warmup, head_elements),
         )
-
-    def _make(
-        self,
-        optim: str,
-        learning_rate: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> torch.optim.Optimizer:
-        decayed = [m for name, m in self.masters.items() if is_decayed(name)]
-        others = [m for name, m in self.masters.items() if not is_decayed(name)]
-        groups = [
-            {"params": tensors, "weight_decay": decay}
-            for tensors, decay in ((decayed, weight_decay), (others, 0.0))
-            if tensors
-        ]
-        if optim in _ADAMW_NAMES:
-            return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
-        if optim == "sgd":
-            return torch.optim.SGD(groups, lr=learning_rate)
-        raise ConfigError(f"optim: {optim} is not supported", where="optim", expected="adamw_torch or sgd")
 
     def _make_schedule(self, name: str, kwargs: dict[str, Any] | None, warmup: int, total: int) -> _Schedule:
         try:
@@ -281,8 +259,11 @@ class MasterOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """The rate the next step will use."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The rate the next step will use, of parameters at the run's own rate."""
+        rates = zip(self.optimizer.param_groups, self.full_rates, strict=True)
+        group, full = max(rates, key=lambda rate: rate[1])  # any but one that stands still
+        own = self.wanted.learning_rate
+        return float(group["lr"]) if full in (own, 0.0) else float(group["lr"]) * own / full
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss to the fp32 sums."""
@@ -341,27 +322,36 @@ class MasterOptimizer:
             master.copy_(tensors[name])
         self.publish()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """With the weights an averaging optimizer answers for, in the masters and in the module; then with those it
+        goes on from, to the bit. Others have only one kind.
+        """
+        if not self.averages:
+            yield
+            return
+        kept = {name: master.clone() for name, master in self.masters.items()}
+        self.optimizer.eval()  # type: ignore[attr-defined]
+        self.publish()
+        try:
+            yield
+        finally:
+            self.optimizer.train()  # type: ignore[attr-defined]
+            self.load_masters(kept)
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The optimizer's tensors as `kind.parameter_name` (exp_avg, exp_avg_sq, step …)."""
-        return {
-            f"{kind}.{name}": value
-            for name, master in self.masters.items()
-            for kind, value in self.optimizer.state.get(master, {}).items()
-            if isinstance(value, Tensor)
-        }
+        return optimizers.state_tensors(self.optimizer, self.masters)
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state_tensors` gave."""
-        self.optimizer.state.clear()
-        for key, value in tensors.items():
-            kind, _, name = key.partition(".")
-            master = self.masters[name]
-            self.optimizer.state[master][kind] = value.to(master.device, copy=True)
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any] | None = None) -> None:
+        """Take back what `state_tensors` gave, and `state_dict()["numbers"]`."""
+        optimizers.load_state(self.optimizer, self.masters, tensors, numbers or {})
 
     def state_dict(self) -> dict[str, Any]:
         """What is not a tensor, JSON-able."""
         scale = self.loss_scale
         return {
+            "numbers": optimizers.state_numbers(self.optimizer, self.masters),
             "schedule": self.schedule.state_dict(),
             "loss_scale": None if scale is None else [scale.scale, scale.good_steps],
         }

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
 from trueup.errors import ConfigError
+from trueup.training.optimizers import check_optimizer
 
 Strategy = Literal["no", "steps", "epoch", "best"]
 
@@ -125,11 +126,14 @@ def warmup_steps(settings: Any, total_steps: int) -> int:
 
 
 def check_schedule(settings: Any) -> None:
-    """Make the learning rate's schedule on a parameter of its own, and ask it for the whole run's rates.
+    """Make the optimizer and the learning rate's schedule on a parameter of its own, and ask that for the whole run's
+    rates.
 
     Raises:
-        ConfigError: `lr_scheduler_kwargs` lacks or holds what the schedule of that name does not take.
+        ConfigError: `lr_scheduler_kwargs` lacks or holds what the schedule of that name does not take; the optimizer's
+            package is missing.
     """
+    check_optimizer(settings)
     total = settings.max_steps if settings.max_steps > 0 else 100
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=settings.learning_rate)
     try:

@@ -174,7 +174,7 @@ def restore(
     masters = load_file(directory / MASTERS_FILE)
     _check_same_parameters(directory, masters, optimizer.masters)
     optimizer.load_masters(masters)
-    optimizer.load_state_tensors(load_file(directory / OPTIMIZER_FILE))
+    optimizer.load_state_tensors(load_file(directory / OPTIMIZER_FILE), state["optimizer"].get("numbers"))
     progress = read_progress(directory)
     optimizer.load_state_dict(state["optimizer"], progress.step)
     _restore_rank(directory, state["generators"], sums, backend)
@@ -186,9 +186,15 @@ def restore(
 
 
 def load_best_masters(directory: Path, optimizer: MasterOptimizer) -> None:
-    """Set only the weights. Raises CorruptStateError if the checkpoint's bytes have changed since it was saved."""
+    """Set only the weights; and the optimizer, where weights are averaged with its help.
+
+    Raises CorruptStateError if the checkpoint's bytes have changed since it was saved.
+    """
     verify(directory)
     optimizer.load_masters(load_file(directory / MASTERS_FILE))
+    if optimizer.averages:
+        numbers = read_json_state(directory)["optimizer"].get("numbers")
+        optimizer.load_state_tensors(load_file(directory / OPTIMIZER_FILE), numbers)
 
 
 def circumstances(world_size: int, device: str) -> dict[str, Any]:

@@ -108,6 +108,16 @@ class StartsInFp32(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsHeads(Protocol):
+    """A program whose model has attention heads, for optimizers that treat each head apart."""
+
+    @property
+    def head_elements(self) -> int | None:
+        """Weights of one head's projection: hidden size × columns of a head."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step did. `skipped`: fp16 gradients overflowed, the weights stand still and the loss

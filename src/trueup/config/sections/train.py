@@ -111,11 +111,15 @@ class TrainSection(Section):
     warmup_ratio: Annotated[NonNegativeFloat, Field(lt=1)] = 0.0
     """Share of all steps in which the learning rate rises."""
     optim: Annotated[str, Lower] = "adamw_torch"
-    """Optimizer."""
+    """Optimizer, by transformers' names: adamw_torch, adamw_8bit, adafactor, lion_8bit, muon, galore_adamw … ."""
     optim_args: str | None = None
     """Further settings of the optimizer, as name=value,name=value."""
     optim_target_modules: Names = []
-    """Layers a projecting optimizer works on."""
+    """Matrices a projecting optimizer works on: all of the layers', or parts of their names."""
+    lr_multipliers: Mapping = {}
+    """Learning rates over learning_rate, by parts (regular expressions) of parameters' names: {embed_tokens: 0.1}."""
+    layer_lr_decay: PositiveFloat | None = None
+    """Learning rate of a layer over that of the next one up; embeddings lie below the first."""
     weight_decay: NonNegativeFloat = 0.0
     """Pull of weights towards zero; biases and norms are left out."""
     adam_beta1: Beta = 0.9

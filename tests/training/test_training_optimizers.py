@@ -1,0 +1,144 @@
+"""Every optimizer learns, and goes on from its checkpoint to the bit; its state is plain tensors and numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training_resume import fingerprint
+from toy_program import ToyProgram, run_toy, settings
+
+from trueup.config.optimizers import OPTIMIZERS
+from trueup.errors import ConfigError
+from trueup.training.optim import MasterOptimizer
+from trueup.training.optimizers import check_optimizer, rate_factors, state_bytes
+
+KEYS = dict(
+    num_train_epochs=4, save_strategy="steps", save_steps=9, logging_steps=6, eval_strategy="steps", eval_steps=5
+)
+RATES = {"sgd": 0.1, "schedule_free_sgd": 0.5, "rmsprop": 3e-3, "lion": 3e-3, "paged_lion": 3e-3}
+ARGUMENTS = {"galore": "rank=8,update_proj_gap=5,scale=1.0", "apollo": "rank=8,update_proj_gap=5,scale=8.0"}
+
+
+def needs(name):
+    package = OPTIMIZERS[name].package
+    missing = package and importlib.util.find_spec(package) is None
+    return pytest.param(name, marks=pytest.mark.skipif(bool(missing), reason=f"{package} is not installed"))
+
+
+def keys_of(name):
+    arguments = next((text for kind, text in ARGUMENTS.items() if name.startswith(kind)), None)
+    arguments = "min_8bit_size=64" if "8bit" in name else arguments  # the toy's tensors are small
+    rate = next((rate for kind, rate in RATES.items() if name.startswith(kind)), 1e-2)
+    schedule = "constant" if name.startswith("schedule_free") else "cosine"
+    return dict(optim=name, optim_args=arguments, learning_rate=rate, lr_scheduler_type=schedule)
+
+
+class Layered(ToyProgram):
+    """The toy under the names of a decoder, and with the heads that Adam-mini asks for."""
+
+    head_elements = 96 * 32
+
+    def __init__(self, **given):
+        super().__init__(**given)
+        names = {"hidden.weight": "layers.0.q_proj.weight", "embed.weight": "embed_tokens.weight"}
+        self.trainable = {names.get(name, name): p for name, p in self.model.named_parameters()}
+
+
+@pytest.fixture(autouse=True)
+def layered(monkeypatch):
+    monkeypatch.setattr("toy_program.ToyProgram", Layered)
+
+
+@pytest.mark.parametrize("name", [needs(name) for name in OPTIMIZERS])
+def test_it_learns_and_resumes_to_the_bit(name, tmp_path):
+    keys = {**KEYS, **keys_of(name)}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    result, _ = run_toy(whole, program={"dropout": 0.0}, **keys)
+    losses = [json.loads(line).get("loss") for line in (whole / "metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses[-1] < 0.9 * losses[0], losses
+    shutil.copytree(whole, cut)
+    for directory in cut.glob("checkpoint-*"):
+        if int(directory.name.removeprefix("checkpoint-")) > 9:
+            shutil.rmtree(directory)
+    run_toy(cut, resume="auto", program={"dropout": 0.0}, **keys)
+    assert fingerprint(cut, result.steps) == fingerprint(whole, result.steps)
+
+
+@pytest.mark.parametrize("name", [needs(name) for name in ("galore_adamw", "adamw_8bit", "apollo_adamw")])
+def test_its_state_is_small_and_plain(name, tmp_path):
+    run_toy(tmp_path / "run", **{**KEYS, **keys_of(name), "max_steps": 2})
+    stored = load_file(tmp_path / "run" / "checkpoint-2" / "optimizer.safetensors")
+    size = sum(t.numel() * t.itemsize for key, t in stored.items() if key.endswith("layers.0.q_proj.weight"))
+    assert size < 2 * 4 * 96 * 256 / 3
+
+
+def test_schedule_free_saves_its_average_and_goes_on_from_elsewhere(tmp_path):
+    pytest.importorskip("schedulefree")
+    run_toy(tmp_path / "run", **{**KEYS, **keys_of("schedule_free_adamw"), "max_steps": 6})
+    directory = tmp_path / "run" / "checkpoint-6"
+    saved, masters = load_file(directory / "model.safetensors"), load_file(directory / "masters.safetensors")
+    state = load_file(directory / "optimizer.safetensors")
+    name = "layers.0.q_proj.weight"
+    averaged = torch.lerp(masters[name], state[f"z.{name}"], 1 - 1 / 0.9)
+    assert torch.equal(saved[name], averaged)
+    assert not torch.equal(saved[name], masters[name])
+
+
+def test_moments_of_8_bits_are_a_quarter(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    weights = {"w": torch.nn.Parameter(torch.randn(64, 1024))}
+    sizes = {}
+    for name in ("adamw_torch", "adamw_8bit"):
+        optimizer = MasterOptimizer(weights, optim=name)
+        optimizer.backward((weights["w"] ** 2).sum())
+        optimizer.step(optimizer.gradient_norm(), 1)
+        sizes[name] = state_bytes(optimizer.optimizer)
+        optimizer.close()
+    assert sizes["adamw_8bit"] == pytest.approx(sizes["adamw_torch"] / 4, rel=0.05)
+
+
+def test_learning_rates_differ_by_layer_and_name():
+    names = ["embed_tokens.weight", "layers.0.a.weight", "layers.1.a.weight", "norm.weight", "lm_head.weight"]
+    assert rate_factors(names, {"a.weight": 3.0}, 0.5) == {
+        "embed_tokens.weight": 0.25, "layers.0.a.weight": 1.5, "layers.1.a.weight": 3.0
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="no trained parameter"):
+        rate_factors(names, {"q_proj": 2.0}, None)
+
+
+def test_a_multiplied_rate_moves_a_weight_further():
+    def moved(**keys):
+        toy = Layered()
+        before = toy.trainable["head.weight"].detach().clone()
+        optimizer = MasterOptimizer.from_settings(toy.trainable, settings(optim="sgd", warmup_ratio=0, **keys), 5)
+        rate = optimizer.learning_rate
+        batch = toy.micro_batches(0, 0)[0]
+        optimizer.backward(toy.loss(batch, {"rows": 2.0})[0])
+        optimizer.step(optimizer.gradient_norm(), 1)
+        optimizer.close()
+        return toy.trainable["head.weight"].detach() - before, rate
+
+    plain, rate = moved(weight_decay=0.0)
+    tripled, same = moved(weight_decay=0.0, lr_multipliers={"head": 3.0})
+    assert torch.allclose(tripled, 3 * plain, atol=1e-7)
+    assert same == rate
+    _, everywhere = moved(weight_decay=0.0, lr_multipliers={"": 3.0, "head": 2.0, "bias": 0})
+    assert everywhere == pytest.approx(rate)
+
+
+def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="galore_torch") as error:
+        check_optimizer(settings(optim="galore_adamw"))
+    assert "pip install" in error.value.problems[0].fix
+
+
+def test_arguments_an_optimizer_does_not_take_are_refused():
+    with pytest.raises(ConfigError, match="sgd takes momentum"):
+        check_optimizer(settings(optim="sgd", optim_args="rank=3"))
