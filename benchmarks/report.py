@@ -10,7 +10,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data_report, dpo, machine, memory, online, overhead, parity, reward, serving, startup, tokenize
+from benchmarks import (
+    data_report,
+    dpo,
+    machine,
+    memory,
+    online,
+    overhead,
+    parity,
+    quantised,
+    reward,
+    serving,
+    startup,
+    tokenize,
+)
 from benchmarks.measure import REPOSITORY, RESULTS, read_json
 
 PAGE = REPOSITORY / "docs" / "benchmarks.md"
@@ -50,6 +63,7 @@ def sections() -> list[tuple[str, str, str, Show]]:
         ("serving", "Serving", "serving", serving.summary),
         ("parity", "Parity with TRL", "parity", parity.summary),
         ("memory", "Peak memory of one step", "memory", memory.summary),
+        ("quantised-0.5b", "LoRA over quantised weights, 0.5B shape", "quantised", quantised.summary),
         ("tokenize", "Tokenising", "tokenize", tokenize.summary),
         ("data-report", "Data report of 100,000 pairs", "data_report", data_report.summary),
         ("overhead", "Loop overhead", "overhead", overhead.summary),

@@ -18,7 +18,7 @@ from benchmarks.environments import RECIPES, python_of
 from benchmarks.measure import ALLOCATOR, WORK, Usage, environment, read_json, read_json_lines, run
 
 PEERS = Path(__file__).parent / "peers"
-SUFFIXES = ("nockpt", "malloc", "cached")
+SUFFIXES = ("nockpt", "malloc", "cached", "4bit", "8bit")
 
 #: Everything that decides the numbers, in transformers' names.
 COMMON = {
@@ -137,6 +137,8 @@ def trueup(who: Variant, job: Job, directory: Path) -> tuple[list, Read]:
         config["adapter_name_or_path"] = str(job.adapter)
     if "nockpt" in who.traits:
         config["gradient_checkpointing"] = False
+    if bits := who.traits & {"4bit", "8bit"}:
+        config["quantization_bit"] = int(min(bits)[0])
     return [sys.executable, "-m", "trueup", "train", _write(config, directory / "dpo.yaml")], _read_trueup
 
 
