@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trueup.config.load import load_config
+from trueup.config.optimizers import LORA_PLUS_EMBEDDINGS
 
 BASE = {"model_name_or_path": "m", "dataset": "d", "stage": "sft"}
 FULL = {**BASE, "finetuning_type": "full"}
@@ -33,6 +34,8 @@ def test_a_schedule_free_optimizer_keeps_its_rate():
 
 
 def test_lora_plus_is_a_rate_for_the_second_matrices():
-    cfg = load_config({**BASE, "loraplus_lr_ratio": 16, "learning_rate": 1e-4})
-    assert cfg.train.lr_multipliers[r"\.lora_B\."] == 16
+    keys = {"loraplus_lr_ratio": 16, "loraplus_lr_embedding": 1e-5, "learning_rate": 1e-4}
+    cfg = load_config({**BASE, **keys})
+    multipliers = cfg.train.lr_multipliers
+    assert multipliers[r"\.lora_B\."] == 16 and multipliers[LORA_PLUS_EMBEDDINGS] == pytest.approx(0.1)
     assert load_config(cfg.resolved()).train.lr_multipliers == cfg.train.lr_multipliers

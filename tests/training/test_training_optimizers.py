@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_training_resume import fingerprint
 from toy_program import ToyProgram, run_toy, settings
 
+from trueup.config.load import load_config
 from trueup.config.optimizers import OPTIMIZERS
 from trueup.errors import ConfigError
 from trueup.training.optim import MasterOptimizer
@@ -101,6 +102,41 @@ def test_moments_of_8_bits_are_a_quarter(tmp_path):
         sizes[name] = state_bytes(optimizer.optimizer)
         optimizer.close()
     assert sizes["adamw_8bit"] == pytest.approx(sizes["adamw_torch"] / 4, rel=0.05)
+
+
+SWITCHES = [
+    (
+        {"use_galore": True, "galore_rank": 4, "galore_update_interval": 7, "galore_scale": 0.5,
+         "galore_proj_type": "right", "galore_target": "q_proj"},
+        {"rank": 4, "update_proj_gap": 7, "scale": 0.5, "proj_type": "right"},
+    ),
+    (
+        {"use_apollo": True, "apollo_rank": 2, "apollo_update_interval": 9, "apollo_scale": 2.0, "apollo_proj": "svd",
+         "apollo_proj_type": "left", "apollo_scale_type": "tensor", "apollo_target": "q_proj",
+         "apollo_scale_front": True},
+        {"rank": 2, "update_proj_gap": 9, "scale": 2.0, "proj": "svd", "proj_type": "left", "scale_type": "tensor"},
+    ),
+    ({"use_muon": True}, {"momentum": 0.95}),
+    ({"use_adam_mini": True}, {"name": "layers.0.q_proj.weight"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys, expected", SWITCHES, ids=lambda given: next(iter(given)))
+def test_a_switch_and_its_keys_make_the_optimizer(keys, expected):
+    name = next(iter(keys))
+    optimizer = {"use_galore": "galore_adamw", "use_apollo": "apollo_adamw", "use_adam_mini": "adam_mini"}.get(name)
+    pytest.importorskip(OPTIMIZERS[optimizer or "muon"].package or "torch")
+    cfg = load_config({"model_name_or_path": "m", "dataset": "d", "stage": "sft", "finetuning_type": "full", **keys})
+    shapes = {"layers.0.q_proj.weight": (16, 8), "layers.0.k_proj.weight": (16, 8), "norm.weight": (8,)}
+    weights = {path: torch.nn.Parameter(torch.ones(shape)) for path, shape in shapes.items()}
+    whole = MasterOptimizer.from_settings(weights, cfg.train, 5, 8)
+    made, masters = whole.optimizer, whole.masters
+    (group,) = (g for g in made.param_groups if any(p is masters["layers.0.q_proj.weight"] for p in g["params"]))
+    assert {key: group[key] for key in expected} == expected
+    if "galore" in name or "apollo" in name:
+        assert len(group["params"]) == 1  # k_proj is not a target
+    if "apollo" in name:
+        assert made.scale_front
 
 
 def test_learning_rates_differ_by_layer_and_name():

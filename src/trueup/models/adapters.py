@@ -152,7 +152,8 @@ def attach_trained(
         start.fill(model)
     _match_dtype(model, base.dtype)
     if start is not None:
-        adapters.initial = _read_part(model, TRAINED, {})
+        config, state = _read_part(model, TRAINED, {})
+        adapters.initial = config, {key: tensor.clone() for key, tensor in state.items()}  # what trains moves on
         adapters.base_changed = start.changes_base
         _add(model, REFERENCE, adapters.initial, "the initial adapter")
         _match_dtype(model, base.dtype)
