@@ -113,7 +113,7 @@ def test_two_tabs_and_texts_of_others(studio, make_page):
 def test_addresses_that_are_no_project_say_so(studio, page, address: str):
     page.watch.allowed += ["404"]
     page.goto(f"{studio.url}/label/{address}")
-    expect(page.locator("body")).to_contain_text(re.compile("no project|no name here"))
+    expect(page.locator("body")).to_contain_text(re.compile("no project|no name here|404"))
 
 
 # --- what labels amount to, without a browser --------------------------------------------------------
