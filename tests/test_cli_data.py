@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,67 @@ def test_preview_writes_a_page_and_never_over_another(folder: Path):
     assert "<html" in (folder / "row.html").read_text(encoding="utf-8")
     assert run("preview", "kto_en_demo", "--html", "row.html").exit_code == 2
     assert run("preview", "kto_en_demo", "--html", "row.html", "--force").exit_code == 0
+
+
+def _hub_of(pairs: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A hub whose every dataset streams so many pairs; the numbers of those that were asked for."""
+    from datasets import IterableDataset
+
+    taken: list[int] = []
+
+    def rows():
+        for number in range(pairs):
+            taken.append(number)
+            yield {"prompt": f"question {number}", "chosen": "a good answer", "rejected": "no"}
+
+    def load_dataset(*words, streaming: bool = False, **how):
+        assert streaming, "the whole dataset was asked for"
+        return IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("trueup.data.hubs.mind_the_hub", lambda: None)
+    return taken
+
+
+def test_preview_of_a_set_that_was_never_fetched_reads_its_first_rows(monkeypatch: pytest.MonkeyPatch):
+    taken = _hub_of(5000, monkeypatch)
+    result = run("preview", "somebody/pairs", "--rows", "2")
+    assert result.exit_code == 0, result.output
+    assert "question 1" in result.stdout and "question 2" not in result.stdout
+    assert "trueup data get somebody/pairs" in result.stderr
+    assert max(taken) <= 1001
+
+
+def test_preview_of_a_set_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    def out_of_reach(*words, **how):
+        raise ConnectionError("Couldn't reach it on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", out_of_reach)
+    monkeypatch.setattr("trueup.data.hubs.mind_the_hub", lambda: None)
+    result = run("preview", "ultrafeedback")
+    assert result.exit_code == 6
+    assert "cannot be reached" in result.stderr and "trueup data get ultrafeedback" in result.stderr
+
+
+def test_a_preview_shows_rows_that_cannot_be_used_with_the_reason(folder: Path):
+    rows = [{"prompt": "a", "chosen": "" if number == 0 else "b", "rejected": "c"} for number in range(3)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    result = run("preview", "rows.json", "--rows", "1")
+    assert result.exit_code == 0 and "left out: empty chosen" in result.stdout
+
+
+def test_what_a_notice_says_the_report_on_the_same_screen_does_not_repeat(folder: Path):
+    rows = [{"prompt": "a", "chosen": "b" * 40, "rejected": "c"}, {"prompt": "x", "chosen": "a\bb"}]
+    rows = [rows[0], rows[0] | {"prompt": "b"}, rows[0], rows[1] | {"rejected": "c"}]
+    lines = "\r\n\r\n".join(json.dumps(row) for row in rows)
+    (folder / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    command = [sys.executable, "-m", "trueup", "data", "check", "rows.jsonl"]
+    together = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
+    apart = subprocess.run(command, capture_output=True, check=True)
+    screen = " ".join(together.stdout.decode().split())
+    for words in ("exact duplicates", "hidden control characters", "byte order mark", "(CRLF)", "3 blank lines"):
+        assert screen.count(words) == 1, screen
+        assert words in " ".join(apart.stdout.decode().split())  # a report in a file of its own is whole
 
 
 def test_preview_of_nothing_says_what_to_name():

@@ -184,7 +184,7 @@ def test_d10_an_id_that_stands_twice_is_counted_with_both_rows(tmp_path, caplog)
     assert len(data.train) == 5 and not data.report.duplicates.count
     assert data.report.repeated_ids.ids == ["train:2"] and data.report.repeated_ids.excerpt == "a, as train:0"
     assert "1 rows have the id of an earlier row: train:2" in caplog.text
-    assert "rows with the id of an earlier row" in data.report.render()
+    assert "rows have the id of an earlier row" in data.report.render()
 
 
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])

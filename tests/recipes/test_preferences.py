@@ -229,8 +229,27 @@ def test_what_a_judge_costs_is_told_in_money(made):
     with serving(lambda request, number: verdict(request)) as server:
         report = made(**JUDGED, judge_model=server.url, judge_price="20000,0")
         assert report.spent["judge"]["cost"] == pytest.approx(0.14 * len(server.requests))
-        assert f"out: {0.14 * len(server.requests):,.2f}, in this run" in report.render()
-        assert made(**JUDGED, judge_model=server.url, judge_price="20000,0").spent["judge"]["cost"] == 0
+        assert f"out: {0.14 * len(server.requests):,.2f}\n" in report.render()
+        again = made(**JUDGED, judge_model=server.url, judge_price="20000,0").spent["judge"]
+        assert again["cost"] == pytest.approx(0.14 * len(server.requests)) and again["this_run"]["cost"] == 0
+
+
+def test_what_is_spent_adds_up_over_a_kill_and_a_resume(keys, tmp_path):
+    keys = {**keys, "rule_keywords": None, "max_samples": 6, "requests_at_once": 1, "judge_price": "20000,1000"}
+    with serving(lambda request, number: verdict(request)) as server:
+        keys |= {"judge_model": server.url}
+        answers = 18  # each put into the journal before the judge is asked
+        assert run_cli(keys, f"journal:put:{answers + 4}").returncode == -9
+        asked = len(server.requests)
+        done = run_cli(keys)
+        assert done.returncode == 0, done.stderr
+        told = json.loads((tmp_path / "built" / "build_report.json").read_text(encoding="utf-8"))["spent"]["judge"]
+    # The kill came when four replies were in the journal: at most one more request was under way.
+    now = told["this_run"]["requests"]
+    assert 0 <= len(server.requests) - asked - now <= 1 and 4 <= told["requests"] - now <= 5
+    assert 7 * (now + 4) <= told["prompt_tokens"] <= 7 * told["requests"]
+    assert told["cost"] == pytest.approx((told["prompt_tokens"] * 20000 + told["completion_tokens"] * 1000) / 1e6)
+    assert f"of these {told['this_run']['requests']:,} requests in this run" in done.stdout.decode()
 
 
 def test_a_price_is_two_numbers(made):

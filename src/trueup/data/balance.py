@@ -64,12 +64,14 @@ class Sides:
         ratio = self.mean_ratio
         if not 1 / _LONGER <= ratio <= _LONGER:
             longer, times = ("chosen", ratio) if ratio > 1 else ("rejected", 1 / max(ratio, 1e-9))
-            yield f"{longer} answers are {times:.1f} times as long on average: {remedy}"
+            share = f"chosen is the longer one in {self.share(self.chosen_longer):.0%} of the pairs"
+            yield f"{longer} answers are {times:.1f} times as long on average ({share}): {remedy}"
             return
         rejected_longer = self.pairs - self.chosen_longer - self.equally_long
         for side, count in (("chosen", self.chosen_longer), ("rejected", rejected_longer)):
             if self.share(count) >= _MOSTLY and self.pairs > 1:
-                yield f"the {side} answer is the longer one in {self.share(count):.0%} of the pairs: {remedy}"
+                mean = f"chosen {ratio:.2f} times as long on average"
+                yield f"the {side} answer is the longer one in {self.share(count):.0%} of the pairs ({mean}): {remedy}"
 
 
 def label_findings(labels: Mapping[str, int]) -> Iterator[str]:

@@ -4,7 +4,6 @@ every row.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,8 +25,6 @@ from trueup.data.report import DataReport, number
 from trueup.data.sources import Rows, read_rows
 from trueup.errors import ConfigError, DataError, Problem
 from trueup.waiting import waiting
-
-log = logging.getLogger("trueup")
 
 HELD_OUT = 0.05  # share held out when evaluation is asked for without data to evaluate on
 _SHOWN = 10
@@ -140,7 +137,7 @@ def _load_all(
     problems: list[Problem] = []
     for name, spec in specs.items():
         try:
-            rows = read_rows(spec, token=token, cache_dir=cache_dir, first=first)
+            rows = read_rows(spec, token=token, cache_dir=cache_dir, first=first, tell=False)
             loaded[name] = _parse(spec, rows, kinds, report, max_samples, seed)
         except DataError as error:
             problems += error.problems
@@ -214,8 +211,7 @@ def _tell_placeholders(data: _Dataset, report: DataReport) -> None:
             f"{data.name}: {number(len(blanks))} rows hold a placeholder such as {{{{name}}}} "
             f"(first {blanks[0]}); replace it before training"
         )
-        log.warning(note)
-        report.note(note)
+        report.warn(note)
 
 
 def _tell_hidden(data: _Dataset, report: DataReport) -> None:
@@ -225,8 +221,7 @@ def _tell_hidden(data: _Dataset, report: DataReport) -> None:
         row, hidden = found[0]
         rows = "1 row holds" if len(found) == 1 else f"{number(len(found))} rows hold"
         note = f"{data.name}: {rows} hidden control characters (first {hidden} in {row})"
-        log.warning(note)
-        report.note(note)
+        report.warn(note)
 
 
 def hidden_character(example: Example) -> str | None:
@@ -317,8 +312,7 @@ def _hold_out(
             f"evaluation was asked for without data: {number(count)} of {number(len(rows))} rows "
             "(5 %) are held out; set `val_size` or `eval_dataset` to choose"
         )
-        log.warning(note)
-        report.note(note)
+        report.warn(note)
     held_out: dict[str, set[int]] = defaultdict(set)
     for position in np.random.default_rng(seed).permutation(len(rows))[:count]:
         name, index = rows[position]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -253,6 +255,20 @@ class DataReport:
         if text not in self.notes:
             self.notes.append(text)
 
+    def warn(self, text: str) -> None:
+        """Something that a user should hear even if nobody looks at the report."""
+        self.note(text)
+        self.heard([text])
+        log.warning(text)
+
+    def heard(self, texts: Iterable[str]) -> None:
+        """These sentences have been logged: where notices and report are read together, the report leaves them out."""
+        self._said.update(texts)
+
+    def was_heard(self, text: str) -> bool:
+        """Whether it was logged, and is not to be said again."""
+        return text in self._said and _one_stream()
+
     def include(self, other: DataReport) -> None:
         """Take over what is known of other datasets."""
         self.datasets |= other.datasets
@@ -262,6 +278,7 @@ class DataReport:
             self.epoch_tokens[layout] = self.epoch_tokens.get(layout, 0) + tokens
         for note in other.notes:
             self.note(note)
+        self._said |= other._said
         self._dropped |= other._dropped
         self._truncated |= other._truncated
         self._measured |= other._measured
@@ -357,6 +374,10 @@ class DataReport:
                     f"dataset {d.name}: {number(d.num_dropped)} of {number(d.read)} rows are left "
                     f"out ({reasons}); `on_bad_rows: error` refuses them instead"
                 )
+        yield from self.repetitions()
+
+    def repetitions(self) -> Iterator[str]:
+        """What rows say that others say too, a sentence each."""
         for rows, what in (
             (self.duplicates, "rows are exact duplicates of earlier ones"),
             (self.repeated_ids, "rows have the id of an earlier row"),
@@ -402,6 +423,14 @@ class DataReport:
 
     def __rich__(self) -> RenderableType:
         return report_text(self)
+
+
+def _one_stream() -> bool:
+    """Whether notices (stderr) and results (stdout) go to the same place."""
+    try:
+        return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):  # a stream that is no file
+        return False
 
 
 # ---- fingerprints --------------------------------------------------------------------------------

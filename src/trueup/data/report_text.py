@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text as RichText
 
-from trueup.data.counts import Rows, largest, number, some_ids, some_indices, sparkline, statistics
+from trueup.data.counts import largest, number, some_indices, sparkline, statistics
 
 if TYPE_CHECKING:
     from trueup.data.report import DataReport, DatasetReport
@@ -28,8 +28,8 @@ def report_text(report: DataReport) -> RenderableType:
     if any(d.lengths for d in datasets):
         parts.append(_lengths(report))
     remarks = [RichText(f"• {line}") for line in _facts(report)]
-    remarks += [RichText(f"• {line}", style="yellow") for line in _findings(report)]
-    remarks += [RichText(f"• {note}", style="dim") for note in report.notes]
+    remarks += [RichText(f"• {line}", style="yellow") for line in _findings(report) if not report.was_heard(line)]
+    remarks += [RichText(f"• {note}", style="dim") for note in report.notes if not report.was_heard(note)]
     if remarks:
         parts.append(Group(*remarks))
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
@@ -97,25 +97,14 @@ def _facts(report: DataReport) -> Iterator[str]:
     for d in report.datasets.values():
         if d.labels:
             yield f"{d.name}: " + ", ".join(f"{number(n)} {label}" for label, n in d.labels.most_common())
-        if d.sides.pairs:
+        if d.sides.pairs and not any(d.sides.findings()):
             yield f"{d.name}: {d.sides.in_words()}"
 
 
 def _findings(report: DataReport) -> Iterator[str]:
-    for rows, what in (
-        (report.duplicates, "duplicate rows"),
-        (report.repeated_ids, "rows with the id of an earlier row"),
-        (report.reversed_pairs, "reversed pairs"),
-        (report.overlap, "evaluation rows whose prompt is trained on"),
-    ):
-        if rows.count:
-            yield f"{number(rows.count)} {what}: {_first(rows)}"
+    yield from report.repetitions()
     for d in report.datasets.values():
         yield from (f"{d.name}: {finding}" for finding in d.findings())
-
-
-def _first(rows: Rows) -> str:
-    return some_ids(rows) + (f" ({rows.excerpt})" if rows.excerpt else "")
 
 
 def _table(*headers: str) -> Table:

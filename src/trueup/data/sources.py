@@ -15,12 +15,12 @@ from itertools import islice
 from pathlib import Path
 
 from trueup.data.files import DataFile, list_files, list_urls, local
-from trueup.data.hubs import load_from_hub
+from trueup.data.hubs import load_from_hub, stream_from_hub
 from trueup.data.readers import Part, Row, read_file
 from trueup.data.registry import DatasetSpec
 from trueup.data.row_files import RowFile
 from trueup.data.store import Copy, find_copy
-from trueup.errors import DataError
+from trueup.errors import DataError, ModelError
 
 log = logging.getLogger("trueup")
 
@@ -66,13 +66,19 @@ class Rows(Sequence[Row]):
 
 
 def read_rows(
-    spec: DatasetSpec, *, token: str | None = None, cache_dir: str | Path | None = None, first: int | None = None
+    spec: DatasetSpec,
+    *,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    first: int | None = None,
+    tell: bool = True,
 ) -> Rows:
     """Every row of a dataset. Raises DataError with all faults, or ModelError if a hub is out of
     reach.
 
     Args:
         first: do with so many rows, and read no further in files than that.
+        tell: log what was noticed; else it is in `notes` only.
     """
     if spec.rows is not None:
         return Rows(spec.name, list(spec.rows)[:first])  # type: ignore[arg-type]
@@ -80,8 +86,8 @@ def read_rows(
     if files and first is not None:
         with suppress(DataError):  # reading all of them tells all that is wrong
             return _read_first(spec.name, files, first)
-    rows = _read_all(spec.name, files) if files else Rows(spec.name, load_from_hub(spec, token, cache_dir).to_list())
-    for note in dict.fromkeys(rows.notes):
+    rows = _read_all(spec.name, files) if files else _from_hub(spec, token, cache_dir, first)
+    for note in dict.fromkeys(rows.notes if tell else ()):
         log.info("dataset %s: %s", spec.name, note)
     return rows
 
@@ -108,6 +114,17 @@ def _copy_of(spec: DatasetSpec) -> Copy | None:
 
 def _is_folder(spec: DatasetSpec) -> bool:
     return bool(spec.hub_id) and Path(spec.hub_id or "").is_dir()  # where a hub is out of reach, a folder of its name
+
+
+def _from_hub(spec: DatasetSpec, token: str | None, cache_dir: str | Path | None, first: int | None) -> Rows:
+    if first is not None and "+" not in (spec.subset or ""):
+        with suppress(ModelError):  # its library may have kept all of it, which needs no network
+            rows = Rows(spec.name, [row for row, _ in islice(stream_from_hub(spec, token, cache_dir), first)])
+            kept = f"`trueup data get {spec.catalogue or spec.hub_id}` keeps a copy of all"
+            log.info("dataset %s: %d rows are read from the hub; %s", spec.name, len(rows), kept)
+            return rows
+    dataset = load_from_hub(spec, token, cache_dir)
+    return Rows(spec.name, (dataset if first is None else dataset.take(first)).to_list())
 
 
 def _read_first(name: str, files: Sequence[DataFile], count: int) -> Rows:

@@ -159,7 +159,7 @@ def _render(dataset: DatasetStats) -> Iterator[RenderableType]:
 
 
 def _balance_lines(dataset: DatasetStats) -> Iterator[str]:
-    if sides := dataset.sides():
+    if (sides := dataset.sides()) and not any(sides.findings()):
         yield sides.in_words()
     if dataset.labels:
         yield ", ".join(f"{number(count)} {label}" for label, count in dataset.labels.most_common())

@@ -137,8 +137,7 @@ class TokenStream:
             report.dropped(row, reason, detail)
         for note in account.notes:
             if note not in report.notes:
-                log.warning(note)
-                report.note(note)
+                report.warn(note)
         if buffer.number == 0:
             say(account.tally, self._recipe.template, self._recipe.policy)
         tell(report, account.tally)

@@ -26,6 +26,7 @@ from trueup.models.load import hub_access, load_for_inference, load_tokenizer, r
 from trueup.models.policy import Policy
 from trueup.recipes.collector import sampling_of
 from trueup.recipes.journal import Journal, digest
+from trueup.recipes.ledger import Ledger
 from trueup.rollout.endpoint import Endpoint, Reply, Unanswered, ask_all
 from trueup.rollout.engines import Engine
 from trueup.waiting import waiting
@@ -88,6 +89,10 @@ class Source(Protocol):
 
     def candidates(self, question: Question) -> list[Candidate]:
         """The answers to a question that the journal has."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will be drawn."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,6 +189,9 @@ class LocalSource:
             if v is not None
         ]
 
+    def close(self) -> None:
+        pass
+
     def to_dict(self) -> dict[str, Any]:
         return self.identity
 
@@ -227,6 +235,7 @@ class EndpointSource:
         self.cfg, self.journal = cfg, journal
         build = cfg.build
         self.endpoint = make_endpoint(cfg, name, build.sample_key_env, "sample_from", build.sample_price)
+        self.ledger = Ledger(journal, "answers", self.endpoint)
         self.num_answers = cfg.online.num_generations or 1
         g = cfg.generate
         self.fields = {"temperature": g.temperature, "max_tokens": g.max_new_tokens}
@@ -245,8 +254,8 @@ class EndpointSource:
                 else:
                     tokens = found.completion_tokens or None
                     value = {"text": found.text, "ended": found.ended, "tokens": tokens}
-                    self.journal.put(self._keys(question)[index], value)
-                tell(done, self.endpoint.spent.in_words())
+                    self.ledger.put(self._keys(question)[index], value)
+                tell(done, self.ledger.in_words())
 
     def _ask(self, task: tuple[Question, int]) -> Reply:
         question, index = task
@@ -262,6 +271,9 @@ class EndpointSource:
             for i, v in enumerate(values)
             if v is not None
         ]
+
+    def close(self) -> None:
+        self.ledger.close()
 
     def to_dict(self) -> dict[str, Any]:
         return self.endpoint.identity

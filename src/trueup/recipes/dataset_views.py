@@ -18,7 +18,7 @@ from trueup.data.mixing import sample_indices
 from trueup.data.preview import Preview, preview
 from trueup.data.registry import resolve_datasets
 from trueup.data.report import DataReport
-from trueup.errors import ConfigError
+from trueup.errors import ConfigError, DataError
 from trueup.models.tokenizer import load_tokenizer
 from trueup.recipes.batches import count_tokens, plan_batches
 from trueup.recipes.datasets import ALONE, dataset_config, names_model
@@ -62,7 +62,12 @@ def _load(cfg: RunConfig, kind: Kind | None, name: str, count: int, row: str | N
     elif spec.num_samples is None:
         alone = alone.replace(max_samples=index + 1)
     enough = max(PEEKED, alone.data.max_samples or 0) if spec.num_samples is None else None
-    loaded = load_examples_for(alone, kind, first=enough)
+    try:
+        loaded = load_examples_for(alone, kind, first=enough)
+    except DataError:  # perhaps these few cannot be used, and are to be shown with the reason
+        if index is not None or count >= PEEKED:
+            raise
+        loaded = load_examples_for(alone.replace(max_samples=PEEKED), kind, first=enough)
     total = loaded.report.dataset(spec.name).available
     order = sample_indices(total, spec.num_samples, _seed(cfg)).tolist()
     if index is None:

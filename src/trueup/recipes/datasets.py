@@ -5,6 +5,7 @@ What needs a tokenizer is in `dataset_views.py`, imported when it is needed: a r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from trueup.data.stats import DatasetStats, Stats, measure
 from trueup.data.write import check_free, write_text
 from trueup.errors import ConfigError
 from trueup.recipes.kept_reports import KeptReport
+
+log = logging.getLogger("trueup")
 
 _STAGES: dict[Kind, str] = {"text": "pt", "chat": "sft", "pair": "dpo", "ranking": "rm", "feedback": "kto"}
 #: A dataset looked at by itself: nothing held out, mixed, streamed or kept.
@@ -134,6 +137,8 @@ def measure_datasets(names: Sequence[str], source: str | None, words: Sequence[s
 
             lengths, unit = token_lengths(cfg, loaded), "tokens"
         (entry,) = loaded.report.datasets.values()
+        for note in loaded.report.notes:
+            log.info("%s", note)
         words_for = kind or stage_kind(cfg)
         found.append(DatasetStats(entry.name, words_for, entry.read, entry.kept, unit, lengths, **counts))
     return Stats(found)

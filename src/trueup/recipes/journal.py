@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -57,19 +58,24 @@ class Journal:
         """The value of a key, None if there is none."""
         return self._values.get(key)
 
-    def put(self, key: str, value: Any) -> None:
-        """Add a value; it survives the end of this process from now on. Raises ResourceError if the disk refuses."""
+    def put(self, key: str, value: Any, beside: Mapping[str, Any] | None = None) -> None:
+        """Add a value; it survives the end of this process from now on. Raises ResourceError if the disk refuses.
+
+        Args:
+            beside: more values by key, written in the same breath.
+        """
         assert self._file is not None
-        line = json.dumps({"key": key, "value": value}, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        values = {key: value, **(beside or {})}
+        lines = [json.dumps({"key": k, "value": v}, ensure_ascii=False) + "\n" for k, v in values.items()]
         try:
-            self._file.write(line + b"\n")
+            self._file.write("".join(lines).encode("utf-8", "backslashreplace"))
             self._file.flush()
         except OSError as error:
             raise ResourceError(
                 f"the journal cannot be written: {error.strerror}", where=str(self.path),
                 fix="make room, then run the same command again: it goes on from there",
             ) from error  # fmt: skip
-        self._values[key] = value
+        self._values |= values
         boundary("journal:put")
 
     def _read(self) -> None:

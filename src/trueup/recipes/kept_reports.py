@@ -72,6 +72,7 @@ class KeptReport:
             return None
         for level, text in notices:
             log.log(level, "%s", text)
+        report.heard(text for _, text in notices)
         log.info("nothing has changed since this report was made; overwrite_cache: true makes it again")
         return report
 

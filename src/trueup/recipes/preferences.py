@@ -85,7 +85,7 @@ class BuildReport:
             "registered": self.registered,
             "settings": self.settings,
             "trueup": __version__,
-            "this_run": self.spent,
+            "spent": self.spent,
         }
 
     def render(self) -> str:
@@ -107,7 +107,7 @@ class BuildReport:
                          f"{self.ranked_by['decided_by_place']:,} decided by place: ties")  # fmt: skip
         lines += [
             f"cost      {who}: {s['requests']:,} requests ({s['retries']:,} again), {s['prompt_tokens']:,} tokens in, "
-            f"{s['completion_tokens']:,} out{_price(s.get('cost'))}, in this run"
+            f"{s['completion_tokens']:,} out{_price(s.get('cost'))}{_now(s)}"
             for who, s in self.spent.items()
         ]
         lines.append(f"wrote     {self.rows:,} {self.format.replace('_', ' ')} to {self.output}")
@@ -159,6 +159,8 @@ def _build(
         ranker.find_out(contests)
         rows = _rows(cfg, contests, ranker, report)
     finally:
+        for source in sources:
+            source.close()
         ranker.close()
     report.rows, report.lengths = len(rows), lengths_of(rows)
     report.ranked_by = {**ranker.to_dict(), **ranker.told()}
@@ -253,9 +255,17 @@ def _price(cost: float | None) -> str:
     return "" if cost is None else f": {money(cost)}"
 
 
+def _now(spent: dict[str, Any]) -> str:
+    """What of it this run asked, if earlier ones did too."""
+    now = spent["this_run"]
+    if now["requests"] == spent["requests"]:
+        return ""
+    return f"; of these {now['requests']:,} requests in this run{_price(now.get('cost'))}"
+
+
 def _spent(sources: Sequence[Source], judge: dict[str, Any] | None) -> dict[str, Any]:
-    """What the endpoints were asked in this run, by their names."""
-    spent = {s.endpoint.model: s.endpoint.spent.to_dict() for s in sources if isinstance(s, EndpointSource)}
+    """What the endpoints were asked, by their names."""
+    spent = {s.endpoint.model: s.ledger.to_dict() for s in sources if isinstance(s, EndpointSource)}
     return spent | ({"judge": judge} if judge else {})
 
 

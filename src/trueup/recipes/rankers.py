@@ -36,6 +36,7 @@ from trueup.recipes.candidates import (
 )
 from trueup.recipes.journal import Journal, digest
 from trueup.recipes.judges import Judges, check_files, load_judges
+from trueup.recipes.ledger import Ledger
 from trueup.recipes.prompts import PromptRows
 from trueup.recipes.verdicts import (
     RUBRIC,
@@ -332,6 +333,7 @@ class JudgeRanker:
         self.endpoint: Endpoint | None = None
         if is_url(self.name):
             self.endpoint = make_endpoint(self.cfg, self.name, build.judge_key_env, "judge_model", build.judge_price)
+            self.ledger = Ledger(self.journal, "judge", self.endpoint)
             self.identity = self.endpoint.identity
         else:
             self.local = self.cfg.replace(
@@ -366,10 +368,11 @@ class JudgeRanker:
         told: dict[str, Any] = {"rubric": digest(self.rubric), "mode": self.cfg.build.judge_mode}
         if self.pairwise:
             told |= {"comparisons": self.compared, "decided_by_place": self.by_place}
-        return told | ({"spent": self.endpoint.spent.to_dict()} if self.endpoint else {})
+        return told | ({"spent": self.ledger.to_dict()} if self.endpoint else {})
 
     def close(self) -> None:
-        pass
+        if self.endpoint is not None:
+            self.ledger.close()
 
     def _tasks(self, contest: Contest) -> list[_Task]:
         count = len(contest.answers)
@@ -397,8 +400,8 @@ class JudgeRanker:
                 if isinstance(found, Unanswered):
                     self.failed[task.key] = str(found)
                 else:
-                    self.journal.put(task.key, found)
-                tell(done, endpoint.spent.in_words())
+                    self.ledger.put(task.key, found)
+                tell(done, self.ledger.in_words())
 
     def _ask_local(self, tasks: Sequence[_Task]) -> None:
         """Groups whole, as `LocalSource` draws them; what cannot be read is drawn again, with chance and a seed."""
