@@ -240,13 +240,12 @@ def test_what_is_spent_adds_up_over_a_kill_and_a_resume(keys, tmp_path):
         keys |= {"judge_model": server.url}
         answers = 18  # each put into the journal before the judge is asked
         assert run_cli(keys, f"journal:put:{answers + 4}").returncode == -9
-        asked = len(server.requests)
         done = run_cli(keys)
         assert done.returncode == 0, done.stderr
         told = json.loads((tmp_path / "built" / "build_report.json").read_text(encoding="utf-8"))["spent"]["judge"]
-    # The kill came when four replies were in the journal: at most one more request was under way.
+    # The kill came when four replies were in the journal; more may have been on their way there.
     now = told["this_run"]["requests"]
-    assert 0 <= len(server.requests) - asked - now <= 1 and 4 <= told["requests"] - now <= 5
+    assert 4 <= told["requests"] - now <= len(server.requests) - now
     assert 7 * (now + 4) <= told["prompt_tokens"] <= 7 * told["requests"]
     assert told["cost"] == pytest.approx((told["prompt_tokens"] * 20000 + told["completion_tokens"] * 1000) / 1e6)
     assert f"of these {told['this_run']['requests']:,} requests in this run" in done.stdout.decode()
