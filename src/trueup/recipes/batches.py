@@ -23,6 +23,11 @@ class Batch:
     indices: np.ndarray  # [B] int64
 
 
+def cut_indices(indices: np.ndarray, pieces: int) -> list[np.ndarray]:
+    """Up to so many parts of like size, none of them empty."""
+    return [part for part in np.array_split(indices, pieces) if len(part)]
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """How rows become steps; what the header and `check` print."""

@@ -52,6 +52,10 @@ class RunningMean:
         """Add values of this step."""
         self._new.append((values.detach().double().sum(), values.numel()))
 
+    def forget(self) -> None:
+        """Leave out what was seen since the last fold: the step is done again."""
+        self._new = []
+
     def fold(self) -> None:
         """Count what was seen; every process calls it."""
         new = self.backend.sum_counts(

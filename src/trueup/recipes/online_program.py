@@ -26,7 +26,7 @@ from trueup.models.logprobs import Head, token_logps
 from trueup.models.policy import Policy
 from trueup.models.reference import LiveReference
 from trueup.models.value import ValueHead
-from trueup.recipes.batches import eval_batches
+from trueup.recipes.batches import cut_indices, eval_batches
 from trueup.recipes.collector import Collected, Collector, HostMetrics, length_metrics, reward_metrics
 from trueup.recipes.learners import Learner, MicroBatch
 from trueup.rollout.completions import CompletionsLog
@@ -154,6 +154,13 @@ class OnlineProgram:
             told = {name: (torch.tensor(v, dtype=torch.float64), n) for name, (v, n) in self._untold.items()}
             batches[0], self._untold = replace(batches[0], extra=told), {}
         return batches
+
+    def cut(self, batch: OnlineBatch, pieces: int) -> list[OnlineBatch]:
+        parts = [replace(batch, indices=part, extra={}) for part in cut_indices(batch.indices, pieces)]
+        return [replace(parts[0], extra=batch.extra), *parts[1:]]
+
+    def forget_step(self) -> None:
+        """Nothing: what a rollout holds was computed before its steps."""
 
     def _say_empty(self, step: int) -> None:
         if not self._said_empty:

@@ -45,6 +45,7 @@ class PairLesson:
         self.terms = terms_of(cfg)
         self.surveyed = [term for term in self.terms if term.objective.survey]
         self.needs_kl = any(term.objective.needs_divergence for term in self.terms)
+        self._followed: int | None = None  # step before which the reference last moved
         self.shift = RunningMean(backend) if any(term.objective.needs_shift for term in self.terms) else None
         self.step: dict[tuple[str, bytes], dict[str, StepValues]] = {}
 
@@ -155,8 +156,10 @@ class PairLesson:
         self.step = {}
         if self.shift is not None:  # before an evaluation too: a checkpoint folds, and may come before or after it
             self.shift.fold()
-        if self.objective.sync_ref_model and steps_done and steps_done % self.objective.ref_model_sync_steps == 0:
+        due = self.objective.sync_ref_model and steps_done and steps_done % self.objective.ref_model_sync_steps == 0
+        if due and steps_done != self._followed:  # a step may be begun twice (`training.shortage`)
             assert self.references is not None
+            self._followed = steps_done
             self.references.follow(self.objective.ref_model_mixup_alpha)
         if self.surveyed and sum(backend.gather(len(batches))) > 1:
             self._survey(batches, backend)

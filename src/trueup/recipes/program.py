@@ -17,7 +17,8 @@ from trueup.models.load import Loaded
 from trueup.models.plain import tidy_generation
 from trueup.models.policy import Policy
 from trueup.models.reward import RewardModel
-from trueup.recipes.batches import Batch, eval_batches
+from trueup.recipes.batches import Batch, cut_indices, eval_batches
+from trueup.recipes.coupling import RunningMean
 from trueup.recipes.entropy import EntropyGauge
 from trueup.recipes.feed import make_feed
 from trueup.recipes.feedback import FeedbackLesson
@@ -113,6 +114,13 @@ class OfflineProgram:
 
     def micro_batches(self, epoch: int, step: int) -> list[Batch]:
         return [Batch("train", group) for group in self.feed.micro_batches(epoch, step)]
+
+    def cut(self, batch: Batch, pieces: int) -> list[Batch]:
+        return [Batch(batch.split, part) for part in cut_indices(batch.indices, pieces)]
+
+    def forget_step(self) -> None:
+        if isinstance(shift := getattr(self.lesson, "shift", None), RunningMean):
+            shift.forget()
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return self.lesson.counts(batch)

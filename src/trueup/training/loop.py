@@ -217,10 +217,12 @@ class Trainer(Generic[B]):
         progress = self.progress
         self.learning_rate = self.optimizer.learning_rate
         try:
-            result = train_step(self.program, self.optimizer, self.backend, progress.step, self.sums)
+            result = train_step(self.program, self.optimizer, self.backend, progress.step, self.sums, progress.pieces)
         except NotFinite as error:
             self._record_divergence(error)
             raise
+        if result.pieces > progress.pieces:
+            self._tell_pieces(result.pieces)
         progress.step += 1
         progress.num_tokens += result.tokens
         progress.loss_sum += result.loss
@@ -230,6 +232,15 @@ class Trainer(Generic[B]):
         self.run.heartbeat(step=progress.step, epoch=self.plan.epoch(progress.step))
         self.last_step = result
         self.observers.tell(Stepped(progress.step))
+
+    def _tell_pieces(self, pieces: int) -> None:
+        self.progress.pieces = pieces
+        self.run.warn(
+            f"out of memory at step {self.progress.step + 1}: from here on each micro-batch is computed in {pieces} "
+            "pieces, at the same effective batch; a smaller per_device_train_batch_size with more "
+            "gradient_accumulation_steps does the same from the start",
+            self.progress.step + 1,
+        )
 
     def _log_the_rest(self) -> None:
         """After an early stop: the steps since the last row."""

@@ -53,6 +53,7 @@ class Progress:
     evaluation_due: bool = False  # asked for after `step`, not finished yet
     evaluated_step: int = -1  # the last step that was evaluated
     loss_sum: float = 0.0  # over all steps, for train_loss
+    pieces: int = 1  # each micro-batch is cut into so many, since memory ran out
     lines: dict[str, int] = field(default_factory=dict)  # lines of each log file at the save
 
 

@@ -1,7 +1,7 @@
 """One optimizer step over the micro-batches of every rank, for any objective.
 
     reduce the step's counts → forward and backward each micro-batch → sum gradients over ranks
-    → refuse what is not finite → clip, move
+    → refuse what is not finite → clip, move; out of memory: once more, in smaller pieces
 
 The losses are sums divided by counts of the whole step, so micro-batches and ranks do not change
 the result.
@@ -23,6 +23,7 @@ from trueup.training.backend import Backend
 from trueup.training.metrics import MetricSums
 from trueup.training.optim import MasterOptimizer
 from trueup.training.profile import phase
+from trueup.training.shortage import Cuts, Draws, clear, in_pieces, is_out_of_memory, out_of_memory
 from trueup.types import Metrics
 
 B = TypeVar("B")
@@ -120,14 +121,15 @@ class KnowsHeads(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did. `skipped`: fp16 gradients overflowed, the weights stand still and the loss
-    scale is halved.
+    """What a step did. `skipped`: fp16 gradients overflowed, the weights stand still and the loss scale is halved.
+    `pieces`: into how many parts its micro-batches had to be cut.
     """
 
     loss: float
     grad_norm: float
     tokens: int
     skipped: bool = False
+    pieces: int = 1
 
 
 def train_step(
@@ -136,32 +138,44 @@ def train_step(
     backend: Backend,
     steps_done: int,
     sums: MetricSums,
+    pieces: int = 1,
 ) -> StepResult:
     """Do optimizer step number `steps_done` (from 0) and add its metrics to `sums`.
 
-    Raises DivergenceError, before the optimizer moves, when the loss or a gradient is not finite on
-    any rank.
+    A step that runs out of memory is done again with micro-batches of half the size, which changes nothing of its
+    result but rounding.
+
+    Args:
+        pieces: how many parts each micro-batch is cut into.
+
+    Raises:
+        DivergenceError: before the optimizer moves, when the loss or a gradient is not finite on any rank.
+        ResourceError: out of memory with single examples.
     """
     with phase("data"):
-        batches = program.micro_batches(*divmod(steps_done, program.steps_per_epoch))
-    if isinstance(program, LooksAhead):
-        with phase("look-ahead"):
-            program.look_ahead(batches, backend, steps_done)
-    totals = step_totals(program, batches, backend)
-    loss_of_rank = torch.zeros((), dtype=torch.float32, device=backend.device)
-    for batch in batches:
-        with phase("forward"):
-            loss, metrics = program.loss(batch, totals)
-        with phase("backward"):
-            optimizer.backward(loss)
-        loss_of_rank += loss.detach()
+        whole = program.micro_batches(*divmod(steps_done, program.steps_per_epoch))
+    draws = Draws.now(backend.device)
+    while True:
+        batches = in_pieces(program, whole, pieces)
+        done = _gradients(program, optimizer, backend, steps_done, batches)
+        if done is not None:
+            break
+        pieces *= 2
+        if not isinstance(program, Cuts) or not backend.any(len(in_pieces(program, whole, pieces)) > len(batches)):
+            raise out_of_memory(steps_done + 1, backend)
+        optimizer.gradients.zero()
+        program.forget_step()
+        clear(backend)
+        draws.restore(backend.device)
+    loss_of_rank, totals, told = done
+    for metrics in told:
         sums.update(metrics)
     with phase("optimizer"):
         backend.sum_gradients(optimizer.gradients.buckets)
         norm = optimizer.gradient_norm()
         numbers = torch.stack([loss_of_rank, norm.to(loss_of_rank.device)]).tolist()  # the step's one sync
     loss_value = backend.sum_counts({"loss": numbers[0]})["loss"]
-    result = StepResult(loss_value, numbers[1], int(totals[_TOKENS]))
+    result = StepResult(loss_value, numbers[1], int(totals[_TOKENS]), pieces=pieces)
     sums.add("loss", loss_of_rank, float(backend.rank == 0))
     if math.isfinite(loss_value) and math.isfinite(result.grad_norm):
         with phase("optimizer"):
@@ -172,6 +186,45 @@ def train_step(
         return replace(result, skipped=True)
     rows = backend.gather([row for batch in batches for row in program.describe(batch)])
     raise NotFinite(steps_done + 1, result, [row for of_rank in rows for row in of_rank])
+
+
+def _gradients(
+    program: Program[B], optimizer: MasterOptimizer, backend: Backend, steps_done: int, batches: Sequence[B]
+) -> tuple[Tensor, dict[str, float], list[Metrics]] | None:
+    """Sum a step's gradients: this rank's loss, the step's counts, its metrics. None where memory ran out on any rank.
+
+    Several ranks are in step with each other only between look-ahead and the sum of gradients; elsewhere a shortage on
+    one of them ends the run.
+    """
+    short = False
+    try:
+        if isinstance(program, LooksAhead):
+            with phase("look-ahead"):
+                program.look_ahead(batches, backend, steps_done)
+    except (RuntimeError, MemoryError) as error:
+        if backend.world_size > 1 or not is_out_of_memory(error):
+            raise
+        short = True
+    if short:
+        return None
+    totals = step_totals(program, batches, backend)
+    loss_of_rank = torch.zeros((), dtype=torch.float32, device=backend.device)
+    told: list[Metrics] = []
+    try:
+        for batch in batches:
+            with phase("forward"):
+                loss, metrics = program.loss(batch, totals)
+            with phase("backward"):
+                optimizer.backward(loss)
+            loss_of_rank += loss.detach()
+            told.append(metrics)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        short = True
+    if backend.any(short):
+        return None
+    return loss_of_rank, totals, told
 
 
 def step_totals(program: Program[B], batches: Sequence[B], backend: Backend) -> dict[str, float]:
