@@ -10,10 +10,12 @@ import random
 import pytest
 
 from tests.data.tiny_tokenizers import make_tokenizer
+from trueup import memory
 from trueup.config.load import load_config
 from trueup.data import digests, encode, tokenized
 from trueup.data.encode import prepare
 from trueup.data.encoder import Policy, encode_examples
+from trueup.data.given import GivenRows
 from trueup.data.load import load_examples_for
 from trueup.data.report import DataReport
 from trueup.data.templates import load_template
@@ -201,3 +203,51 @@ def test_a_report_comes_back_as_it_was(rows, tmp_path):
     kept = {"datasets", "splits", "cutoff_len", "epoch_tokens", "notes", "_dropped"}
     said_by_encoding = {"_said", "_truncated", "_measured", "_cut"}
     assert vars(report).keys() == kept | said_by_encoding, "a new attribute: keep it in `state`, or name it here"
+
+
+# --- rows that are in no file of this machine ---------------------------------------------
+
+
+def _given(rows, tmp_path):
+    """A run on rows that a program hands over."""
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    with memory.holding({"dataset": GivenRows(found)}):
+        return prepare(config("memory:dataset", tmp_path), make_tokenizer("chatml"))
+
+
+def _from_hub(rows, tmp_path):
+    """A run on a hub's dataset, whose library is asked anew each time."""
+    from datasets import Dataset
+
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list(found))
+        patch.setattr("trueup.data.hubs.mind_the_hub", lambda: None)
+        return prepare(config("somebody/pairs", tmp_path), make_tokenizer("chatml"))
+
+
+def _forbid_tokenising(monkeypatch):
+    def never(*_args, **_options):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(encode, "encode_examples", never)
+
+
+@pytest.mark.parametrize("run", [_given, _from_hub])
+def test_rows_of_a_program_or_a_hub_are_tokenised_once(run, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "_WORTH_ROWS", 0)
+    first = run(rows, tmp_path)
+    with monkeypatch.context() as patch:
+        _forbid_tokenising(patch)
+        assert everything(run(rows, tmp_path)) == everything(first)
+        rows.write_bytes(rows.read_bytes().replace(b"question 7?", b"question 7!"))
+        with pytest.raises(AssertionError, match="tokenised again"):
+            run(rows, tmp_path)
+    changed = run(rows, tmp_path)
+    assert len(changed.train) == len(first.train) and everything(changed)[0] != everything(first)[0]
+
+
+@pytest.mark.parametrize("run", [_given, _from_hub])
+def test_few_rows_of_a_program_or_a_hub_are_not_cached(run, rows, tmp_path, own_cache):
+    run(rows, tmp_path)
+    assert not own_cache.exists()

@@ -132,8 +132,7 @@ def _report_of(found: Tokenised, data: LoadedData | None) -> DataReport:
         report = DataReport.restored(found.report)
         report.tell()
         return report
-    for tally in found.tallies.values():
-        tell_lengths(data.report, tally)
+    data.report.take_lengths(DataReport.restored(found.report))
     return data.report
 
 

@@ -241,6 +241,12 @@ class DataReport:
                 if better in tokens:
                     entry.sides.add(tokens[better], tokens[worse])
 
+    def take_lengths(self, other: DataReport) -> None:
+        """The lengths that were counted in an earlier start, of the same rows."""
+        for name, counted in other.datasets.items():
+            entry = self.dataset(name)
+            entry.lengths, entry.sides = counted.lengths, counted.sides
+
     def told_before(self, rows: Iterable[str]) -> None:
         """Of these rows nothing more is counted as left out."""
         self._dropped.update(rows)
