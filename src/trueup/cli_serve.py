@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from trueup.cli_options import PASS_ON, ConfigCommand, config_words, debug_option, only_text, read_config
+from trueup.cli_options import PASS_ON, ConfigCommand, config_words, debug_option, only_text, read_config, split_source
 from trueup.console import Session
 from trueup.errors import ConfigError
 from trueup.garbage import importing
@@ -41,8 +41,8 @@ log = logging.getLogger("trueup")
               help="Seconds that a request may take.")  # fmt: skip
 @click.option("--drain", default=30, show_default=True, type=click.IntRange(1, 86_400),
               help="Seconds that requests get to end after SIGTERM.")  # fmt: skip
-@click.option("--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True,
-              help="vllm hands over to vLLM's own server.")  # fmt: skip
+@click.option("--engine", type=click.Choice(["transformers", "vllm"]), default=None,
+              help="vllm, or infer_backend: vllm, hands over to vLLM's own server; else transformers.")  # fmt: skip
 @click.option("--while-stdin", is_flag=True,
               help="End when standard input ends: for programs that start this one.")  # fmt: skip
 @debug_option
@@ -50,7 +50,7 @@ log = logging.getLogger("trueup")
 def serve(
     session: Session, words: tuple[str, ...], host: str, port: int, api_key_file: Path | None, name: str | None,
     adapters: tuple[str, ...], reward_models: tuple[str, ...], hosts: tuple[str, ...], slots: int, queue: int,
-    deadline: float, drain: int, engine: str, while_stdin: bool,
+    deadline: float, drain: int, engine: str | None, while_stdin: bool,
 ) -> None:  # fmt: skip
     """Serve models to OpenAI's clients (api).
 
@@ -69,8 +69,10 @@ def serve(
         host=host, port=port, key=read_key(api_key_file), hosts=hosts, name=name, adapters=_named(adapters),
         reward_models=reward_models, limits=Limits(slots=slots, queue=queue, deadline=deadline, drain=drain),
     )  # fmt: skip
-    cfg = read_config(words, verb="infer")
-    if engine == "vllm":
+    by_vllm = engine == "vllm" or (engine is None and _asks_for_vllm(words))
+    # Here the key has chosen the server already; to other verbs it is a backend that they do not have.
+    cfg = read_config([*words, "infer_backend=huggingface"] if by_vllm else words, verb="infer")
+    if by_vllm:
         if while_stdin:
             raise ConfigError("vLLM's server does not look at standard input", where="--while-stdin", fix="drop it")
         with importing():
@@ -80,6 +82,13 @@ def serve(
     with importing():
         from trueup.inference.server.run import serve as start
     start(cfg, settings, sys.stdin.buffer if while_stdin else None)
+
+
+def _asks_for_vllm(words: Sequence[str]) -> bool:
+    """Whether the config says so, as LLaMA-Factory's `api` has it."""
+    from trueup.config.load import given
+
+    return str(given(*split_source(words)).get("infer_backend", "")).lower() == "vllm"
 
 
 def read_key(file: Path | None) -> str | None:

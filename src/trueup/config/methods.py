@@ -116,7 +116,7 @@ LATER_VALUES: dict[str, dict[str, str | None]] = {
     "optim": OPTIMISERS,
     "lr_scheduler_type": {"reduce_lr_on_plateau": "cosine", "greedy": "cosine"},
     "infer_backend": {
-        "vllm": "huggingface; vLLM's own server is started by trueup serve --engine vllm",
+        "vllm": "huggingface; trueup serve --engine vllm is vLLM's own server, and chat --with URL talks to it",
         **dict.fromkeys(("sglang", "ktransformers"), "huggingface"),
     },
     "booster": {"liger": "auto", "flash_attn": "flash_attn: fa2", "none": "auto, or flash_attn: disabled"},

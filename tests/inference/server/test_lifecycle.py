@@ -209,14 +209,15 @@ def test_without_the_extra_the_way_out_is_said():
     assert found.returncode == 6 and "pip install 'trueup[serve]'" in found.stderr and "Traceback" not in found.stderr
 
 
-def test_vllm_takes_this_process_over(monkeypatch):
+@pytest.mark.parametrize("asked", [["--engine", "vllm"], ["infer_backend=vllm"], ["--infer_backend", "vllm"]])
+def test_vllm_takes_this_process_over(monkeypatch, asked):
     from trueup.inference.server import vllm_server
 
     taken = []
     monkeypatch.setattr(vllm_server, "_program", lambda: "/opt/bin/vllm")
     monkeypatch.setattr(os, "execve", lambda *asked: taken.append(asked))
     monkeypatch.setenv("API_KEY", "k" * 40)
-    words = ["serve", "--model_name_or_path", MODEL, "--engine", "vllm", "--host", "0.0.0.0", "--port", "8123"]
+    words = ["serve", "--model_name_or_path", MODEL, *asked, "--host", "0.0.0.0", "--port", "8123"]
     words += ["--vllm_maxlen", "512", "--vllm_config", '{"kv_cache_dtype": "fp8", "disable_log_stats": true}']
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.stderr
@@ -233,10 +234,11 @@ def test_without_vllm_the_way_out_is_said(monkeypatch):
 
     monkeypatch.setattr(vllm_server.shutil, "which", lambda name: None)
     monkeypatch.setattr(vllm_server.sys, "executable", "/nowhere/python")
-    result = CliRunner().invoke(main, ["serve", "--model_name_or_path", MODEL, "--engine", "vllm"])
-    assert result.exit_code == 6 and "trueup[vllm]" in result.stderr
-    for verb in ("chat", "serve"):
-        result = CliRunner().invoke(main, [verb, "--model_name_or_path", MODEL, "--infer_backend", "vllm"])
+    for words in (["--engine", "vllm"], ["infer_backend=vllm", "vllm_enforce_eager=true"]):
+        result = CliRunner().invoke(main, ["api", "--model_name_or_path", MODEL, *words])
+        assert result.exit_code == 6 and "trueup[vllm]" in result.stderr
+    for words in (["chat", "infer_backend=vllm"], ["serve", "--engine", "transformers", "infer_backend=vllm"]):
+        result = CliRunner().invoke(main, [words[0], "--model_name_or_path", MODEL, *words[1:]])
         assert result.exit_code == 2 and "serve --engine vllm" in " ".join(result.stderr.split())
 
 
