@@ -1,7 +1,7 @@
 """Unsloth's names on trueup: `from trueup.unsloth import FastLanguageModel`.
 
 What is loaded is a plain transformers model, and what gets an adapter a plain peft model, for the trainers of
-`trueup.trl`. Quantised weights are not supported yet, and say so.
+`trueup.trl`. With `load_in_4bit` its frozen weights are bitsandbytes' nf4, as there.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _later(name: str) -> Any:
     def refuse(model: Any, *_: Any, **__: Any) -> None:
         raise ConfigError(
             f"{name} is not supported", where=name,
-            fix="save_pretrained_merged writes the merged model; `trueup export` is for other formats",
+            fix="save_pretrained_merged writes the merged model, and `trueup export` that as GGUF (export_gguf) or to a hub",
         )  # fmt: skip
 
     return refuse

@@ -128,6 +128,12 @@ def test_g5_four_bits_are_four_bits(bare: Path):
     pytest.importorskip("bitsandbytes")
     model, _ = FastLanguageModel.from_pretrained(G5, max_seq_length=2048, load_in_4bit=True)
     assert any("Linear4bit" in type(module).__name__ for module in model.modules())
+    model, tokenizer = FastLanguageModel.from_pretrained(G5, max_seq_length=2048, load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(model, r=4, target_modules=SEVEN)
+    model.save_pretrained_merged("merged", tokenizer)
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    assert not any("4bit" in type(module).__name__ for module in merged.modules())
+    assert torch.allclose(logits(merged.float()), logits(model).float(), atol=0.1)
 
 
 def test_unsloths_arguments_that_cannot_be_honoured_are_refused(bare: Path):

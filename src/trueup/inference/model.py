@@ -202,7 +202,10 @@ class Model:
         """
         target, section = Path(path), self.cfg.model
         name, cpu = str(section.model_name_or_path), torch.device("cpu")
-        root, location, starts = resolve_model(name, section.adapter_name_or_path, hub_access(section))
+        if memory.is_name(name):  # no longer known by it; the model itself is in `policy`
+            root, location, starts = getattr(self.policy.base, "name_or_path", "") or name, name, []
+        else:
+            root, location, starts = resolve_model(name, section.adapter_name_or_path, hub_access(section))
         tokenizer = copy.deepcopy(self.tokenizer)
         self.template.attach(tokenizer)
         plan = Plan(
