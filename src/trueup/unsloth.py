@@ -197,7 +197,7 @@ def _later(name: str) -> Any:
     def refuse(model: Any, *_: Any, **__: Any) -> None:
         raise ConfigError(
             f"{name} is not supported", where=name,
-            fix="save_pretrained_merged writes the merged model, and `trueup export` that as GGUF (export_gguf) or to a hub",
+            fix="save_pretrained_merged writes the merged model, and `trueup export` that as GGUF",
         )  # fmt: skip
 
     return refuse
