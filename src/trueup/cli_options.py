@@ -113,6 +113,13 @@ def read_config(words: Sequence[str], **how: Any) -> RunConfig:
     return load_config(source, overrides, **how)
 
 
+def read_given(words: Sequence[str]) -> dict[str, Any]:
+    """What they set, by canonical key, as far as it can be read; nothing is checked."""
+    from trueup.config.load import given
+
+    return given(*split_source(words))
+
+
 def split_source(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """`(file or None, overrides)`. The file is the first word, or the one after `--config`."""
     first, rest = (words[0] if words else ""), list(words)

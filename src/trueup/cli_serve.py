@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from trueup.cli_options import PASS_ON, ConfigCommand, config_words, debug_option, only_text, read_config, split_source
+from trueup.cli_options import PASS_ON, ConfigCommand, config_words, debug_option, only_text, read_config, read_given
 from trueup.console import Session
 from trueup.errors import ConfigError
 from trueup.garbage import importing
@@ -86,9 +86,7 @@ def serve(
 
 def _asks_for_vllm(words: Sequence[str]) -> bool:
     """Whether the config says so, as LLaMA-Factory's `api` has it."""
-    from trueup.config.load import given
-
-    return str(given(*split_source(words)).get("infer_backend", "")).lower() == "vllm"
+    return str(read_given(words).get("infer_backend", "")).lower() == "vllm"
 
 
 def read_key(file: Path | None) -> str | None:
