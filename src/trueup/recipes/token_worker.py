@@ -49,7 +49,8 @@ def described(shown: Preview) -> dict[str, Any]:
         for part in row.parts
     ]  # fmt: skip
     lines = [[line, good] for line, good in shown.safety.lines()] if shown.safety else []
-    return {"row": row.row, "dropped": row.dropped, "parts": parts, "settings": shown.settings, "template": lines}
+    told = {"row": row.row, "about": row.about, "dropped": row.dropped, "parts": parts}
+    return {**told, "settings": shown.settings, "template": lines}
 
 
 def main(questions: TextIO, answers: TextIO) -> None:

@@ -120,12 +120,12 @@ def histogram(
         drawn[0]["markLine"] = {
             "silent": True, "symbol": "none", "data": [{"xAxis": limit[0] // width}],
             "lineStyle": {"color": "var(--bad)", "type": "dashed", "width": 1.5},
-            "label": {"formatter": limit[1], "color": "var(--bad)", "fontSize": 11, "position": "insideEndTop"},
+            "label": {"formatter": limit[1], "color": "var(--bad)", "fontSize": 11, "position": "end", "distance": 4},
         }  # fmt: skip
     several = len(series) > 1
     return {
         **_base(),
-        "grid": _grid(top=34 if several else 14, bottom=26),
+        "grid": _grid(top=34 if several else 24 if "markLine" in drawn[0] else 14, bottom=26),
         "legend": _legend([name for name, _, _ in series]) if several else {"show": False},
         "tooltip": {**_tooltip("axis"), "axisPointer": {"type": "shadow"}, ":valueFormatter": _SHORT},
         "xAxis": {**_axis(x_label, None), "type": "category", "data": names, "nameLocation": "middle", "nameGap": 26},

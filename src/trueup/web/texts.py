@@ -15,6 +15,8 @@ from trueup.web.view import View
 #: words, single characters of scripts that have no spaces, and what stands between
 _WORDS = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W぀-ヿ㐀-鿿가-힯]+|\s+|[^\w\s]")
 _LONG = 4000  # words from which on the comparison is allowed to be rough
+_MOST_PIECES = 6000  # of a part on a page
+_MOST_CHARACTERS = 100_000  # of a text on a page
 ROLES = ("trained", "masked", "truncated")
 _TURNS = ("system", "user", "assistant", "tool")
 
@@ -46,7 +48,9 @@ def tokens(view: View, part: Mapping[str, Any]) -> None:
         with ui.element("div").classes("part-head"):
             ui.label(part_name(view, part["name"])).classes("h3")
             ui.label(" · ".join(counts)).classes("muted small number")
-        Pieces(part["pieces"], words).props["aria-label"] = part_name(view, part["name"])
+        Pieces(part["pieces"][:_MOST_PIECES], words).props["aria-label"] = part_name(view, part["name"])
+        if len(part["pieces"]) > _MOST_PIECES:
+            ui.label(view.t("dataset.more", count=f"{len(part['pieces']) - _MOST_PIECES:,}")).classes("muted small")
 
 
 def conversation(view: View, turns: Sequence[Mapping[str, Any]]) -> None:
@@ -56,7 +60,15 @@ def conversation(view: View, turns: Sequence[Mapping[str, Any]]) -> None:
             role = str(turn.get("role") or "")
             with ui.element("div").classes(f"turn turn-{role if role in _TURNS else 'other'}"):
                 ui.label(view.maybe(f"dataset.turn_{role}") or role).classes("turn-role")
-                ui.label(said(turn)).classes("turn-text")
+                ui.label(shortened(view, said(turn))).classes("turn-text")
+
+
+def shortened(view: View, text: str) -> str:
+    """A text as long as a page bears, and how much of it is not shown."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    left = view.t("dataset.more_text", count=f"{len(text) - _MOST_CHARACTERS:,}")
+    return f"{text[:_MOST_CHARACTERS]} … {left}"
 
 
 def said(turn: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from trueup.data.register import enter, leave
+from trueup.data.register import check_name, enter, leave
 from trueup.data.registry import FILE_SUFFIXES, REGISTRY_NAMES, known_names, registered
 from trueup.errors import ConfigError
 from trueup.web.workspace import Workspace
@@ -57,6 +57,7 @@ def take(place: Workspace, staged: Path, name: str) -> str:
             number += 1
             free = f"{stem}-{number}"
         target = place.data(f"{free}{suffix}")
+        check_name(free, target, folder, "upload")  # before anything is moved
         shutil.move(staged, target)
         enter(free, target, {}, folder, "upload")
     return free

@@ -116,7 +116,7 @@ class Shelf:
         if get:
             columns.append({"name": "get", "label": "", "field": "here", "align": "right"})
         table = ui.table(columns=columns, rows=[], row_key="name", pagination={"rowsPerPage": 10 if get else 0})
-        table.classes("data-table").props(f'flat {"" if get else "hide-bottom"} aria-label="{label}"')
+        table.classes("data-table data-list").props(f'flat {"" if get else "hide-bottom"} aria-label="{label}"')
         table.props(':rows-per-page-options="[10, 20, 0]"')
         table.add_slot("body-cell-name", _NAME_CELL)
         table.add_slot("body-cell-kind", _KIND_CELL)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,14 +19,14 @@ from trueup.builtin import BUILTIN_MODELS
 from trueup.data.examples import Pair, Ranking
 from trueup.data.register import enter
 from trueup.data.registry import COLUMN_ROLES, FORMATS, registered
-from trueup.errors import Problem, UserError
+from trueup.errors import ConfigError, Problem, UserError
 from trueup.web import charts, uploads
 from trueup.web.frame import button, card, empty, figure, heading, problems, row
 from trueup.web.onward import train_address
 from trueup.web.pages import page
 from trueup.web.reports import report_of
 from trueup.web.rows import SeenRow, Table, open_table, parts, spec_of
-from trueup.web.texts import Pieces, conversation, differences, legend, part_name, said, tokens
+from trueup.web.texts import Pieces, conversation, differences, legend, part_name, said, shortened, tokens
 from trueup.web.tokens import tokens_of
 from trueup.web.view import View
 
@@ -89,7 +90,8 @@ class DatasetPage:
         with card(t("dataset.rows")):
             self._browser()
         self._columns()
-        await self._list()
+        await self._list(show=False)
+        ui.timer(0.02, self._show, once=True)  # what a page waits for must not keep it from being sent
         if self.table.layout and not self.table.problems:
             with self.summary, ui.element("div").classes("wait"):
                 ui.spinner(size="20px")
@@ -141,9 +143,11 @@ class DatasetPage:
         t, query = self.view.t, self.view.query
         models = list(dict.fromkeys([*BUILTIN_MODELS, *self.place.models(), query.get("model") or BUILTIN_MODELS[0]]))
         with ui.element("div").classes("settings"):
-            self.model = ui.select(models, value=query.get("model") or BUILTIN_MODELS[0], label=t("dataset.model"))
-            self.model.props("outlined dense use-input hide-selected fill-input input-debounce=0")
-            self.model.props["new-value-mode"] = "add-unique"
+            self.model = ui.select(
+                models, value=query.get("model") or BUILTIN_MODELS[0], label=t("dataset.model"), with_input=True,
+                new_value_mode="add-unique",
+            )  # fmt: skip
+            self.model.props("outlined dense")
             self.cutoff = ui.number(t("dataset.cutoff"), value=_whole(query.get("cutoff"), 2048), min=1, precision=0)
             self.cutoff.props("outlined dense debounce=500").classes("narrow")
         for control in (self.model, self.cutoff):
@@ -158,13 +162,20 @@ class DatasetPage:
         self._again()
 
     def _words(self) -> list[str]:
-        """The words of a command line that say whose tokens. Raises nothing: what is not ours to read is left out."""
+        """The words of a command line that say whose tokens. Raises ConfigError for a model that lies elsewhere."""
         model = str(self.model.value or BUILTIN_MODELS[0])
-        kept = model if self.place.may_read(model) else BUILTIN_MODELS[0]
-        return [f"model_name_or_path={kept}", f"cutoff_len={_whole(self.cutoff.value, 2048)}"]
+        if not self.place.may_read(model):
+            raise ConfigError(
+                f"{model[:80]!r} lies outside of the studio's directory", where="model_name_or_path",
+                fix="start the studio with --allow-dir",
+            )  # fmt: skip
+        return [f"model_name_or_path={model}", f"cutoff_len={_whole(self.cutoff.value, 2048)}"]
 
     async def _report(self) -> None:
-        told = await report_of(self.view.jobs, self.table, self._words())
+        try:
+            told = await report_of(self.view.jobs, self.table, self._words())
+        except UserError as error:
+            told = {"ok": False, "problems": [asdict(problem) for problem in error.problems]}
         self.summary.clear()
         with self.summary:
             if not told.get("ok"):
@@ -296,8 +307,8 @@ class DatasetPage:
         found = self._reasons(self.report) if self.report else {}
         return {"": self.view.t("dataset.all"), **{name: f"{name} ({rows['count']:,})" for name, rows in found.items()}}
 
-    async def _list(self) -> None:
-        """The rows of this page, or those that the report names."""
+    async def _list(self, *, show: bool = True) -> None:
+        """The rows of this page, or those that the report names; and the chosen one, unless it is to wait."""
         chosen = self._reasons(self.report).get(str(self.which.value or "")) if self.report else None
         if chosen:
             numbers = [int(row_id.rpartition(":")[2]) for row_id in chosen["rows"]]
@@ -314,7 +325,8 @@ class DatasetPage:
         if numbers and self.at not in numbers:
             self.at = numbers[0]
         self._fill()
-        await self._show()
+        if show:
+            await self._show()
 
     def _fill(self) -> None:
         self.entries.clear()
@@ -376,7 +388,7 @@ class DatasetPage:
                 self._show_differences(current.example)
             else:
                 text = json.dumps(dict(current.raw), ensure_ascii=False, indent=2, default=str)
-                Pieces([[text, "plain"]])
+                Pieces([[shortened(self.view, text), "plain"]])
 
     def _show_turns(self, current: SeenRow) -> None:
         assert current.example
@@ -413,7 +425,10 @@ class DatasetPage:
             with waiting:
                 ui.spinner(size="20px")
                 ui.label(self.view.t("dataset.encoding"))
-        told = await tokens_of(self.place.root).row(self.name, current.index, self._words())
+        try:
+            told = await tokens_of(self.place.root).row(self.name, current.index, self._words())
+        except UserError as error:
+            told = {"ok": False, "problems": [asdict(problem) for problem in error.problems]}
         if turn != self.turn:  # another row has been chosen since
             return
         waiting.delete()
@@ -424,6 +439,8 @@ class DatasetPage:
             if told["dropped"] and not current.problem:
                 problems([Problem(self.view.t("dataset.left_out_because", reason=told["dropped"]))])
             legend(self.view)
+            if told["about"]:  # what the data say of the answers: a label, scores
+                ui.label(part_name(self.view, told["about"])).classes("small")
             for part in told["parts"]:
                 tokens(self.view, part)
             settings = ", ".join(f"{key} {value}" for key, value in told["settings"].items())
