@@ -1,6 +1,6 @@
 """What a person sees of work that takes long before a training begins: a bar on a terminal, else a line now and then.
 
-Work that is soon done shows nothing.
+Work that is soon done shows nothing. Whoever reads the lines may ask for them more often: TRUEUP_LINE_SECONDS.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 log = logging.getLogger("trueup")
 
 _BAR_AFTER_SECONDS = 1.0
-_FIRST_LINE_SECONDS = 5.0
-_LINE_SECONDS = 30.0  # between two lines
+_LINE_SECONDS = float(os.environ.get("TRUEUP_LINE_SECONDS", "30"))  # between two lines
+_FIRST_LINE_SECONDS = min(5.0, _LINE_SECONDS)
 
 
 @contextmanager

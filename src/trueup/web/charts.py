@@ -6,7 +6,7 @@ colours are Okabe and Ito's, told apart by people who do not see red and green.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from nicegui import ui
 COLOURS = tuple(f"var(--series-{number})" for number in range(1, 9))
 _INK, _QUIET, _LINE = "var(--ink-2)", "var(--ink-3)", "var(--grid)"
 _FONT = "Inter, system-ui, -apple-system, 'Segoe UI', 'PingFang SC', 'Microsoft YaHei', 'Noto Sans CJK SC', sans-serif"
+_NAMES_WIDTH = 132  # of the names at the side of lying figures
 Points = Sequence[Sequence[float]]
 
 #: a number in few characters; JavaScript that ECharts calls, the same everywhere. No user text gets in.
@@ -132,6 +133,52 @@ def histogram(
         "yAxis": {
             **_axis("", _SHORT), "type": "value", "minInterval": 1, "axisLine": {"show": False},
             "axisTick": {"show": False},
+        },
+        "series": drawn,
+    }  # fmt: skip
+
+
+def intervals(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    *,
+    middle: float | None = None,
+) -> dict[str, Any]:
+    """ECharts options of figures with their intervals, lying: a row for each name and series.
+
+    Args:
+        series: by name, (value, low, high) for each of `names`.
+        middle: a value that is marked.
+    """
+    count = len(series)
+    rows = [name if not place else "" for name in names for place in range(count)]
+    drawn: list[dict[str, Any]] = []
+    for place, (name, of) in enumerate(series.items()):
+        colour = COLOURS[place % len(COLOURS)]
+        there = [(number * count + place, one) for number, one in enumerate(of) if one is not None]
+        ends = [point for row, (_, low, high) in there for point in ([low, row], [high, row], ["-", "-"])]
+        line = _line("", ends, colour, width=4, opacity=0.4, silent=True)
+        dots = {"type": "scatter", "name": name, "data": [[one[0], row] for row, one in there], "symbolSize": 10,
+                "itemStyle": {"color": colour}, "z": 3}  # fmt: skip
+        drawn += [{**line, "showSymbol": False}, dots]
+    names_axis = _axis("", None)
+    names_axis["axisLabel"] = {
+        **names_axis.get("axisLabel", {}), "interval": 0, "width": _NAMES_WIDTH - 12, "overflow": "break",
+    }  # fmt: skip
+    if middle is not None:
+        drawn[0]["markLine"] = {
+            "silent": True, "symbol": "none", "label": {"show": False}, "data": [{"xAxis": middle}],
+            "lineStyle": {"color": _QUIET, "type": "dashed", "width": 1},
+        }  # fmt: skip
+    return {
+        **_base(),
+        "grid": {**_grid(top=34 if count > 1 else 14, bottom=8), "left": _NAMES_WIDTH, "containLabel": False, "bottom": 28},
+        "legend": _legend(list(series)) if count > 1 else {"show": False},
+        "tooltip": {"show": False},
+        "xAxis": {**_axis("", _SHORT), "type": "value", "min": 0, "max": 1, "interval": 0.25},
+        "yAxis": {
+            **names_axis, "type": "category", "data": rows, "inverse": True, "axisTick": {"show": False},
+            "axisLine": {"show": False}, "splitLine": {"show": False},
         },
         "series": drawn,
     }  # fmt: skip

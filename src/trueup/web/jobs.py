@@ -125,7 +125,7 @@ class Jobs:
                 stderr=subprocess.STDOUT, start_new_session=True, close_fds=True,
             )  # fmt: skip
         record = {
-            "words": words, "first": first or words, "started": time.time(), "created": _created(process.pid),
+            "words": words, "first": first or words, "started": time.time(), "created": created(process.pid),
             **this_process(), "pid": process.pid,
         }  # fmt: skip
         durable.write_json(path / RECORD, record, sync=False)
@@ -144,9 +144,9 @@ class Jobs:
         """How a run stands, whoever started it."""
         path = self.workspace.run(run_id)
         record, status = self.record(run_id), read_status(path)
-        lives = _lives(record)
+        living = lives(record)
         known = status["state"] != "unknown" and float(status.get("started", 0.0)) >= float(record.get("started", 0.0))
-        if not known and lives:
+        if not known and living:
             return RunState("preparing", status=status)
         if not known and record:
             return self._over(run_id, "failed", self._last_words(path), status)
@@ -202,7 +202,7 @@ class Jobs:
     def _process(self, run_id: str) -> psutil.Process | None:
         """The process to tell: ours, or whichever says that it trains there."""
         record, status = self.record(run_id), read_status(self.workspace.run(run_id))
-        if _lives(record):
+        if lives(record):
             pid = int(record["pid"])
         elif status.get("state") in UNFINISHED and is_alive(status):
             pid = int(status["pid"])
@@ -264,18 +264,29 @@ def can_restart(path: Path) -> bool:
     return not holds_results(path)
 
 
-def _created(pid: int) -> float:
+def created(pid: int) -> float:
+    """When a process began; 0 if there is none."""
     try:
         return psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
         return 0.0
 
 
-def _lives(record: dict[str, Any]) -> bool:
+def lives(record: dict[str, Any]) -> bool:
     """Whether the very process of a record lives: its number may be another's by now."""
     if not record or not is_alive(record):
         return False
-    return abs(_created(int(record["pid"])) - float(record.get("created", 0.0))) < 1.0
+    return abs(created(int(record["pid"])) - float(record.get("created", 0.0))) < 1.0
+
+
+def stop_process(pid: int) -> None:
+    """Interrupt a process as Ctrl-C does, and end it if it does not heed that. Nothing happens if it is gone."""
+    try:
+        process = psutil.Process(pid)
+        process.send_signal(signal.SIGINT)
+    except psutil.NoSuchProcess:
+        return
+    threading.Thread(target=_end, args=(process,), name="trueup-end", daemon=True).start()
 
 
 def _end(process: psutil.Process) -> None:

@@ -9,16 +9,15 @@ from typing import Any
 
 from nicegui import ui
 
-from trueup.builtin import BUILTIN_MODELS
 from trueup.config.load import load_config
 from trueup.errors import UserError
 from trueup.web import forms
 from trueup.web.draft import Draft
+from trueup.web.found import found_here
 from trueup.web.frame import button, card, problems
 from trueup.web.speakers import Loaded, base_of
 from trueup.web.view import View
 
-SUGGESTED = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct")
 #: keys that say how a model is loaded, behind a fold.
 _MORE = (
     "template", "enable_thinking", "device", "infer_dtype", "quantization_bit", "rope_scaling", "flash_attn", "booster",
@@ -65,8 +64,8 @@ class LoadingCard:
     def _form(self) -> None:
         t, place = self.view.t, self.view.workspace
         with ui.element("div").classes("stack loading-form"):
-            self._field("model_name_or_path", [*BUILTIN_MODELS, *place.models(), *place.trained(), *SUGGESTED])
-            self._field("adapter_name_or_path", place.adapters(), t("chat.adapters_note"))
+            self._field("model_name_or_path")
+            self._field("adapter_name_or_path", t("chat.adapters_note"))
             self.widgets["adapter_name_or_path"].field.props["label"] = t("chat.adapters")
             more = ui.expansion(t("chat.more")).props("dense").classes("section")
             with more, ui.element("div").classes("fields"):
@@ -79,8 +78,8 @@ class LoadingCard:
                     problems(self.note)
             button(t("chat.load"), self._load, icon="memory", kind="primary")
 
-    def _field(self, name: str, options: list[str] | None = None, note: str | None = None) -> None:
-        value = self.draft.values.get(name)
+    def _field(self, name: str, note: str | None = None) -> None:
+        value, options = self.draft.values.get(name), found_here(name, self.view.workspace, self.draft.values)
         self.widgets[name] = forms.Widget(forms.key_of(name), self.view, value, self._change, options, note)
 
     def _change(self, key: str, value: str | None) -> None:

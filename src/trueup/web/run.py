@@ -38,10 +38,12 @@ def serve(settings: Settings, root: Path, allowed: Sequence[Path] = ()) -> None:
         raise ConfigError(f"there is no directory {root}", where="--root")
     if settings.key and len(settings.key) < SHORT_KEY:
         log.warning("the token has %d characters: a short one can be guessed", len(settings.key))
+    workspace = Workspace(root, allowed)
+    os.chdir(workspace.root)  # as its children: what a config names is the same there and here
     listener = listen(settings)
     server = uvicorn.Server(
         uvicorn.Config(
-            make_app(settings, Workspace(root, allowed)), http="h11", ws="auto", lifespan="on", log_config=None,
+            make_app(settings, workspace), http="h11", ws="auto", lifespan="on", log_config=None,
             log_level="error", access_log=False, server_header=False, proxy_headers=False,
             h11_max_incomplete_event_size=settings.limits.headers, timeout_graceful_shutdown=2,
         )

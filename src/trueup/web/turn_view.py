@@ -112,7 +112,7 @@ class TurnView:
         self.heat = False
         self.worth: dict[int, Worth] = {}
         self.answers: list[AnswerView] = []
-        self.box = ui.element("section").classes("turn")
+        self.box = ui.element("section").classes("exchange")
 
     def draw(self, acts: Acts | None = None, legend: str = "") -> None:
         """Everything of this turn, as it stands."""
@@ -173,7 +173,7 @@ class TurnView:
 
     def _below(self, acts: Acts, hidden: bool) -> None:
         t = self.view.t
-        with ui.element("div").classes("toolbar turn-foot"):
+        with ui.element("div").classes("toolbar exchange-foot"):
             if acts.prefer and sum(answer.counts for answer in self.turn.answers) > 1:
                 button(t("chat.tie"), lambda: acts.prefer and acts.prefer("tie"), icon="drag_handle", kind="quiet")
             if self.turn.chosen == "tie":

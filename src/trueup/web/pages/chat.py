@@ -71,7 +71,7 @@ class ChatPage:
                 self._parameters()
             with ui.element("div").classes("chat-main"):
                 self.nothing = empty("forum", t("chat.nobody"))
-                self.list = ui.element("div").classes("turns")
+                self.list = ui.element("div").classes("exchanges")
                 self.wrong = ui.element("div").classes("stack").props("aria-live=polite")
                 self._composer()
         self._endpoints_of_address()
