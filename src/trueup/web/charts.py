@@ -156,7 +156,7 @@ def intervals(
     for place, (name, of) in enumerate(series.items()):
         colour = COLOURS[place % len(COLOURS)]
         there = [(number * count + place, one) for number, one in enumerate(of) if one is not None]
-        ends = [point for row, (_, low, high) in there for point in ([low, row], [high, row], ["-", "-"])]
+        ends: list[Any] = [point for row, (_, low, high) in there for point in ([low, row], [high, row], ["-", "-"])]
         line = _line("", ends, colour, width=4, opacity=0.4, silent=True)
         dots = {"type": "scatter", "name": name, "data": [[one[0], row] for row, one in there], "symbolSize": 10,
                 "itemStyle": {"color": colour}, "z": 3}  # fmt: skip

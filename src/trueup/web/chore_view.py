@@ -141,15 +141,16 @@ def sized(size: float) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, label: str) -> None:
     """A plain table of texts; the first column says what a row is."""
-    with ui.element("div").classes("table-box").props(f'tabindex=0 role=region aria-label="{label}"'):
-        with ui.element("table").classes("table"):
-            with ui.element("thead"), ui.element("tr"):
-                for cell in head:
-                    with ui.element("th").props("scope=col"):
-                        ui.label(cell)
-            with ui.element("tbody"):
-                for row in rows:
-                    with ui.element("tr"):
-                        for number, cell in enumerate(row):
-                            with ui.element("th").props("scope=row") if not number else ui.element("td"):
-                                ui.label(cell)
+    box = ui.element("div").classes("table-box").props("tabindex=0 role=region")
+    box.props["aria-label"] = label
+    with box, ui.element("table").classes("table"):
+        with ui.element("thead"), ui.element("tr"):
+            for cell in head:
+                with ui.element("th").props("scope=col"):
+                    ui.label(cell)
+        with ui.element("tbody"):
+            for row in rows:
+                with ui.element("tr"):
+                    for number, cell in enumerate(row):
+                        with ui.element("td") if number else ui.element("th").props("scope=row"):
+                            ui.label(cell)

@@ -62,7 +62,7 @@ class LoadingCard:
         return Draft({key: value for key, value in values.items() if value})
 
     def _form(self) -> None:
-        t, place = self.view.t, self.view.workspace
+        t = self.view.t
         with ui.element("div").classes("stack loading-form"):
             self._field("model_name_or_path")
             self._field("adapter_name_or_path", t("chat.adapters_note"))

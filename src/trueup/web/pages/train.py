@@ -27,7 +27,6 @@ from trueup.web.pages import page
 from trueup.web.series import read
 from trueup.web.view import View
 
-_SUGGESTED = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct")
 _SECTIONS = (
     "model", "data", "tuning", "objective", "reward", "online", "train", "generate", "export", "evaluate", "build",
 )  # fmt: skip
