@@ -172,7 +172,7 @@ def intervals(
         }  # fmt: skip
     return {
         **_base(),
-        "grid": {**_grid(top=34 if count > 1 else 14, bottom=8), "left": _NAMES_WIDTH, "containLabel": False, "bottom": 28},
+        "grid": {**_grid(top=34 if count > 1 else 14, bottom=28), "left": _NAMES_WIDTH, "containLabel": False},
         "legend": _legend(list(series)) if count > 1 else {"show": False},
         "tooltip": {"show": False},
         "xAxis": {**_axis("", _SHORT), "type": "value", "min": 0, "max": 1, "interval": 0.25},

@@ -1,11 +1,13 @@
-"""What a key may be set to, of the things that lie here: models, adapters, datasets, functions. Torch-free."""
+"""What a key may be set to: models, adapters, datasets and functions that lie here, templates, losses. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from trueup.builtin import BUILTIN_MODELS
+from trueup.config.losses import STAGE_LOSSES
 from trueup.data.registry import known_names
+from trueup.data.template_names import TEMPLATES
 from trueup.errors import UserError
 from trueup.web.draft import CODE_KEYS
 from trueup.web.workspace import Workspace
@@ -29,4 +31,8 @@ def found_here(name: str, place: Workspace, values: Mapping[str, str]) -> list[s
             return known_names(place.root / values.get("dataset_dir", "data"))
         except UserError:
             return known_names(place.root / "data-that-is-not-there")
+    if name == "pref_loss":
+        return list(STAGE_LOSSES.get(values.get("stage", ""), ()))
+    if name == "template":
+        return sorted(TEMPLATES)
     return place.code() if name in CODE_KEYS else None

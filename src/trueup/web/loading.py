@@ -80,7 +80,10 @@ class LoadingCard:
 
     def _field(self, name: str, note: str | None = None) -> None:
         value, options = self.draft.values.get(name), found_here(name, self.view.workspace, self.draft.values)
-        self.widgets[name] = forms.Widget(forms.key_of(name), self.view, value, self._change, options, note)
+        key = forms.key_of(name)
+        self.widgets[name] = forms.Widget(
+            key, self.view, value, self._change, options, note, key.unset(self.draft.lenient())
+        )
 
     def _change(self, key: str, value: str | None) -> None:
         values = self.draft.values

@@ -14,7 +14,7 @@ from trueup.config.schema import RunConfig
 from trueup.errors import Problem, UserError
 from trueup.web import forms
 from trueup.web.chores import Chores
-from trueup.web.draft import Checked, Draft, word_of
+from trueup.web.draft import Checked, Draft
 from trueup.web.found import found_here
 from trueup.web.frame import button, card, copy_block, heading, problems
 from trueup.web.view import View
@@ -27,7 +27,6 @@ class VerbForm:
         verb: of the command line. words: the table of its page's words. address: of the page of one chore.
         front: keys in front, by card. reads: every key it reads, with the conditions under which it does.
         out: the key that names the directory. hidden: keys that only a shell may set.
-        defaults: what unset keys mean to the verb, where that is not the schema's default.
     """
 
     verb: ClassVar[str]
@@ -37,7 +36,6 @@ class VerbForm:
     front: ClassVar[Mapping[str, tuple[str, ...]]]
     reads: ClassVar[Mapping[str, Mapping[str, Any]]]
     hidden: ClassVar[tuple[str, ...]] = ()
-    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, view: View) -> None:
         self.view, self.place = view, view.workspace
@@ -102,12 +100,9 @@ class VerbForm:
         self._check()
 
     def _field(self, name: str, note: str | None = None) -> None:
-        options = found_here(name, self.place, self.draft.values)
-        widget = forms.Widget(
-            forms.key_of(name), self.view, self.draft.values.get(name), self._change, options, note
-        )  # fmt: skip
-        if name in self.defaults:
-            widget.field.props["placeholder"] = word_of(self.defaults[name])
+        key, values = forms.key_of(name), self.draft.values
+        options, unset = found_here(name, self.place, values), key.unset(self._implied())
+        widget = forms.Widget(key, self.view, values.get(name), self._change, options, note, unset)
         self.widgets.setdefault(name, []).append(widget)
 
     def _more(self) -> None:
@@ -144,9 +139,18 @@ class VerbForm:
         every.on_value_change(fill)
         found.on_value_change(search)
 
+    def _implied(self) -> RunConfig:
+        """The config as far as it is known: unset keys mean what the verb makes of them."""
+        if self.checked.cfg is None:
+            try:
+                return self.read(self.command_words())
+            except UserError:
+                return self.draft.lenient()
+        return self.checked.cfg
+
     def _why_not(self, name: str) -> str | None:
         """Under which other keys this one acts, if it does not now."""
-        cfg = self.checked.cfg or self.draft.lenient()
+        cfg = self._implied()
         lacking = [key for key, allowed in self.reads[name].items() if not holds(cfg[key], allowed)]
         return self.view.t("chores.acts_with", keys=", ".join(lacking)) if lacking else None
 

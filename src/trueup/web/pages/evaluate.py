@@ -9,7 +9,7 @@ from typing import Any
 
 from nicegui import ui
 
-from trueup.config.evaluating import READ_WITH, SAMPLING, START
+from trueup.config.evaluating import READ_WITH, START
 from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
 from trueup.errors import ConfigError
@@ -47,7 +47,7 @@ class EvaluateForm(VerbForm):
     unset, and its start is measured beside it."""
 
     verb, words, address, out = "eval", "evaluate", "/evaluation", "output_dir"
-    reads, hidden, defaults = READ_WITH, ("task_dir", "save_dir"), SAMPLING
+    reads, hidden = READ_WITH, ("task_dir", "save_dir")
     front = {
         "models": ("eval_models", "model_name_or_path", "adapter_name_or_path"),
         "data": ("eval_dataset", "stage", "max_samples", "cutoff_len"),

@@ -15,13 +15,11 @@ from nicegui import ui
 from trueup.builtin import BUILTIN_MODELS, QUICKSTART_CONFIG
 from trueup.config.checks import default_output_dir
 from trueup.config.load import given
-from trueup.config.losses import STAGE_LOSSES
 from trueup.config.methods import STAGES
-from trueup.data.registry import known_names
-from trueup.data.template_names import TEMPLATES
 from trueup.errors import Problem, UserError
 from trueup.web import forms
-from trueup.web.draft import CODE_KEYS, Checked, Draft
+from trueup.web.draft import Checked, Draft
+from trueup.web.found import found_here
 from trueup.web.frame import button, card, copy_block, heading, problems
 from trueup.web.pages import page
 from trueup.web.series import read
@@ -139,7 +137,8 @@ class TrainPage:
 
     def _field(self, key: forms.Key, note: str | None = None) -> None:
         value, unset = self.draft.values.get(key.name), key.unset(self.implied)
-        widget = forms.Widget(key, self.view, value, self._change, self._options(key.name), note, unset)
+        options = found_here(key.name, self.place, self.draft.values)
+        widget = forms.Widget(key, self.view, value, self._change, options, note, unset)
         self.widgets.setdefault(key.name, []).append(widget)
 
     def _look_at_data(self) -> None:
@@ -149,23 +148,6 @@ class TrainPage:
         asked = {"model": values.get("model_name_or_path"), "cutoff": values.get("cutoff_len")}
         if name:
             self.view.open(f"/data/{quote(name)}", **{key: value for key, value in asked.items() if value})
-
-    def _options(self, name: str) -> list[str] | None:
-        """What may be chosen beyond what the schema says: things that lie here."""
-        if name in ("model_name_or_path", "ref_model", "reward_model"):
-            return [*BUILTIN_MODELS, *self.place.models(), *_SUGGESTED]
-        if name in ("adapter_name_or_path", "ref_model_adapters", "reward_model_adapters"):
-            return self.place.adapters()
-        if name in ("dataset", "eval_dataset"):
-            try:
-                return known_names(self.place.root / self.draft.values.get("dataset_dir", "data"))
-            except UserError:
-                return known_names(self.place.root / "data-that-is-not-there")
-        if name == "pref_loss":
-            return list(STAGE_LOSSES.get(self.draft.values.get("stage", ""), ()))
-        if name == "template":
-            return sorted(TEMPLATES)
-        return self.place.code() if name in CODE_KEYS else None
 
     # --- all other keys ----------------------------------------------------------------------
 
