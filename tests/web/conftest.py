@@ -97,6 +97,30 @@ def studio(make_studio, tmp_path_factory: pytest.TempPathFactory) -> Studio:
 
 
 @pytest.fixture(scope="session")
+def adapted(tmp_path_factory) -> Path:
+    """A root with the adapter of a run that is nearly the base, and a directory that is no model."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    from trueup.builtin import builtin_path
+
+    root = tmp_path_factory.mktemp("arena")
+    base = AutoModelForCausalLM.from_pretrained(builtin_path("builtin:sql-tiny"), dtype=torch.float32)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 1e-3)
+    run = root / "saves" / "tiny" / "dpo"
+    model.save_pretrained(run)
+    (run / "run.yaml").write_text("model_name_or_path: builtin:sql-tiny\nstage: dpo\npref_beta: 0.25\n")
+    broken = root / "models" / "broken"
+    broken.mkdir(parents=True)
+    (broken / "config.json").write_text("{}")
+    (broken / "model.safetensors").write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("no chromium is installed (Debian: apt install chromium)")

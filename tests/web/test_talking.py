@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import urlencode
 
 import psutil
@@ -16,7 +15,6 @@ pytest.importorskip("nicegui")
 
 from playwright.sync_api import Page, expect  # noqa: E402
 
-from trueup.builtin import builtin_path  # noqa: E402
 from trueup.errors import ConfigError  # noqa: E402
 from trueup.web.labels import Project  # noqa: E402
 from trueup.web.speakers import endpoint  # noqa: E402
@@ -109,28 +107,6 @@ def test_who_does_not_answer_is_said_so(studio, make_page):
     page.get_by_role("textbox", name="输入问题").fill("有人吗？")
     page.get_by_role("button", name="发送", exact=True).click()
     expect(page.get_by_role("article", name="nobody").get_by_role("alert")).to_contain_text("does not answer")
-
-
-@pytest.fixture(scope="module")
-def adapted(tmp_path_factory) -> Path:
-    """A root with a run's adapter that is nearly the base, and a directory that is no model."""
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
-    root = tmp_path_factory.mktemp("arena")
-    base = AutoModelForCausalLM.from_pretrained(builtin_path("builtin:sql-tiny"), dtype=torch.float32)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.constant_(parameter, 1e-3)
-    run = root / "saves" / "tiny" / "dpo"
-    model.save_pretrained(run)
-    (run / "run.yaml").write_text("model_name_or_path: builtin:sql-tiny\nstage: dpo\npref_beta: 0.25\n")
-    broken = root / "models" / "broken"
-    broken.mkdir(parents=True)
-    (broken / "config.json").write_text("{}")
-    (broken / "model.safetensors").write_bytes(b"")
-    return root
 
 
 def servers() -> list[psutil.Process]:

@@ -5,6 +5,7 @@
     charts.py  series.py  curves: their look; a run's rows       plots.py  answers.py  what a run shows
     follow.py             files that grow                         forms.py  draft.py   a form from the config's schema
     workspace.py       where data, runs and configs lie          jobs.py              trainings as processes
+    chores.py          evaluations and exports as processes   verb_form.py         their form
     speakers.py        models as processes, to talk to           talks.py             conversations, as files
 
 **A page** is a module in `pages/`, found by being there, with its words in `words/<module>.json`:
