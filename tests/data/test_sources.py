@@ -98,6 +98,18 @@ def test_a_line_of_text_is_a_document(tmp_path):
     assert [row["text"] for row in rows_of(tmp_path / "a.txt")] == ["one", "  two", "three"]
 
 
+def test_a_datasets_script_is_never_run(tmp_path, monkeypatch):
+    """S9: a folder as old hub datasets have it, a script of its own name beside the rows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "rows.jsonl").write_text(TEXTS["lines.jsonl"], encoding="utf-8")
+    (tmp_path / "mine" / "mine.py").write_text("open('pwned', 'w').close()\n", encoding="utf-8")
+    for source in (tmp_path / "mine", tmp_path / "mine" / "mine.py"):
+        with contextlib.suppress(DataError):
+            assert [row for _, row in rows_of(source)] == ROWS
+    assert not (tmp_path / "pwned").exists()
+
+
 def test_a_folder_is_read_in_order_without_hidden_files_and_registry(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", ".hidden.jsonl"):
@@ -107,20 +119,8 @@ def test_a_folder_is_read_in_order_without_hidden_files_and_registry(tmp_path):
     assert [row["text"] for row in rows_of(tmp_path)] == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
 
 
-def test_a_datasets_script_is_never_run(tmp_path, monkeypatch):
-    """S9: a folder as old hub datasets have it, a script of its own name beside the rows."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "rows.jsonl").write_text(TEXTS["lines.jsonl"], encoding="utf-8")
-    (tmp_path / "mine" / "mine.py").write_text("open('pwned', 'w').close()\n", encoding="utf-8")
-    with contextlib.suppress(DataError):
-        assert [row for _, row in rows_of(tmp_path / "mine")] == ROWS
-    with contextlib.suppress(DataError):
-        rows_of(tmp_path / "mine" / "mine.py")
-    assert not (tmp_path / "pwned").exists()
-
-
-def test_a_folder_is_read_in_order_without_hidden_files_and_registry(tmp_path):
+@pytest.mark.parametrize(
+    ("files", "words"),
     [
         (("a.jsonl", "b.csv"), "files of several types: .csv, .jsonl"),
         (("a.md",), "no data file"),
