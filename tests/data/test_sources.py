@@ -106,7 +106,7 @@ def test_a_datasets_script_is_never_run(tmp_path, monkeypatch):
     (tmp_path / "mine" / "mine.py").write_text("open('pwned', 'w').close()\n", encoding="utf-8")
     for source in (tmp_path / "mine", tmp_path / "mine" / "mine.py"):
         with contextlib.suppress(DataError):
-            assert [row for _, row in rows_of(source)] == ROWS
+            assert list(rows_of(source)) == ROWS
     assert not (tmp_path / "pwned").exists()
 
 
