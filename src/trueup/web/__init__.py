@@ -6,6 +6,7 @@
     follow.py             files that grow                         forms.py  draft.py   a form from the config's schema
     workspace.py       where data, runs and configs lie          jobs.py              trainings as processes
     chores.py          evaluations and exports as processes   verb_form.py         their form
+    rows.py  tokens.py  reports.py  uploads.py  fetches.py   datasets      labels.py  judged.py  agreement.py   labels
     speakers.py        models as processes, to talk to           talks.py             conversations, as files
 
 **A page** is a module in `pages/`, found by being there, with its words in `words/<module>.json`:

@@ -13,16 +13,14 @@ from urllib.parse import quote
 
 from nicegui import run as background
 from nicegui import ui
-from nicegui.events import UploadEventArguments
 
 from trueup.builtin import BUILTIN_MODELS
 from trueup.data.examples import Pair, Ranking
-from trueup.data.register import enter
-from trueup.data.registry import COLUMN_ROLES, FORMATS, registered
 from trueup.errors import ConfigError, Problem, UserError
-from trueup.web import charts, uploads
-from trueup.web.frame import button, card, empty, figure, heading, problems, row
+from trueup.web import charts
+from trueup.web.frame import button, card, empty, figure, heading, problems
 from trueup.web.onward import train_address
+from trueup.web.own_dataset import OwnDataset, own_file
 from trueup.web.pages import page
 from trueup.web.reports import report_of
 from trueup.web.rows import SeenRow, Table, open_table, parts, spec_of
@@ -32,7 +30,6 @@ from trueup.web.view import View
 
 PAGE_ROWS = 10
 _VIEWS = ("tokens", "turns", "differences", "raw")
-_TYPES = ("pretrain", "sft", "dpo", "rm", "kto")
 _COLOURS = {"prompt": 0, "chosen": 2, "best": 2, "rejected": 1, "worst": 1, "answer": 0, "total": 6, "text": 0}
 _DRAWN = (("prompt",), ("text",), ("answer",), ("chosen", "rejected"), ("best", "worst"), ("total",))
 _LINE = re.compile(r":(\d+)(?::\d+)?$")
@@ -55,26 +52,20 @@ class DatasetPage:
     def __init__(self, view: View, name: str, table: Table) -> None:
         self.view, self.name, self.table = view, name, table
         self.place = view.workspace
-        self.file = self._own_file()
+        file = own_file(view, name, table)
+        self.own = OwnDataset(view, name, file, self._again) if file else None
         self.report: dict[str, Any] = {}
         self.shown: list[SeenRow] = []
         self.turn = 0  # of the questions for tokens: only the newest is answered
-
-    def _own_file(self) -> Path | None:
-        """The file of the workspace that people may mend and replace here; None if it is not one of these."""
-        folder = (self.place.root / "data").resolve()
-        paths = [file.path.resolve() for file in self.table.files if file.path]
-        mine = self.name in registered(folder) and len(paths) == 1 and paths[0].is_relative_to(folder)
-        return paths[0] if mine else None
 
     async def build(self) -> None:
         """Everything, top to bottom; the report comes when it is there."""
         t = self.view.t
         kind = self.view.maybe(f"data.kind_{self.table.kind}") or t("dataset.unknown_kind")
         with heading(self.view, self.name, note=kind):
-            if self.file:
-                button(t("dataset.replace"), self._replace_dialog, icon="upload_file")
-                button(t("dataset.remove"), self._remove_dialog, icon="delete", kind="danger")
+            if self.own:
+                button(t("dataset.replace"), self.own.replace_dialog, icon="upload_file")
+                button(t("dataset.remove"), self.own.remove_dialog, icon="delete", kind="danger")
             if self.table.kind in ("pair", "ranking") and not self.table.problems:
                 button(t("dataset.label"), lambda: self.view.open("/label", dataset=self.name), icon="how_to_vote")
             if self.table.layout and not self.table.problems:
@@ -106,32 +97,8 @@ class DatasetPage:
         with self.faults:
             problems([plainly(problem, self.place.root) for problem in found])
             first = next((int(m[1]) for one in found if one.where and (m := _LINE.search(one.where))), None)
-            if first:
-                self._mend(first)
-
-    def _mend(self, number: int) -> None:
-        """A line of the file to write anew, where it is a file of lines."""
-        file, t = self.file, self.view.t
-        was = uploads.line_of(file, number) if file else None
-        if file is None or was is None:
-            return
-        with ui.element("div").classes("stack mend"):
-            text = ui.textarea(t("dataset.line", number=number), value=was).props("outlined autogrow spellcheck=false")
-            wrong = ui.element("div")
-
-            def write(new: str) -> None:
-                try:
-                    uploads.mend(self.place, file, number, was, new)
-                except UserError as error:
-                    wrong.clear()
-                    with wrong:
-                        problems(error.problems)
-                    return
-                self._again()
-
-            with row():
-                button(t("dataset.mend"), lambda: write(str(text.value)), icon="build")
-                button(t("dataset.drop_line"), lambda: write(""), icon="delete_outline", kind="quiet")
+            if first and self.own:
+                self.own.mend(first)
 
     def _again(self) -> None:
         self.view.open(self.view.address, **self.view.query)
@@ -375,8 +342,8 @@ class DatasetPage:
         with self.one:
             if current.problem:
                 problems([Problem(self.view.t("dataset.left_out_because", reason=current.problem))])
-                if current.line:
-                    self._mend(current.line)
+                if current.line and self.own:
+                    self.own.mend(current.line)
         shown = str(self.kind.value)
         if shown == "tokens" and not self.table.problems:
             await self._show_tokens(current, self.turn)
@@ -461,94 +428,9 @@ class DatasetPage:
                 for column in self.table.columns:
                     if column not in taken.values():
                         ui.label(column).classes("badge mono muted")
-            if self.file and self.table.columns:
+            if self.own and self.table.columns:
                 with ui.expansion(t("dataset.change")).classes("section").props("dense"):
-                    self._mapping(taken)
-
-    def _mapping(self, taken: Mapping[str, str]) -> None:
-        t, file = self.view.t, self.file
-        assert file
-        entry = uploads.registry_entry(self.place, self.name)
-        own = entry.get("columns") or {}
-        none = {"": t("dataset.auto")}
-        with ui.element("div").classes("fields"):
-            kind = ui.select({**none, **{name: name for name in _TYPES}}, value=entry.get("type") or "", label="type")
-            form = ui.select(
-                {**none, **{name: name for name in FORMATS}}, value=entry.get("formatting") or "", label="formatting"
-            )
-            roles = {
-                role: ui.select(
-                    {**none, **{column: column for column in self.table.columns}},
-                    value=own.get(role) if own.get(role) in self.table.columns else "", label=role,
-                )
-                for role in COLUMN_ROLES
-            }  # fmt: skip
-        for control in (kind, form, *roles.values()):
-            control.props("outlined dense options-dense")
-        for role, control in roles.items():
-            if role in taken and not control.value:
-                control.props["hint"] = taken[role]
-
-        def keep() -> None:
-            columns = {role: str(control.value) for role, control in roles.items() if control.value}
-            kept = {
-                key: value for key, value in entry.items() if key not in ("file_name", "type", "formatting", "columns")
-            }
-            chosen = {"type": kind.value, "formatting": form.value, "columns": columns}
-            enter(
-                self.name,
-                file,
-                {**kept, **{key: value for key, value in chosen.items() if value}},
-                self.place.root / "data",
-            )
-            self._again()
-
-        button(t("dataset.keep"), keep, icon="save")
-
-    # --- the file ----------------------------------------------------------------------------
-
-    def _replace_dialog(self) -> None:
-        t, file = self.view.t, self.file
-        assert file
-
-        async def take(event: UploadEventArguments) -> None:
-            try:
-                uploads.safe_name(event.file.name)
-                staged = uploads.stage(self.place)
-                await event.file.save(staged)
-                uploads.replace(self.place, staged, event.file.name, file)
-            except UserError as error:
-                wrong.clear()
-                with wrong:
-                    problems(error.problems)
-                return
-            self._again()
-
-        with ui.dialog(value=True) as dialog, ui.card().classes("dialog"):
-            ui.label(t("dataset.replace")).classes("h2")
-            ui.label(t("dataset.replace_note")).classes("muted")
-            uploader = ui.upload(
-                label=t("data.upload"), auto_upload=True, max_file_size=uploads.MOST_BYTES, on_upload=take
-            )
-            uploader.classes("drop").props(f'flat accept="{file.suffix}"')
-            wrong = ui.element("div")
-        dialog.on("hide", dialog.delete)
-
-    def _remove_dialog(self) -> None:
-        t = self.view.t
-
-        def remove() -> None:
-            assert self.file
-            uploads.remove(self.place, self.name, self.file)
-            self.view.open("/data")
-
-        with ui.dialog(value=True) as dialog, ui.card().classes("dialog"):
-            ui.label(t("dataset.remove_question", name=self.name)).classes("h2")
-            ui.label(t("dataset.remove_note")).classes("muted")
-            with row():
-                button(t("dataset.remove"), remove, icon="delete", kind="danger")
-                button(t("frame.cancel"), dialog.close)
-        dialog.on("hide", dialog.delete)
+                    self.own.mapping(self.table.columns, taken)
 
 
 def plainly(problem: Problem, root: Path) -> Problem:

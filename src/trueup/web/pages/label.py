@@ -104,10 +104,11 @@ def _new_project(view: View, pairs: list[str], taken: set[str]) -> None:
 
 def _free(name: str, taken: set[str]) -> str:
     """A name that no project has."""
-    number, free = 1, name.replace("/", "-")
+    plain = name.replace("/", "-")
+    number, free = 1, plain
     while free in taken:
         number += 1
-        free = f"{name}-{number}"
+        free = f"{plain}-{number}"
     return free
 
 
