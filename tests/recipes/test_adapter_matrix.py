@@ -20,6 +20,7 @@ from trueup.models.load import load_base
 from trueup.models.merging import Combination, load_beside
 from trueup.models.policy import Policy
 from trueup.models.quantise import is_quantised
+from trueup.models.reward import RewardModel
 from trueup.recipes.program import OfflineProgram
 from trueup.recipes.run import run
 
@@ -109,11 +110,9 @@ def starts_as_its_reference(cfg: RunConfig) -> None:
         }
         assert rewards and max(map(abs, rewards)) < 1e-6, metrics
         return
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad(), program.policy.generating():
-        trained = program.policy.model(input_ids=ids).logits
-        with program.adapters.as_reference():
-            assert torch.allclose(program.policy.model(input_ids=ids).logits, trained, atol=1e-6)
+    trained = logits_of(program.policy)
+    with program.adapters.as_reference():
+        torch.testing.assert_close(logits_of(program.policy), trained, atol=1e-6, rtol=0)
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
@@ -130,12 +129,16 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def logits_of(policy: Policy) -> torch.Tensor:
+    """Of every token of a text; of a reward model the score of one."""
     before = policy.model.training
     policy.model.eval()
     with policy.generating():
-        logits = policy.model(input_ids=torch.arange(3, 40)[None]).logits.float()
+        if isinstance(policy, RewardModel):
+            found = policy([range(3, 20)], [range(20, 40)])
+        else:
+            found = policy.model(input_ids=torch.arange(3, 40)[None]).logits
     policy.model.train(before)
-    return logits
+    return found.float().cpu()
 
 
 def acts_as_it_was_trained(cfg: RunConfig, adapter: Path, trained: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ import platform
 log = logging.getLogger("trueup")
 
 # glibc's malloc.h
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 
 
 @functools.cache
@@ -28,6 +28,18 @@ def keep_memory() -> bool:
             "another allocator (LD_PRELOAD jemalloc or tcmalloc) may keep it"
         )
     return kept
+
+
+def hold_nothing() -> None:
+    """While weights are quantised: large blocks go back to the kernel at once, whatever threads they were of."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 2**20)
+
+
+def give_back() -> None:
+    """Hand what has been freed back to the kernel, as far as whole pages of it are free."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _set_thresholds() -> bool:

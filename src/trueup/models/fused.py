@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from trueup.models.quantise import Weighted, bias_of, weight_of
+from trueup.models.quantise import Weighted, bias_of, product, weight_of
 
 
 def fuse(model: nn.Module) -> int:
@@ -105,15 +105,14 @@ class _LoraLinear(torch.autograd.Function):
         d_a, d_b, d_low = _low_rank_gradients(rows, x.reshape(-1, x.shape[-1]), b, low, ctx.scale)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (rows @ weight_of(ctx.base, rows.dtype)).addmm_(d_low, a).view_as(x)
+            d_x = product(rows, ctx.base).addmm_(d_low, a).view_as(x)
         return d_x, None, d_a, d_b, None
 
 
 def _project(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float):
     """(y [N, out], x Aᵀ [N, r])."""
-    weight, bias = weight_of(base, x.dtype), bias_of(base, x.dtype)
     low = x @ a.t()
-    y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    y = product(x, base, transposed=True, bias=bias_of(base, x.dtype))
     return y.addmm_(low, b.t(), alpha=scale), low
 
 

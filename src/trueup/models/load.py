@@ -25,7 +25,7 @@ from trueup.errors import ModelError
 from trueup.garbage import no_collection
 from trueup.models import quantise
 from trueup.models.adapters import TRAINED, Adapters, Start, attach_frozen, attach_trained, merge_adapters
-from trueup.models.allocator import keep_memory
+from trueup.models.allocator import give_back, hold_nothing, keep_memory
 from trueup.models.config_code import refuse_code
 from trueup.models.fused import fuse
 from trueup.models.hub import HubAccess, resolve_model, unreachable
@@ -130,9 +130,9 @@ def load_base(
     access = hub_access(model)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # a bar in a log file is noise
-    if device.type == "cpu":
-        keep_memory()
     if memory.is_name(location):
+        if device.type == "cpu":
+            keep_memory()
         return memory.held(location, "model_name_or_path").lend(device, dtype, kind.auto_class, location).eval()
     of_hub = dict(revision=access.revision, token=access.token, cache_dir=access.cache_dir)
     common = dict(**of_hub, trust_remote_code=model.trust_remote_code)
@@ -142,6 +142,8 @@ def load_base(
         kind.prepare(config)
         asked = model if quantised else model.model_copy(update={"quantization_bit": None})
         plan = quantise.loading(asked, config, dtype, device, kind.always_trained)
+        if device.type == "cpu" and asked.quantization_bit:
+            hold_nothing()
         with _expecting_a_new_head(bool(kind.always_trained)):
             base = kind.auto_class.from_pretrained(
                 location,
@@ -157,6 +159,11 @@ def load_base(
         raise _load_error(name or location, access, error) from error
     base = plan.after(base)
     quantise.settle(base)
+    if device.type == "cpu":
+        if quantise.is_quantised(base):
+            quantise.let_go_of_files(base)
+            give_back()  # what quantising needed, of several threads
+        keep_memory()
     if not quantised and quantise.is_quantised(base):
         base = quantise.dequantise(base, dtype)
     return base.eval()

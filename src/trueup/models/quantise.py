@@ -18,7 +18,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -189,11 +188,29 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return F.linear(x, weight_of(layer, x.dtype), bias_of(layer, x.dtype))
+        return product(x, layer, transposed=True, bias=bias_of(layer, x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ weight_of(ctx.layer, grad.dtype), None
+        return product(grad, ctx.layer), None
+
+
+def product(x: Tensor, layer: nn.Module, transposed: bool = False, bias: Tensor | None = None) -> Tensor:
+    """x W, or x Wᵀ + bias, with the weight of a linear layer, which is written out if it is quantised.
+
+    There is room for the result before the weight takes some: a weight that lay below it would leave a hole in the
+    heap when it goes, too small for the next one.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    columns = layer.out_features if transposed else layer.in_features
+    result = x.new_empty(len(rows), columns)  # type: ignore[arg-type]
+    weight = weight_of(layer, x.dtype)
+    weight = weight.t() if transposed else weight
+    if bias is None:
+        torch.mm(rows, weight, out=result)
+    else:
+        torch.addmm(bias, rows, weight, out=result)
+    return result.view(*x.shape[:-1], -1)
 
 
 def settle(base: nn.Module) -> int:
@@ -209,6 +226,15 @@ def settle(base: nn.Module) -> int:
         module.__class__ = _weighted(type(module))
         module.requires_grad_(False)
     return len(found)
+
+
+def let_go_of_files(base: PreTrainedModel) -> None:
+    """Weights that are not quantised as tensors of their own: while one of them is a part of a mapped file, all of that
+    file that has been read stays in memory.
+    """
+    for parameter in base.parameters():
+        if type(parameter) is nn.Parameter and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _unpack(layer: Any) -> None:

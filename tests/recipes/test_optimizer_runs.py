@@ -1,0 +1,62 @@
+"""Optimizers that save memory, on the built-in task: as small as theory has it, and as good as AdamW."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from trueup.config.load import load_config
+from trueup.recipes.run import run
+
+RANK = 32
+#: with the learning rates that serve each: GaLore's steps are a quarter of AdamW's by its scale.
+RUNS = {
+    "adamw_torch": {"learning_rate": 1e-4},
+    "adamw_8bit": {"learning_rate": 1e-4},
+    "galore_adamw": {"learning_rate": 1e-4, "optim_args": f"rank={RANK},update_proj_gap=50,scale=1.0"},
+}
+
+#: the quickstart's pairs, with every weight trained
+TASK = {
+    "model_name_or_path": "builtin:sql-tiny", "stage": "dpo", "finetuning_type": "full", "pref_beta": 0.5,
+    "pref_ftx": 1.0, "dataset": "sql_pairs_demo", "eval_dataset": "sql_heldout_demo", "cutoff_len": 512,
+    "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "max_steps": 40, "bf16": False,
+    "device": "cpu", "lr_scheduler_type": "cosine", "eval_strategy": "steps", "eval_steps": 40,
+    "save_strategy": "steps", "save_steps": 40, "regression_report": False,
+}  # fmt: skip
+
+
+def expected_bytes(optim: str, shape: tuple[int, ...], projected: bool) -> float:
+    """Bytes of one weight's state: two fp32 moments; two bytes and an fp32 scale of each for 256; or moments of rank r
+    and what projects onto them.
+    """
+    size = 1
+    for extent in shape:
+        size *= extent
+    if optim == "adamw_8bit" and size >= 4096:
+        return size * (2 + 2 * 4 / 256)
+    if optim == "galore_adamw" and projected:
+        rank = min(RANK, *shape)
+        return 4 * rank * (2 * max(shape) + min(shape))
+    return 8 * size
+
+
+@pytest.mark.prove
+def test_eight_bits_and_galore_are_small_and_as_good_as_adamw(tmp_path: Path):
+    losses = {}
+    for optim, keys in RUNS.items():
+        out = tmp_path / optim
+        run(load_config({**TASK, **keys, "optim": optim, "output_dir": str(out)}))
+        losses[optim] = json.loads((out / "all_results.json").read_text(encoding="utf-8"))["eval_loss"]
+        state, masters = (load_file(out / "checkpoint-40" / f"{n}.safetensors") for n in ("optimizer", "masters"))
+        kept = sum(t.nbytes for name, t in state.items() if not name.startswith("step."))
+        expected = sum(
+            expected_bytes(optim, tuple(t.shape), ".layers." in name and t.dim() == 2) for name, t in masters.items()
+        )
+        print(f"{optim}: eval loss {losses[optim]:.4f}, state {kept / 2**20:.2f} MiB, theory {expected / 2**20:.2f}")
+        assert kept == pytest.approx(expected, rel=0.1)
+    for optim in RUNS:
+        assert losses[optim] <= 1.02 * losses["adamw_torch"], losses
