@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from trueup.errors import ConfigError
 from trueup.inference.runs import run_directories
 from trueup.training.run_files import METRICS_FILE, RUN_FILE
 from trueup.web import series
 from trueup.web.compare import JUDGED_BY, read_config
 from trueup.web.jobs import Jobs, RunState
 from trueup.web.remarks import Remarks, read_remarks
+from trueup.web.workspace import check_id
 
+log = logging.getLogger("trueup")
 #: Columns of the table of runs, beside those by which runs are judged.
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "eval_loss", "eval_rewards/accuracies", "reward")
 _METRICS = tuple(dict.fromkeys((*SHOWN, *(metric for metric, _ in JUDGED_BY))))
@@ -36,7 +40,8 @@ def glances(jobs: Jobs) -> list[Glance]:
     saves = jobs.workspace.root / "saves"
     if not saves.is_dir():
         return []
-    found = [glance(jobs, path.relative_to(saves).as_posix()) for path in run_directories(saves) if path != saves]
+    names = [path.relative_to(saves).as_posix() for path in run_directories(saves) if path != saves]
+    found = [glance(jobs, name) for name in names if _can_be_asked_for(name)]
     return sorted(found, key=lambda one: one.touched, reverse=True)
 
 
@@ -48,6 +53,17 @@ def glance(jobs: Jobs, run_id: str) -> Glance:
     metrics = _latest(path, _stamp(path / METRICS_FILE))
     touched = float(state.status.get("heartbeat") or _stamp(path / METRICS_FILE)[0] or path.stat().st_mtime)
     return Glance(run_id, state, stage, model, touched, metrics, read_remarks(path))
+
+
+@lru_cache(maxsize=2048)
+def _can_be_asked_for(name: str) -> bool:
+    """Whether an address can have a run's name; said once for each that was given in a shell and cannot."""
+    try:
+        check_id(name)
+    except ConfigError:
+        log.warning("saves/%r is not shown: rename it to letters, digits and -_. to see it", name)
+        return False
+    return True
 
 
 def _stamp(file: Path) -> tuple[float, int]:

@@ -109,6 +109,7 @@ class LivePage:
             with _labelled(t("live.zoom")):
                 self.span = ui.range(min=0, max=100, value={"min": low, "max": high}).props("label")
                 self.span.props["aria-label"] = t("live.zoom")
+                self._tell_span(low, high)
             self.log_scale = ui.switch(t("live.log_scale"), value=query.get("log") == "1")
         self.x.on_value_change(self._looked_otherwise)
         self.log_scale.on_value_change(self._looked_otherwise)
@@ -142,8 +143,13 @@ class LivePage:
         chosen = self.span.value or {"min": 0, "max": 100}
         return int(chosen["min"]), int(chosen["max"])
 
+    def _tell_span(self, low: int, high: int) -> None:
+        """Quasar's own value is none that a screen reader could read."""
+        self.span.props.update({"aria-valuenow": high, "aria-valuetext": f"{low}–{high} %"})
+
     async def _looked_otherwise(self) -> None:
         look, (low, high) = self.look, self._shown
+        self._tell_span(low, high)
         self.view.remember(
             x=look.x if look.x != "step" else None,
             smooth=f"{look.smoothing:g}" if look.smoothing else None,

@@ -46,6 +46,8 @@ _NAME_CELL = """
 _STATE_CELL = """
 <q-td :props="props"><span :class="'badge badge-' + props.row.state">{{ props.row.state_word }}</span></q-td>
 """
+_CHOOSE_ALL = '<q-checkbox v-model="props.selected" dense aria-label="{label}"></q-checkbox>'
+_CHOOSE_CELL = '<q-checkbox v-model="props.selected" dense :aria-label="props.row.choose_word"></q-checkbox>'
 _ACTION_CELL = """
 <q-td :props="props" auto-width>
   <q-btn flat round dense icon="edit_note" class="button-quiet" :aria-label="props.row.edit_word"
@@ -119,6 +121,8 @@ class Board:
         table.classes("runs-table").props(
             f'flat :rows-per-page-options="[20, 50, 100, 0]" aria-label="{t("runs.title")}"'
         )
+        table.add_slot("header-selection", _CHOOSE_ALL.format(label=t("runs.choose_all")))
+        table.add_slot("body-selection", _CHOOSE_CELL)
         table.add_slot("body-cell-name", _NAME_CELL)
         table.add_slot("body-cell-state", _STATE_CELL)
         table.add_slot("body-cell-actions", _ACTION_CELL)
@@ -158,7 +162,7 @@ class Board:
             "step": f"{one.state.step:,} / {total:,}" if total else f"{one.state.step:,}",
             "age": age(time.time() - one.touched), "tags": "\n".join(one.remarks.tags), "note": one.remarks.note,
             "best": t("runs.best", metric=leader[1]) if leader and leader[0] == one.id else "",
-            "edit_word": t("runs.edit", run=one.id),
+            "choose_word": t("runs.choose", run=one.id), "edit_word": t("runs.edit", run=one.id),
             **{name: float(f"{one.metrics[name]:.4g}") for name in SHOWN if name in one.metrics},
         }  # fmt: skip
 
