@@ -87,7 +87,8 @@ class TrainPage:
     def _usual(self, values: dict[str, str]) -> str:
         model = values.get("model_name_or_path", "model")
         stage, method = values.get("stage", "sft"), values.get("finetuning_type", "lora")
-        return default_output_dir(model, method, stage).removeprefix("saves/")
+        usual = default_output_dir(model, method, stage).removeprefix("saves/")
+        return re.sub(r"[^\w./-]+", "-", usual)  # a directory of any name may hold a model
 
     # --- what is on the page -----------------------------------------------------------------
 
