@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip("nicegui")
@@ -75,6 +78,15 @@ class Studio:
             self.process.kill() if kill else self.process.terminate()
             self.process.wait(30)
 
+    def end_trainings(self) -> None:
+        """They outlive the server, but not the tests."""
+        for record in self.root.glob("saves/**/logs/studio.json"):
+            pid = int(json.loads(record.read_text(encoding="utf-8"))["pid"])
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if "trueup" in process.cmdline() and Path(process.cwd()) == self.root.resolve():
+                    process.kill()
+
 
 @pytest.fixture(scope="session")
 def make_studio() -> Iterator:
@@ -88,6 +100,7 @@ def make_studio() -> Iterator:
     yield make
     for studio in made:
         studio.stop()
+        studio.end_trainings()
 
 
 @pytest.fixture(scope="session")
