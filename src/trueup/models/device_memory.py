@@ -21,6 +21,11 @@ def free_memory(device: torch.device) -> int:
     return min(psutil.virtual_memory().available, _free_in_container()) // _processes()
 
 
+def resident() -> int:
+    """Bytes of the machine's memory that this process takes now."""
+    return psutil.Process().memory_info().rss
+
+
 @functools.cache
 def total_memory(device: torch.device) -> int:
     """Bytes that a process would have on a device with nothing else on it: the same whenever it is asked."""

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from trueup.config.schema import ModelSection, RunConfig
 from trueup.models.adapters import attach_trained
-from trueup.models.device_memory import free_memory
+from trueup.models.device_memory import free_memory, resident
 from trueup.models.hub import resolve_model
 from trueup.models.load import (
     hub_access,
@@ -32,10 +32,13 @@ from trueup.models.policy import Policy
 from trueup.models.quantise import expected_bytes
 from trueup.models.tuners import ADAPTERS, adapter_config
 
+#: What loading, the first forward and the kernels' own caches take on a CPU, whatever the model (docs/log.md).
+LOADING = 40 * 2**20
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by purpose, and what they were computed from. Good to some 30 %: kernels' own buffers are not known."""
+    """Bytes by purpose, and what they were computed from (docs/log.md has them beside what runs took)."""
 
     parameters: int
     trainable: int
@@ -48,13 +51,19 @@ class Estimate:
     checkpoint: int  # one checkpoint on disk
     recomputation: Recomputation  # what `gradient_checkpointing` comes to
     reference: int = 0  # one that stays beside the model
+    program: int = 0  # what the program itself takes of a machine's memory, before any model
+
+    @property
+    def peak(self) -> int:
+        """Of the whole process, as the system counts it; on a GPU, of the device."""
+        return self.memory + self.program
 
     @property
     def memory(self) -> int:
         return self.weights + self.optimizer + self.activations + self.head + self.reference
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "memory": self.memory}
+        return {**asdict(self), "memory": self.memory, "peak": self.peak}
 
 
 def shape_only(cfg: RunConfig, kind: type[Policy] = Policy) -> PreTrainedModel:
@@ -116,4 +125,5 @@ def estimate(
         checkpoint=saved * FP32 + 3 * trainable * FP32,
         recomputation=recomputation,
         reference=beside,
+        program=resident() + LOADING if device.type == "cpu" else 0,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Iterator
@@ -169,6 +170,27 @@ def load_base(
     return base.eval()
 
 
+def from_scratch(
+    location: str, model: ModelSection, device: torch.device, dtype: torch.dtype, name: str, kind: type[Policy] = Policy
+) -> PreTrainedModel:
+    """A model of that shape with new weights, drawn from torch's generator; nothing of the files but their config.
+
+    Raises:
+        ModelError: the config cannot be read.
+    """
+    config = read_model_config(location, model, name)
+    kind.prepare(config)
+    config = copy.deepcopy(config)
+    if quantise.stored_quantisation(config):
+        del config.quantization_config  # of weights that are not read
+    attention = _plain_attention(model)
+    base = kind.auto_class.from_config(
+        config, dtype=torch.float32, trust_remote_code=model.trust_remote_code,
+        **({"attn_implementation": attention} if attention else {}),
+    )  # fmt: skip
+    return base.to(device=device, dtype=dtype).eval()
+
+
 @contextmanager
 def _expecting_a_new_head(expected: bool) -> Iterator[None]:
     """Without transformers' report that a head was not in the files, where it need not be."""
@@ -255,7 +277,10 @@ def load_policy(
     # Adapters are folded into fp32 weights: in bf16 a small change would vanish in the rounding of the large weight.
     merging = bool(starts) and tuning.finetuning_type not in ADAPTERS
     torch.manual_seed(train.seed)  # a new head's first weights
-    base = load_base(location, model, device, torch.float32 if merging else dtype, name, kind)
+    if model.train_from_scratch:
+        base = from_scratch(location, model, device, dtype, name, kind)
+    else:
+        base = load_base(location, model, device, torch.float32 if merging else dtype, name, kind)
     check_vocabulary(base, tokenizer, name)
     _check_trainable(base, tuning)
     base.requires_grad_(False)

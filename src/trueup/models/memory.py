@@ -37,6 +37,7 @@ class LayerCosts:
     entry: int  # by one that recomputes: its input
     outside: int  # by the final norm and the head
     passing: int  # gradients and values on their way through one layer
+    holes: int = 0  # memory that is free and cannot be used, where layers recompute
 
     def needed(self, tokens: int, recomputing: int = 0) -> int:
         """Peak for so many tokens when the first `recomputing` layers recompute.
@@ -45,6 +46,7 @@ class LayerCosts:
         """
         whole = max(self.layers - recomputing, min(1, self.layers))
         alive = whole * self.kept + recomputing * self.entry + self.outside + self.passing
+        alive += self.holes if recomputing else 0
         return int(SLACK * tokens * alive)
 
     def fewest(self, tokens: int, room: int) -> int:
@@ -62,6 +64,7 @@ def layer_costs(base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype
     per_token = sum(_norm_bytes(name, norm, text, width, frozen) for name, norm in layer.named_modules())
     per_token += _attention_bytes(text, width, device, dtype) + _mlp_bytes(layer, text, width, tuning)
     per_token += _input_bytes(text, width, tuning)
+    copies, holes = _copies(tuning, device, dtype)
     query, key = _head_columns(text)
     in_attention = 0 if _in_blocks(device, dtype) else 8 * (query + key) * width
     return LayerCosts(
@@ -69,9 +72,23 @@ def layer_costs(base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype
         kept=per_token,
         entry=hidden * width,
         outside=4 * hidden * width,
-        # Measured on whole processes (docs/log.md): some six copies of a layer's widest values and of its gradients.
-        passing=6 * inner_size(text) * width + hidden * (8 * width + 6 * FP32) + in_attention,
+        passing=copies * inner_size(text) * width + hidden * (8 * width + 6 * FP32) + in_attention,
+        holes=holes * inner_size(text) * width,
     )
+
+
+def _copies(tuning: TuningSection, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """How many copies of a layer's widest values are on their way through it, and how many more lie in holes of glibc's
+    heap while layers recompute: what is freed there is not always used again, and never given back
+    (`models/allocator.py`). Fitted on whole processes (docs/log.md).
+    """
+    if device.type != "cpu":
+        return 6, 0
+    adapter = tuning.finetuning_type in ADAPTERS
+    dropped = 16 if adapter and tuning.lora_dropout else 0  # each projection has an input of its own
+    if dtype == torch.bfloat16:
+        return 12 + dropped, 0
+    return (10 + dropped if adapter else 0), 10
 
 
 def inner_size(text) -> int:

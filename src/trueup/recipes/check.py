@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from trueup.recipes.judges import check_files
 from trueup.recipes.offline import check_output
 from trueup.recipes.prompts import check_prompts
 from trueup.recipes.references import check_reference, reference_bytes
+from trueup.recipes.remedies import Remedy, remedies
 from trueup.recipes.reported import check_metric
 from trueup.recipes.reward import kind_of, teachable
 from trueup.training.plan import check_schedule
@@ -39,6 +40,7 @@ class CheckReport:
     memory_free: int
     disk_free: int
     disk_needed: int
+    remedies: list[Remedy] = field(default_factory=list)  # where it does not fit
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -51,6 +53,7 @@ class CheckReport:
             "memory_free": self.memory_free,
             "disk_free": self.disk_free,
             "disk_needed": self.disk_needed,
+            "remedies": [asdict(remedy) for remedy in self.remedies],
         }
 
     def render(self) -> str:
@@ -63,7 +66,7 @@ class CheckReport:
         fits = (
             "fits"
             if e.memory * sharing <= self.memory_free
-            else "does NOT fit: lower per_device_train_batch_size or cutoff_len"
+            else "does NOT fit" + ("" if self.remedies else ": lower cutoff_len, or take a smaller model")
         )
         room = "fits" if self.disk_needed <= self.disk_free else "does NOT fit: set save_total_limit or save_only_model"
         return [
@@ -78,6 +81,11 @@ class CheckReport:
             f"{f', reference {sized(e.reference)}' if e.reference else ''}; "
             f"free {sized(self.memory_free)} → {fits}",
             *([f"          {memory_words(e.recomputation)}"] if a.total_steps else []),
+            *(
+                f"          with {remedy.change}: ~{sized(remedy.memory)}{', which fits' if remedy.fits else ''} "
+                f"({remedy.price})"
+                for remedy in self.remedies
+            ),
             *(
                 [f"disk      ~{sized(self.disk_needed)} of checkpoints; free {sized(self.disk_free)} → {room}"]
                 if self.disk_needed
@@ -121,10 +129,13 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
         groups = [(dataset, group) for dataset in prepared.eval.values() for group in eval_batches(cfg, dataset)]
         largest = max((int(dataset.lengths[group].sum()) for dataset, group in groups), default=0)
     needs = estimate(cfg, base, largest, kind_of(cfg), functools.partial(reference_bytes, cfg))
+    free = free_memory(torch.device(needs.device))
+    each = free // (world_size if needs.device == "cpu" else 1)
+    ways = remedies(cfg, largest, each) if needs.memory > each and cfg.train.do_train else []
     return CheckReport(
-        cfg, prepared, arithmetic, tokens, needs, free_memory(torch.device(needs.device)),
+        cfg, prepared, arithmetic, tokens, needs, free,
         _free_disk(cfg.train.output_dir),
-        needs.checkpoint * kept_checkpoints(cfg, arithmetic) if cfg.train.do_train else 0,
+        needs.checkpoint * kept_checkpoints(cfg, arithmetic) if cfg.train.do_train else 0, ways,
     )  # fmt: skip
 
 

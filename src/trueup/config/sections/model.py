@@ -40,7 +40,7 @@ class ModelSection(Section):
     """Read weights that exist only as pickled .bin files (restricted unpickling; saved back as
     safetensors)."""
     train_from_scratch: bool = False
-    """Start from random weights of this model's shape."""
+    """Start from random weights of this model's shape, drawn by seed; nothing of its files but the config is read."""
 
     # tokenizer
     use_fast_tokenizer: bool = True
