@@ -156,7 +156,7 @@ def test_what_a_notice_says_the_report_on_the_same_screen_does_not_repeat(folder
     together = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
     apart = subprocess.run(command, capture_output=True, check=True)
     screen = " ".join(together.stdout.decode().split())
-    for words in ("exact duplicates", "hidden control characters", "byte order mark", "(CRLF)", "3 blank lines"):
+    for words in ("exact duplicate", "hidden control characters", "byte order mark", "(CRLF)", "3 blank lines"):
         assert screen.count(words) == 1, screen
         assert words in " ".join(apart.stdout.decode().split())  # a report in a file of its own is whole
 

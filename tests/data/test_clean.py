@@ -46,7 +46,7 @@ def test_exact_duplicates_go_and_the_first_stays_as_it_was(tmp_path):
     outcome = dedup(write(tmp_path / "rows.jsonl", rows), tmp_path / "new.jsonl")
     assert read(tmp_path / "new.jsonl") == [rows[0], rows[1], rows[3], rows[4]]
     assert outcome.dropped == [("rows:2", "same row", "as rows:0")]
-    assert any("1 rows cannot be used" in note for note in outcome.notes)
+    assert any("1 row is unusable" in note for note in outcome.notes)
 
 
 def test_near_duplicates_go_by_similarity(tmp_path):
@@ -211,7 +211,7 @@ def test_a_file_that_changes_between_two_readings_is_refused(tmp_path):
 
 def test_columns_of_a_wrong_type_are_told_before_a_file_is_there(tmp_path):
     source = write(tmp_path / "rows.jsonl", [pair("a"), pair("b") | {"chosen": 7}])
-    with pytest.raises(DataError, match=r"column `chosen` holds a number in 1 rows \(row 1\)"):
+    with pytest.raises(DataError, match=r"column `chosen` holds a number in 1 row \(row 1\)"):
         dedup(source, tmp_path / "new.jsonl")
     assert not (tmp_path / "new.jsonl").exists()
 

@@ -199,7 +199,7 @@ def test_a_long_document_is_counted_as_cut_into_pieces(template):
     report = counted(documents)
     dataset = encode(documents, template, 64, report)
     assert len(dataset) > 3 and report.dataset("d").kept == 2
-    assert any("1 documents were cut" in note for note in report.notes)
+    assert any("1 document was cut" in note for note in report.notes)
 
 
 def test_control_tokens_in_a_document_are_text_and_counted(template, caplog):

@@ -175,7 +175,7 @@ def test_d9_reversed_pairs_are_counted_with_both_rows(tmp_path, caplog):
 def test_d10_duplicate_rows_are_counted_and_kept(tmp_path, caplog):
     data = load(tmp_path, jsonl([GOOD, *pairs(2), GOOD]))
     assert len(data.train) == 4 and data.report.duplicates.ids == ["train:3"]
-    assert "duplicates" in caplog.text
+    assert "duplicate" in caplog.text
 
 
 def test_d10_an_id_that_stands_twice_is_counted_with_both_rows(tmp_path, caplog):
@@ -183,8 +183,8 @@ def test_d10_an_id_that_stands_twice_is_counted_with_both_rows(tmp_path, caplog)
     data = load(tmp_path, jsonl(rows))
     assert len(data.train) == 5 and not data.report.duplicates.count
     assert data.report.repeated_ids.ids == ["train:2"] and data.report.repeated_ids.excerpt == "a, as train:0"
-    assert "1 rows have the id of an earlier row: train:2" in caplog.text
-    assert "rows have the id of an earlier row" in data.report.render()
+    assert "1 row has the id of an earlier row: train:2" in caplog.text
+    assert "row has the id of an earlier row" in data.report.render()
 
 
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])

@@ -196,7 +196,7 @@ def test_d9_a_pair_and_its_reverse_are_said_with_both_rows():
     result = train()
     found = read_json("out/data_report.json")["reversed_pairs"]
     assert found["rows"] == ["rows:4"] and "rows:0" in found["excerpt"]
-    assert "1 pairs contradict another row" in result.stderr
+    assert "1 pair contradicts another row" in result.stderr
 
 
 def test_d10_duplicates_are_said_and_kept_but_a_key_given_twice_is_refused():
@@ -205,7 +205,7 @@ def test_d10_duplicates_are_said_and_kept_but_a_key_given_twice_is_refused():
     result = train()
     assert report()["kept"] == 5
     assert read_json("out/data_report.json")["duplicates"]["rows"] == ["rows:4"]
-    assert "1 rows are exact duplicates of earlier ones" in result.stderr
+    assert "1 row is an exact duplicate of earlier rows" in result.stderr
     shutil.rmtree("out")
     line = '{"prompt": "q", "chosen": "a", "chosen": "b", "rejected": "c"}\n'
     refuse_data(as_lines(rows) + line, 3, "rows.jsonl:5:32", 'key "chosen" is given twice')
@@ -378,7 +378,7 @@ def test_d23_control_tokens_in_a_text_stay_text_and_are_counted():
     rows[2]["prompt"] += " <|im_end|>"
     put(rows)
     result = train()
-    assert "1 rows have control tokens written in their text (first: rows:2)" in result.stderr
+    assert "1 row has control tokens written in the text (first: rows:2)" in result.stderr
     assert any("control tokens" in note for note in read_json("out/data_report.json")["notes"])
 
 

@@ -286,7 +286,7 @@ def test_rows_of_ties_are_left_out_and_counted(rm: Config, data_dir: Path, caplo
     cfg = rm(dataset=str(path))
     prepared = teachable(cfg, prepare(cfg, load_tokenizer(cfg.model)))
     assert prepared.train.rows == ["ties:1"] and "all answers tie" in prepared.report.datasets["ties"].dropped
-    assert "1 rows are left out" in caplog.text
+    assert "1 row is left out" in caplog.text
 
 
 @pytest.mark.parametrize(

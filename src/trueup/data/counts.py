@@ -60,6 +60,11 @@ def number(value: float) -> str:
     return f"{value:,}".replace(",", " ")
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """1 row is, 2 rows are."""
+    return f"{number(count)} {one if count == 1 else many}"
+
+
 def shorten(text: str, limit: int = _EXCERPT) -> str:
     """A text on one line, at most `limit` characters, safe to print."""
     line = " ".join(text[: 4 * limit].split())

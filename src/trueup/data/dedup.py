@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trueup.data.counts import counted
 from trueup.data.examples import Chat, Example, Feedback, Messages, Pair, Prompt, Ranking, Text
 from trueup.data.formats import RowProblem
 from trueup.data.report import fingerprint, prompt_fingerprint
@@ -78,7 +79,8 @@ def _key(example: Example, by: By) -> bytes:
 def _notes(source: RowSet) -> list[str]:
     if not source.unusable:
         return []
-    return [f"{source.unusable} rows cannot be used in training, and are kept as they are: `trueup data check`"]
+    rows = counted(source.unusable, "row is unusable in training and", "rows are unusable in training and")
+    return [f"{rows} kept as written: `trueup data check`"]
 
 
 # ---- near duplicates -----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 
 from trueup.data.chat_template import ChatTemplate, flatten
+from trueup.data.counts import counted, number
 from trueup.data.encoded import Answer, Block, Encoded, EncodedDataset
 from trueup.data.examples import (
     Chat,
@@ -32,7 +33,7 @@ from trueup.data.examples import (
     texts_of,
 )
 from trueup.data.masks import by_weight, without_thoughts
-from trueup.data.report import DataReport, number
+from trueup.data.report import DataReport
 from trueup.data.spans import Span
 from trueup.data.turns import RowProblem
 from trueup.data.workers import cores, in_order
@@ -424,14 +425,14 @@ def tell(report: DataReport, tally: Tally) -> None:
     for row, part in tally.truncated:
         report.truncated(row, part)
     tell_lengths(report, tally)
-    for rows, what in (
-        (tally.chunked, "documents were cut into consecutive pieces; nothing is lost"),
-        (tally.split_turns, "conversations became one example per answer"),
-        (tally.control_tokens, "rows have control tokens written in their text"),
-        (tally.empty_thoughts, "rows have answers that were given an empty thought"),
+    for rows, one, many, what in (
+        (tally.chunked, "document was", "documents were", "cut into consecutive pieces; nothing is lost"),
+        (tally.split_turns, "conversation", "conversations", "became one example per answer"),
+        (tally.control_tokens, "row has", "rows have", "control tokens written in the text"),
+        (tally.empty_thoughts, "row has", "rows have", "answers that were given an empty thought"),
     ):
         if rows:
-            report.note(f"{number(len(rows))} {what}, first {rows[0]}")
+            report.note(f"{counted(len(rows), one, many)} {what}, first {rows[0]}")
 
 
 def tell_lengths(report: DataReport, tally: Tally) -> None:
@@ -446,38 +447,37 @@ def say(tally: Tally, template: ChatTemplate, policy: Policy) -> None:
     reasons = Counter(reason for _, reason, _ in tally.dropped)
     if reasons:
         log.warning(
-            "%s rows are left out while encoding (%s); on_bad_rows: error refuses them instead.",
-            number(sum(reasons.values())),
+            "%s left out while encoding (%s); on_bad_rows: error refuses them instead.",
+            counted(sum(reasons.values()), "row is", "rows are"),
             ", ".join(f"{number(count)} {reason}" for reason, count in reasons.most_common()),
         )
     cut = len({row for row, _ in tally.truncated})
     if cut:
         loses = "its end, and with it the token that stops it"
         log.warning(
-            "%s rows have an answer cut at cutoff_len %d: it loses %s. Raise cutoff_len, or set truncation: drop.",
-            number(cut),
+            "%s an answer cut at cutoff_len %d: it loses %s. Raise cutoff_len, or set truncation: drop.",
+            counted(cut, "row has", "rows have"),
             policy.cutoff_len,
             "its beginning" if policy.truncation == "keep_end" else loses,
         )
     if tally.split_turns:
         log.warning(
-            "%s conversations became one example per answer, because the chat template rewrites "
+            "%s became one example per answer, because the chat template rewrites "
             "earlier turns. mask_history: true trains only their last answer; preserve_thinking: "
             "true keeps them whole with templates that know it.",
-            number(len(tally.split_turns)),
+            counted(len(tally.split_turns), "conversation", "conversations"),
         )
     if tally.control_tokens:
         log.warning(
-            "%s rows have control tokens written in their text (first: %s); in messages they %s "
-            "(split_special_tokens).",
-            number(len(tally.control_tokens)),
+            "%s control tokens written in the text (first: %s); in messages they %s (split_special_tokens).",
+            counted(len(tally.control_tokens), "row has", "rows have"),
             tally.control_tokens[0],
             "stay text" if template.split_special_tokens else "act as control tokens",
         )
     if tally.empty_thoughts:
         log.warning(
-            "%s rows have answers without reasoning, to which the chat template adds an empty "
+            "%s answers without reasoning, to which the chat template adds an empty "
             "<think> block that is trained. enable_thinking: false moves it into the prompt, "
             "enable_thinking: null does so where nothing is thought.",
-            number(len(tally.empty_thoughts)),
+            counted(len(tally.empty_thoughts), "row has", "rows have"),
         )

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trueup.data.catalog import find
+from trueup.data.counts import counted
 from trueup.data.hubs import load_from_hub
 from trueup.data.registry import DatasetSpec, resolve_datasets
-from trueup.data.report import number
 from trueup.data.store import Copy, fetch, find_copy
 from trueup.errors import ConfigError
 
@@ -31,7 +31,7 @@ class Fetched:
         megabytes = copy.file.stat().st_size / 1e6
         return "\n".join(
             [
-                f"{word} {copy.hub_id} from {copy.hub}: {number(copy.rows)} rows, {megabytes:.1f} MB",
+                f"{word} {copy.hub_id} from {copy.hub}: {counted(copy.rows, 'row', 'rows')}, {megabytes:.1f} MB",
                 f"  {copy.file}",
                 f"use it in any config: dataset: {self.name}",
                 f"look at it: trueup data preview {self.name}",

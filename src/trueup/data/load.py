@@ -15,13 +15,14 @@ import numpy as np
 
 from trueup.config.methods import stage_kind
 from trueup.config.schema import RunConfig
+from trueup.data.counts import counted, number
 from trueup.data.examples import Chat, Example, Kind, texts_of
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
 from trueup.data.layout import Layout, choose_layout
 from trueup.data.mixing import mix, sample_indices
 from trueup.data.readers import Row
 from trueup.data.registry import DatasetSpec, resolve_datasets
-from trueup.data.report import DataReport, number
+from trueup.data.report import DataReport
 from trueup.data.sources import Rows, read_rows
 from trueup.errors import ConfigError, DataError, Problem
 from trueup.waiting import waiting
@@ -208,7 +209,7 @@ def _tell_placeholders(data: _Dataset, report: DataReport) -> None:
     blanks = [example.row for example in data.examples.values() if has_placeholder(example)]
     if blanks:
         note = (
-            f"{data.name}: {number(len(blanks))} rows hold a placeholder such as {{{{name}}}} "
+            f"{data.name}: {counted(len(blanks), 'row holds', 'rows hold')} a placeholder such as {{{{name}}}} "
             f"(first {blanks[0]}); replace it before training"
         )
         report.warn(note)
@@ -219,7 +220,7 @@ def _tell_hidden(data: _Dataset, report: DataReport) -> None:
     found = [(example.row, hidden) for example in data.examples.values() if (hidden := hidden_character(example))]
     if found:
         row, hidden = found[0]
-        rows = "1 row holds" if len(found) == 1 else f"{number(len(found))} rows hold"
+        rows = counted(len(found), "row holds", "rows hold")
         note = f"{data.name}: {rows} hidden control characters (first {hidden} in {row})"
         report.warn(note)
 
@@ -249,7 +250,7 @@ def _shape_problems(
     for (column, found, expected), indices in ordered[:_SHOWN]:
         which = ", ".join(str(i) for i in indices[:_SHOWN])
         more = f" … and {number(len(indices) - _SHOWN)} more" if len(indices) > _SHOWN else ""
-        count = "every row" if len(indices) == read else f"{number(len(indices))} of {number(read)} rows"
+        count = "every row" if len(indices) == read else f"{number(len(indices))} of {counted(read, 'row', 'rows')}"
         problems.append(
             Problem(
                 f"dataset {spec.name!r}: column `{column}` holds {found} in {count} (row {which}{more})",

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from trueup.data.balance import Sides, label_findings
-from trueup.data.counts import Rows, largest, number, shorten, some_ids, statistics
+from trueup.data.counts import Rows, counted, largest, number, shorten, some_ids, statistics
 from trueup.data.examples import Chat, Example, Feedback, Messages, Pair, Prompt, Ranking, Text
 from trueup.data.histogram import Histogram
 from trueup.data.report_page import report_page
@@ -243,9 +243,9 @@ class DataReport:
 
     def take_lengths(self, other: DataReport) -> None:
         """The lengths that were counted in an earlier start, of the same rows."""
-        for name, counted in other.datasets.items():
+        for name, earlier in other.datasets.items():
             entry = self.dataset(name)
-            entry.lengths, entry.sides = counted.lengths, counted.sides
+            entry.lengths, entry.sides = earlier.lengths, earlier.sides
 
     def told_before(self, rows: Iterable[str]) -> None:
         """Of these rows nothing more is counted as left out."""
@@ -377,21 +377,22 @@ class DataReport:
             if d.num_dropped:
                 reasons = ", ".join(f"{number(r.count)} {why}" for why, r in largest(d.dropped))
                 yield (
-                    f"dataset {d.name}: {number(d.num_dropped)} of {number(d.read)} rows are left "
+                    f"dataset {d.name}: {number(d.num_dropped)} of {counted(d.read, 'row', 'rows')} "
+                    f"{'is' if d.num_dropped == 1 else 'are'} left "
                     f"out ({reasons}); `on_bad_rows: error` refuses them instead"
                 )
         yield from self.repetitions()
 
     def repetitions(self) -> Iterator[str]:
         """What rows say that others say too, a sentence each."""
-        for rows, what in (
-            (self.duplicates, "rows are exact duplicates of earlier ones"),
-            (self.repeated_ids, "rows have the id of an earlier row"),
-            (self.reversed_pairs, "pairs contradict another row (chosen and rejected swapped)"),
-            (self.overlap, "evaluation rows have a prompt that is also trained on"),
+        for rows, one, many, what in (
+            (self.duplicates, "row is an exact duplicate", "rows are exact duplicates", "of earlier rows"),
+            (self.repeated_ids, "row has", "rows have", "the id of an earlier row"),
+            (self.reversed_pairs, "pair contradicts", "pairs contradict", "another row (chosen and rejected swapped)"),
+            (self.overlap, "evaluation row has", "evaluation rows have", "a prompt that is also trained on"),
         ):
             if rows.count:
-                yield f"{number(rows.count)} {what}: {some_ids(rows)} ({rows.excerpt})"
+                yield f"{counted(rows.count, one, many)} {what}: {some_ids(rows)} ({rows.excerpt})"
 
     def tell(self) -> None:
         """Log every warning that has not been logged as it now stands."""

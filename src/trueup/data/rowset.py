@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trueup.data.counts import counted, number
 from trueup.data.examples import Example, Kind
 from trueup.data.express import TYPE_OF
 from trueup.data.formats import RowProblem, ShapeProblem, parse_with
@@ -20,7 +21,7 @@ from trueup.data.passes import Passes
 from trueup.data.readers import Row
 from trueup.data.register import enter
 from trueup.data.registry import DatasetSpec, resolve_datasets
-from trueup.data.report import number, shorten
+from trueup.data.report import shorten
 from trueup.data.write import write_text
 from trueup.errors import DataError, Problem
 
@@ -100,13 +101,14 @@ class Outcome:
         }
 
     def render(self) -> str:
-        lines = [f"{number(self.read)} rows read, {number(self.kept)} kept, {number(len(self.dropped))} dropped"]
+        read = counted(self.read, "row", "rows")
+        lines = [f"{read} read, {number(self.kept)} kept, {number(len(self.dropped))} dropped"]
         for reason, count in Counter(reason for _, reason, _ in self.dropped).most_common():
             rows = [row for row, why, _ in self.dropped if why == reason]
             more = " …" if count > _SHOWN_IDS else ""
             lines.append(f"  {number(count)} {reason}: {', '.join(rows[:_SHOWN_IDS])}{more}")
         lines += [f"  {note}" for note in self.notes]
-        lines += [f"wrote {file}: {number(rows)} rows" for file, rows in self.files.items()]
+        lines += [f"wrote {file}: {counted(rows, 'row', 'rows')}" for file, rows in self.files.items()]
         lines += [f"registered in {registry}: dataset: {name}" for name, registry in self.registered.items()]
         if not self.registered:
             lines.append("its entry for dataset_info.json, which --register makes:")
@@ -169,7 +171,7 @@ def _shape_problem(name: str, fault: tuple[str, str, str], rows: Sequence[tuple[
     column, holds, expected = fault
     which = ", ".join(str(index) for index, _ in rows[:_SHOWN]) + (" …" if len(rows) > _SHOWN else "")
     return Problem(
-        f"dataset {name!r}: column `{column}` holds {holds} in {number(len(rows))} rows (row {which})",
+        f"dataset {name!r}: column `{column}` holds {holds} in {counted(len(rows), 'row', 'rows')} (row {which})",
         rows[0][1],
         f"{expected}, in every row",
         "mend or remove these rows; nothing is converted by guessing",

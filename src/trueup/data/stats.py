@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trueup.data.balance import Sides, label_findings
-from trueup.data.counts import number, sparkline
+from trueup.data.counts import counted, number, sparkline
 from trueup.data.examples import Chat, Example, Feedback, Messages, Pair, Prompt, Ranking, Text
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _render(dataset: DatasetStats) -> Iterator[RenderableType]:
     from rich.text import Text as RichText
 
     left_out = dataset.rows - dataset.usable
-    rows = f"{number(dataset.rows)} rows" + (f", {number(left_out)} unusable" if left_out else "")
+    rows = counted(dataset.rows, "row", "rows") + (f", {number(left_out)} unusable" if left_out else "")
     yield RichText(f"{dataset.name}  {dataset.kind}, {rows}", style="bold")
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(dataset.unit)
@@ -167,4 +167,4 @@ def _balance_lines(dataset: DatasetStats) -> Iterator[str]:
         yield "answers in a row: " + ", ".join(f"{n} × {number(count)}" for n, count in sorted(dataset.answers.items()))
     several = sum(count for turns, count in dataset.turns.items() if turns > 1)
     if several:
-        yield f"{number(several)} rows of several turns, at most {max(dataset.turns)} before the answer"
+        yield f"{counted(several, 'row', 'rows')} of several turns, at most {max(dataset.turns)} before the answer"

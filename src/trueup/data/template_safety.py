@@ -63,7 +63,7 @@ class Safety:
                 )
 
     def lines(self) -> Iterator[tuple[str, bool]]:
-        """The findings in words, each with whether it is as it should be."""
+        """The findings in words, each with whether it is as it should be; the difference belongs below the last."""
         words = {
             "same": "renders the probe as the tokenizer's own does",
             "different": "renders the probe otherwise than the tokenizer's own, which a server would use:",
@@ -71,12 +71,12 @@ class Safety:
             "refuses": "the tokenizer's own cannot render the probe",
             "is used": "the tokenizer's own",
         }
-        yield f"template {self.template}: {words[self.own]}", self.own != "different"
         yield f"stop token {self.stop!r} trained: {_yes(self.stop_trained)}", self.stop_trained
         yield f"BOS doubled: {_yes(self.bos_doubled)}", not self.bos_doubled
         yield f"EOS doubled: {_yes(self.eos_doubled)}", not self.eos_doubled
         if self.rewrites:
             yield "earlier turns are rewritten: a conversation becomes one example for each answer", True
+        yield f"template {self.template}: {words[self.own]}", self.own != "different"
 
 
 def examine(template: ChatTemplate, own: str | None) -> Safety:

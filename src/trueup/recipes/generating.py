@@ -19,6 +19,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from trueup.config.schema import RunConfig
+from trueup.data.counts import counted, some_ids
 from trueup.data.encode import run_template
 from trueup.data.encoder import Policy as Lengths
 from trueup.data.encoder import encode_examples
@@ -65,8 +66,10 @@ class Generated:
     def render(self) -> str:
         cut = f", {self.cut_off:,} cut off" if self.cut_off else ""
         kept = f", {self.found:,} of them from before" if self.found else ""
-        lines = [f"{self.answers:,} answers to {self.rows:,} rows{kept}{cut}"]
-        lines += [f"{r.count:,} rows left out: {why} ({', '.join(r.ids[:3])} …)" for why, r in self.left_out.items()]
+        lines = [f"{counted(self.answers, 'answer', 'answers')} to {counted(self.rows, 'row', 'rows')}{kept}{cut}"]
+        lines += [
+            f"{counted(r.count, 'row', 'rows')} left out: {why} ({some_ids(r)})" for why, r in self.left_out.items()
+        ]
         if self.tokens:
             lines.append(f"{self.tokens:,} tokens in {self.seconds:.0f} s")
         return "\n".join([*lines, *([f"wrote {self.output}"] if self.output else [])])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trueup.config.schema import RunConfig
+from trueup.data.counts import counted
 from trueup.data.encode import Prepared
 from trueup.data.encoded import Encoded, EncodedDataset
 from trueup.data.forest import build_forest
@@ -131,8 +132,8 @@ def _without_ties(rows: EncodedDataset, prepared: Prepared) -> EncodedDataset:
     news = [row for row in tied if prepared.report.dropped(row, "all answers tie", "equal scores")]
     if news:
         log.warning(
-            "%s rows are left out because all their answers have the same score (first: %s); on_bad_rows: error "
-            "refuses them instead, reward_loss: pointwise learns from them", f"{len(news):,}", news[0],
+            "%s left out because all answers have the same score (first: %s); on_bad_rows: error refuses that "
+            "instead, reward_loss: pointwise learns from it", counted(len(news), "row is", "rows are"), news[0],
         )  # fmt: skip
     return EncodedDataset.of(example for example in rows if len(set(standing(example))) > 1)
 
@@ -143,7 +144,8 @@ def _require_scores(cfg: RunConfig, sets: Mapping[str, EncodedDataset]) -> None:
     if without := [example.row for example in examples if not has_scores(example)]:
         problems.append(
             Problem(
-                f"{len(without):,} rows have no score, and `reward_loss: {cfg.reward.reward_loss}` learns scores",
+                f"{counted(len(without), 'row has', 'rows have')} no score, and "
+                f"`reward_loss: {cfg.reward.reward_loss}` learns scores",
                 where=without[0], expected="a column `score`, or `scores` beside several answers",
                 fix="add scores, or set reward_loss: bradley_terry for answers that are only ordered",
             )
@@ -152,7 +154,8 @@ def _require_scores(cfg: RunConfig, sets: Mapping[str, EncodedDataset]) -> None:
     if binary and outside:
         problems.append(
             Problem(
-                f"{len(outside):,} rows have scores outside 0 … 1, and `reward_loss: binary` learns probabilities",
+                f"{counted(len(outside), 'row has', 'rows have')} scores outside 0 … 1, and "
+                "`reward_loss: binary` learns probabilities",
                 where=outside[0], fix="set reward_loss: pointwise, or scale the scores",
             )
         )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trueup.config.schema import RunConfig
+from trueup.data.counts import counted
 from trueup.data.encode import encode_dataset, run_template
 from trueup.data.encoded import Encoded
 from trueup.data.examples import Ranking
@@ -38,8 +39,9 @@ class Scored:
         return asdict(self)
 
     def render(self) -> str:
-        out = f" ({self.left_out:,} rows left out: see the data report)" if self.left_out else ""
-        lines = [f"{self.answers:,} answers of {self.rows:,} rows{out}, mean reward {self.mean_reward:.3f}"]
+        out = f" ({counted(self.left_out, 'row', 'rows')} left out: see the data report)" if self.left_out else ""
+        answers, rows = counted(self.answers, "answer", "answers"), counted(self.rows, "row", "rows")
+        lines = [f"{answers} of {rows}{out}, mean reward {self.mean_reward:.3f}"]
         if self.accuracy is not None:
             lines.append(f"accuracy {self.accuracy:.3f}: the better answer has the higher reward")
         return "\n".join([*lines, *([f"wrote {self.output}"] if self.output else [])])
