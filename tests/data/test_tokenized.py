@@ -118,6 +118,34 @@ def test_whatever_matters_makes_new_tokens(change, rows, tmp_path, monkeypatch):
         prepare(config(rows, tmp_path, **change), make_tokenizer("chatml"))
 
 
+def test_each_key_that_decides_tokens_or_their_order_has_a_name_of_its_own(rows, tmp_path):
+    """Keys are asked for their copy's name alone, which is quick: so all of them are, and of the registry's too."""
+    entry = {"file_name": rows.name}
+    entries = {"columns": {"prompt": "chosen"}, "num_samples": 7, "formatting": "trl", "tags": {"user_tag": "me"}}
+    registry = {"plain": entry, **{key: entry | {key: value} for key, value in entries.items()}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
+    changes = [
+        {"stage": "sft", "train_on_prompt": True}, {"stage": "sft", "mask_history": True}, {"stage": "sft"},
+        {"stage": "sft", "mask_thinking": True}, {"cutoff_len": 63},
+        {"truncation": "drop"}, {"enable_thinking": False}, {"enable_thinking": None},
+        {"split_special_tokens": False}, {"default_system": "s"}, {"template": "qwen3"},
+        {"template": "qwen3", "preserve_thinking": True}, {"stage": "kto"}, {"stage": "rm"}, {"seed": 1},
+        {"data_seed": 2}, {"val_size": 0.2}, {"max_samples": 9}, {"dataset": f"{rows},{rows}"},
+        {"dataset": f"{rows},{rows}", "mix_strategy": "interleave_under"},
+        {"dataset": f"{rows},{rows}", "mix_strategy": "interleave_over"},
+        {"dataset": f"{rows},{rows}", "mix_strategy": "interleave_over", "interleave_probs": "0.5,0.5"},
+        {"val_size": 0.0}, {"val_size": 0.0, "eval_dataset": str(rows)},
+        {"val_size": 0.0, "eval_dataset": str(rows), "eval_on_each_dataset": True},
+        *({"dataset": name, "dataset_dir": str(tmp_path)} for name in registry),
+    ]  # fmt: skip
+    tokenizer, names = make_tokenizer("chatml"), {}
+    for change in [{}, *changes]:
+        cfg = config(rows, tmp_path, **change)
+        copy, _ = encode._copy_of(cfg, encode.run_template(cfg, tokenizer), encode._policy(cfg), tokenizer)
+        names.setdefault(copy.folder, []).append(change)
+    assert not [alike for alike in names.values() if len(alike) > 1]
+
+
 def test_what_does_not_matter_finds_the_copy(rows, tmp_path, monkeypatch):
     prepare(config(rows, tmp_path), make_tokenizer("chatml"))
     forbid_reading(monkeypatch)

@@ -91,7 +91,7 @@ def verdict(request: dict) -> str:
     return json.dumps({"reason": "letters", "better": better})
 
 
-JUDGED = {"rule_keywords": None, "request_timeout": 0.4, "request_tries": 2}
+JUDGED = {"rule_keywords": None, "request_timeout": 60.0, "request_tries": 2}
 
 
 # --- what comes out --------------------------------------------------------------------------------
@@ -298,12 +298,12 @@ def test_a_judge_that_fails_now_and_then_loses_nothing(made, fault, tmp_path, mo
         text = request["messages"][-1]["content"]
         return fault if unlucky.setdefault(text, rng.random() < 0.2) else verdict(request)
 
-    few = {**JUDGED, "max_samples": 8, "request_timeout": 0.3} if isinstance(fault, Silence) else JUDGED
+    few = {**JUDGED, "max_samples": 8} if isinstance(fault, Silence) else JUDGED
     with serving(lambda request, number: verdict(request)) as server:
         calm = made(**few, judge_model=server.url, output_dir=str(tmp_path / "calm"))
     port = int(re.search(r":(\d+)/", server.url)[1])
     with serving(sometimes, port=port) as server:
-        first = made(**few, judge_model=server.url)
+        first = made(**{**few, "request_timeout": 0.4}, judge_model=server.url)
         assert not first.complete and first.reasons["judge failed"] > 0
         assert first.read == first.kept + sum(first.reasons.values())
         asked = len(server.requests)

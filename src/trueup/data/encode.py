@@ -71,13 +71,7 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     are in the report.
     """
     template = run_template(cfg, tokenizer)
-    policy = Policy(
-        cfg.data.cutoff_len,
-        cfg.data.truncation,
-        cfg.data.train_on_prompt,
-        cfg.data.mask_history,
-        cfg.data.mask_thinking,
-    )
+    policy = _policy(cfg)
     if cfg.data.streaming:
         return _prepare_stream(cfg, template, policy)
     copy, data = _copy_of(cfg, template, policy, tokenizer)
@@ -103,6 +97,11 @@ def prepare(cfg: RunConfig, tokenizer: Any) -> Prepared:
     report.cutoff_len = policy.cutoff_len
     evaluation = {name: dataset for name, dataset in found.datasets.items() if name != "train"}
     return Prepared(found.datasets["train"], evaluation, report, template)
+
+
+def _policy(cfg: RunConfig) -> Policy:
+    data = cfg.data
+    return Policy(data.cutoff_len, data.truncation, data.train_on_prompt, data.mask_history, data.mask_thinking)
 
 
 def _prepare_stream(cfg: RunConfig, template: ChatTemplate, policy: Policy) -> Prepared:
