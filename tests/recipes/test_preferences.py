@@ -410,6 +410,17 @@ def test_log_probabilities_rank_alone_or_against_a_reference(made, keys, tmp_pat
         made(rule_keywords=None, rank_by="logps", ref_model=keys["model_name_or_path"])
 
 
+@pytest.mark.parametrize("key", ["rule_sql_schema", "judge_rubric"])
+def test_a_file_that_is_missing_is_told_before_anything_is_written(made, keys, key):
+    needs = {
+        "rule_sql_schema": {"rule_format": "sql"},
+        "judge_rubric": {**JUDGED, "judge_model": "http://localhost:9/v1#j"},
+    }
+    with pytest.raises(ConfigError, match=f"{key}: nowhere.txt cannot be read"):
+        made(**needs[key], **{key: "nowhere.txt"})
+    assert not Path(keys["output_dir"]).exists()
+
+
 def test_a_build_keeps_out_of_a_runs_directory(made, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").write_text("stage: dpo\n", encoding="utf-8")

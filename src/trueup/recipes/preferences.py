@@ -22,7 +22,7 @@ from trueup.errors import ConfigError, ResourceError
 from trueup.recipes.candidates import EndpointSource, Losses, Question, Source, make_sources, read_questions
 from trueup.recipes.journal import Journal
 from trueup.recipes.pairing import ENTRIES, Row, Scored, choose, differing, lengths_of
-from trueup.recipes.rankers import Contest, Ranker, make_ranker
+from trueup.recipes.rankers import Contest, Ranker, check_texts, make_ranker
 from trueup.rollout.endpoint import money
 from trueup.training import durable
 from trueup.training.run_files import RUN_FILE
@@ -122,6 +122,7 @@ def build(cfg: RunConfig) -> BuildReport:
     """
     directory = Path(str(cfg.train.output_dir))
     check_directory(directory)
+    check_texts(cfg)
     output = directory / f"{cfg.build.build_format}.jsonl"
     if cfg.build.register_as:
         check_name(cfg.build.register_as, output, cfg.data.dataset_dir, "register_as")  # before any work

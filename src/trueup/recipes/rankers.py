@@ -440,6 +440,12 @@ class JudgeRanker:
         return found
 
 
+def check_texts(cfg: RunConfig) -> None:
+    """Read the files that rankers will need, before there is anything to rank. Raises ConfigError."""
+    for key in ("rule_sql_schema", "judge_rubric"):
+        _text_of(getattr(cfg.build, key), key)
+
+
 def _text_of(path: str | None, key: str) -> str | None:
     """The text of a file that a key names."""
     if path is None:
