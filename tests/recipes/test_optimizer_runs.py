@@ -12,20 +12,20 @@ from trueup.config.load import load_config
 from trueup.recipes.run import run
 
 RANK = 32
-#: with the learning rates that serve each: GaLore's steps are a quarter of AdamW's by its scale.
+#: GaLore moves less at the same learning rate, for it leaves out what lies beyond its rank.
 RUNS = {
     "adamw_torch": {"learning_rate": 1e-4},
     "adamw_8bit": {"learning_rate": 1e-4},
-    "galore_adamw": {"learning_rate": 1e-4, "optim_args": f"rank={RANK},update_proj_gap=50,scale=1.0"},
+    "galore_adamw": {"learning_rate": 4e-4, "optim_args": f"rank={RANK},update_proj_gap=50,scale=1.0"},
 }
 
 #: the quickstart's pairs, with every weight trained
 TASK = {
     "model_name_or_path": "builtin:sql-tiny", "stage": "dpo", "finetuning_type": "full", "pref_beta": 0.5,
     "pref_ftx": 1.0, "dataset": "sql_pairs_demo", "eval_dataset": "sql_heldout_demo", "cutoff_len": 512,
-    "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "max_steps": 40, "bf16": False,
-    "device": "cpu", "lr_scheduler_type": "cosine", "eval_strategy": "steps", "eval_steps": 40,
-    "save_strategy": "steps", "save_steps": 40, "regression_report": False,
+    "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32, "max_steps": 30, "bf16": False,
+    "device": "cpu", "lr_scheduler_type": "cosine", "eval_strategy": "steps", "eval_steps": 30,
+    "save_strategy": "steps", "save_steps": 30, "regression_report": False,
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_eight_bits_and_galore_are_small_and_as_good_as_adamw(tmp_path: Path):
         out = tmp_path / optim
         run(load_config({**TASK, **keys, "optim": optim, "output_dir": str(out)}))
         losses[optim] = json.loads((out / "all_results.json").read_text(encoding="utf-8"))["eval_loss"]
-        state, masters = (load_file(out / "checkpoint-40" / f"{n}.safetensors") for n in ("optimizer", "masters"))
+        state, masters = (load_file(out / "checkpoint-30" / f"{n}.safetensors") for n in ("optimizer", "masters"))
         kept = sum(t.nbytes for name, t in state.items() if not name.startswith("step."))
         expected = sum(
             expected_bytes(optim, tuple(t.shape), ".layers." in name and t.dim() == 2) for name, t in masters.items()
