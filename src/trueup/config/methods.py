@@ -96,7 +96,7 @@ LATER: dict[str, str] = {
     "torch_compile": "drop it: the default kernels",
     "torch_compile_backend": "drop it: the default kernels",
     "torch_compile_mode": "drop it: the default kernels",
-    "auto_find_batch_size": "per_device_train_batch_size: 1 with more gradient_accumulation_steps",
+    "auto_find_batch_size": "drop it: a step that runs out of memory is done again in smaller pieces",
     "compute_accuracy": "the evaluation loss",
     "num_beams": "num_beams: 1 with sampling",
     "push_to_hub": "upload output_dir with the hub's own tool",
