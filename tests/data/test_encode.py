@@ -100,7 +100,7 @@ def test_a_chat_whose_turns_the_template_rewrites_becomes_one_example_each(caplo
         dataset = encode([chat], template, report=report)
     assert [example.row for example in dataset] == ["d:0", "d:0"]
     assert "one example per answer" in caplog.text and "empty <think> block" in caplog.text
-    assert any("1 conversations" in note for note in report.notes)
+    assert any("1 conversation became" in note for note in report.notes)
 
 
 def test_rankings_feedback_and_prompts(template):
