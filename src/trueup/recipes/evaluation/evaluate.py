@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def evaluate(cfg: RunConfig) -> EvaluationReport:
         lock = RunLock(directory)
         lock.acquire()
         try:
-            with sigterm_cleans_up(), journal:
+            with sigterm_cleans_up(), journal, closing(found):
                 return _Evaluation(cfg, directory, found, journal).run()
         finally:
             lock.release()

@@ -36,6 +36,12 @@ class Ready:
     asked: list[Asked] = field(default_factory=list)
     ranker: Ranker | None = None
 
+    def close(self) -> None:
+        """Let the judge go. It writes down what it has spent, so this comes before the journal is closed."""
+        if self.ranker is not None:
+            self.ranker.close()
+            self.ranker = None
+
 
 @contextmanager
 def ready(cfg: RunConfig, directory: Path, journal: Journal) -> Iterator[Ready]:
@@ -66,8 +72,7 @@ def ready(cfg: RunConfig, directory: Path, journal: Journal) -> Iterator[Ready]:
         faults.tell()
         yield found
     finally:
-        if found.ranker is not None:
-            found.ranker.close()
+        found.close()
 
 
 def _load(cfg: RunConfig, found: Ready) -> None:
