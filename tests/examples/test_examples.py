@@ -17,11 +17,13 @@ from trueup.config.load import load_config
 from trueup.config.methods import stage_kind
 from trueup.errors import ModelError
 from trueup.models import logprobs
-from trueup.models.adapters import attach_lora
+from trueup.models.adapters import attach_trained
 from trueup.models.estimate import without_weights
-from trueup.models.load import lora_config, unfreeze
+from trueup.models.load import unfreeze
 from trueup.models.memory import head_bytes, layer_costs, optimizer_bytes
+from trueup.models.policy import Policy
 from trueup.models.quantise import expected_bytes
+from trueup.models.tuners import adapter_config
 from trueup.recipes.run import run
 
 FILES = {path.stem: path for folder in ("cards", "guides") for path in (ROOT / "examples" / folder).glob("*.yaml")}
@@ -118,7 +120,7 @@ def fits(name: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = without_weights(shape_of(str(cfg.model.model_name_or_path), directory), cfg.model).requires_grad_(False)
     weights = expected_bytes(base, cfg.model, torch.bfloat16)
     if cfg.tuning.finetuning_type == "lora":
-        attach_lora(base, lora_config(cfg.tuning), [], "shapes")
+        attach_trained(base, adapter_config(cfg.tuning, base, Policy), [], "shapes")
     else:
         unfreeze(base, cfg.tuning)
     trained = sum(p.numel() for p in base.parameters() if p.requires_grad)

@@ -101,7 +101,9 @@ def test_two_tabs_and_texts_of_others(studio, make_page):
     done(tabs[0], "2 of 3")
     tabs[0].keyboard.press("Control+s")  # the browser's own
     tabs[0].get_by_role("button", name="Undo").click()
+    done(tabs[0], "1 of 3")
     tabs[0].keyboard.press("ArrowRight")  # keys work behind a click, too
+    done(tabs[0], "2 of 3")
     done(tabs[1], "2 / 3")
     assert tabs[1].evaluate("document.documentElement.scrollWidth") <= 360
     assert tabs[0].locator(".main img").count() == 0 and "taken" not in tabs[0].title()
