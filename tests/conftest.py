@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,12 @@ _STEERING = [
     "FORCE_COLOR",
     "COLUMNS",
 ]
+
+
+def pytest_configure() -> None:
+    """The fuzzers try the same examples in every run; with `--hypothesis-profile=default` they look for new ones."""
+    hypothesis.settings.register_profile("same", derandomize=True)
+    hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)
