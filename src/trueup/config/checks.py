@@ -63,6 +63,13 @@ def derive(cfg: RunConfig) -> RunConfig:
     return cfg.replace(**changes, **switched(cfg), **_jobs(cfg), **_evaluation(cfg), **_online(cfg))
 
 
+def with_length(cfg: RunConfig) -> RunConfig:
+    """How far a model is stretched, which every verb has to find alike."""
+    if not cfg.model.rope_scaling or cfg.model.rope_scaling_length:
+        return cfg
+    return cfg.replace(rope_scaling_length=cfg.data.cutoff_len)
+
+
 def _online(cfg: RunConfig) -> dict[str, Any]:
     """What unset keys mean to a stage that answers prompts itself."""
     if cfg.objective.stage not in ONLINE:

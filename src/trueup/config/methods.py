@@ -67,7 +67,6 @@ LATER: dict[str, str] = {
     "adapter_folder": "full paths in adapter_name_or_path",
     "new_special_tokens_config": "add_special_tokens",
     "init_special_tokens": "add_special_tokens alone",
-    "rope_scaling": "a model with the context you need, or a smaller cutoff_len",
     "use_unsloth": "drop it: the default kernels",
     "use_unsloth_gc": "gradient_checkpointing: full",
     "enable_liger_kernel": "drop it: log-probs are fused already",
@@ -250,6 +249,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
         "lr_scheduler_kwargs",
         {"lr_scheduler_type": tuple(name for name in SCHEDULES if not name.startswith("constant"))},
     ),
+    ("rope_scaling_length", {"rope_scaling": SET}),
     ("length_penalty", {"num_beams": tuple(range(2, 100))}),
     ("ray_num_workers", {"ray_init_kwargs": SET}),
 ]

@@ -434,6 +434,13 @@ RULES = [
         "set ppo_kl_coeff, or drop ref_model",
     ),
     Rule(
+        ("rope_scaling",),
+        lambda c: c.rope_scaling == "dynamic",
+        "`rope_scaling: dynamic` reads a row otherwise beside longer rows, and after them: what is learnt from one "
+        "micro-batch does not hold in the next",
+        "set rope_scaling: yarn, llama3 or linear, which read every row alike",
+    ),
+    Rule(
         ("bf16", "fp16"),
         lambda c: c.bf16 and c.fp16,
         "`bf16` and `fp16` exclude each other: a run computes in one format",

@@ -235,7 +235,8 @@ class Model:
         section = self.cfg.model
         root, location, starts = resolve_model(name, section.adapter_name_or_path, hub_access(section))
         cpu = torch.device("cpu")
-        base = load_base(location, section, cpu, torch.float32, root, type(self.policy), quantised=False)
+        kind = type(self.policy)
+        base = load_base(location, section, cpu, torch.float32, root, kind, quantised=False, adapters=starts)
         return merge_adapters(base, starts)
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from trueup import memory
 from trueup.errors import ModelError, Problem
 from trueup.models.quantise import is_quantised
+from trueup.models.rope import check_adapter, write_record
 from trueup.models.tuners import KINDS, check_targets, is_plain, same_shape, with_dropout_of, without_dropout
 
 TRAINED = "default"  # peft's own name for the adapter that is saved at the top of a directory
@@ -90,6 +91,7 @@ class Adapters:
         )
         if self.initial is not None and not self.base_changed:
             save_file({k: v.contiguous() for k, v in self.initial[1].items()}, directory / INITIAL_FILE)
+        write_record(directory, self.model.get_base_model())
 
 
 def belongs_to(path: str, adapter: str) -> bool:
@@ -303,6 +305,7 @@ def _load_part(base: PreTrainedModel, path: str | Path) -> Part:
         return memory.held(str(path), "adapter_name_or_path").adapter
     path = Path(path)
     config = PeftConfig.from_pretrained(str(path))
+    check_adapter(base, path)
     if type(config) not in KINDS.values():
         raise ModelError(
             f"a {kind_of(config)} adapter cannot be started from", where=str(path),

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from trueup import memory
 from trueup.config.schema import ModelSection, RunConfig
 from trueup.models.adapters import attach_trained
 from trueup.models.device_memory import free_memory, resident
@@ -30,6 +31,7 @@ from trueup.models.memory import (
 )
 from trueup.models.policy import Policy
 from trueup.models.quantise import expected_bytes
+from trueup.models.rope import fit_rope
 from trueup.models.tuners import ADAPTERS, adapter_config
 
 #: What loading, the first forward and the kernels' own caches take on a CPU, whatever the model (docs/log.md).
@@ -69,9 +71,11 @@ class Estimate:
 def shape_only(cfg: RunConfig, kind: type[Policy] = Policy) -> PreTrainedModel:
     """The model with its real shapes and no weights (meta device)."""
     names = cfg.model.model_name_or_path, cfg.model.adapter_name_or_path
-    name, location, _ = resolve_model(*names, hub_access(cfg.model))
+    name, location, starts = resolve_model(*names, hub_access(cfg.model))
     config = read_model_config(location, cfg.model, name)
     kind.prepare(config)
+    if not memory.is_name(location):
+        fit_rope(config, cfg.model, starts, name)
     return without_weights(config, cfg.model, kind)
 
 

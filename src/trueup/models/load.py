@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,6 +33,7 @@ from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
 from trueup.models.policy import Policy
 from trueup.models.principal import originals_of, take_lost, take_principal
+from trueup.models.rope import check_built, fit_rope
 from trueup.models.tokenizer import hub_access
 from trueup.models.tokenizer import load_tokenizer as load_tokenizer  # for those who load a model as well
 from trueup.models.tuners import ADAPTERS, adapter_config
@@ -118,10 +119,12 @@ def load_base(
     name: str | None = None,
     kind: type[Policy] = Policy,
     quantised: bool = True,
+    adapters: Sequence[str] = (),
 ) -> PreTrainedModel:
     """A model of a policy's kind in eval mode, safetensors only, code from the hub only when trusted.
 
     Args:
+        adapters: what will stand on it: it reads positions as they were trained.
         quantised: whether the config's quantisation applies; without it, the weights of a checkpoint that is quantised
             already are written out.
 
@@ -134,13 +137,20 @@ def load_base(
     if memory.is_name(location):
         if device.type == "cpu":
             keep_memory()
-        return memory.held(location, "model_name_or_path").lend(device, dtype, kind.auto_class, location).eval()
+        base = memory.held(location, "model_name_or_path").lend(device, dtype, kind.auto_class, location).eval()
+        if stretch := fit_rope(copy.deepcopy(base.config), model, adapters, name or location):
+            raise ModelError(
+                f"a model in memory is built already, and would have to be built with {stretch}", where="rope_scaling",
+                fix="give the model by its directory, or load it with such rope_parameters in its config",
+            )  # fmt: skip
+        return base
     of_hub = dict(revision=access.revision, token=access.token, cache_dir=access.cache_dir)
     common = dict(**of_hub, trust_remote_code=model.trust_remote_code)
     try:
         refuse_code(location, name or location, "model_name_or_path", model.trust_remote_code, **of_hub)
         config = AutoConfig.from_pretrained(location, **common)
         kind.prepare(config)
+        stretch = fit_rope(config, model, adapters, name or location)
         asked = model if quantised else model.model_copy(update={"quantization_bit": None})
         plan = quantise.loading(asked, config, dtype, device, kind.always_trained)
         if device.type == "cpu" and asked.quantization_bit:
@@ -159,6 +169,7 @@ def load_base(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(name or location, access, error) from error
     base = plan.after(base)
+    check_built(base, stretch, name or location)
     quantise.settle(base)
     if device.type == "cpu":
         if quantise.is_quantised(base):
@@ -183,11 +194,13 @@ def from_scratch(
     config = copy.deepcopy(config)
     if quantise.stored_quantisation(config):
         del config.quantization_config  # of weights that are not read
+    stretch = fit_rope(config, model, (), name)
     attention = _plain_attention(model)
     base = kind.auto_class.from_config(
         config, dtype=torch.float32, trust_remote_code=model.trust_remote_code,
         **({"attn_implementation": attention} if attention else {}),
     )  # fmt: skip
+    check_built(base, stretch, name)
     return base.to(device=device, dtype=dtype).eval()
 
 
@@ -280,7 +293,7 @@ def load_policy(
     if model.train_from_scratch:
         base = from_scratch(location, model, device, dtype, name, kind)
     else:
-        base = load_base(location, model, device, torch.float32 if merging else dtype, name, kind)
+        base = load_base(location, model, device, torch.float32 if merging else dtype, name, kind, adapters=starts)
     check_vocabulary(base, tokenizer, name)
     _check_trainable(base, tuning)
     base.requires_grad_(False)
@@ -406,7 +419,7 @@ def load_frozen(
 ) -> PolicyKind:
     """A model that is only run: for chat and evaluation, or as a reference of its own (`ref_model`)."""
     root, location, starts = resolve_model(name, adapters, hub_access(model))
-    base = load_base(location, model, device, dtype, root, kind)
+    base = load_base(location, model, device, dtype, root, kind, adapters=starts)
     policy = kind(base, attach_frozen(base, starts))
     if memory.is_name(location):
         memory.held(location, "model_name_or_path").used_as(policy.model)

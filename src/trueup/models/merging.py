@@ -110,7 +110,7 @@ def load_beside(
     Raises:
         ModelError: the base cannot be loaded, or an adapter does not fit.
     """
-    base = load_base(location, model, device, torch.float32, root, kind, quantised=False)
+    base = load_base(location, model, device, torch.float32, root, kind, quantised=False, adapters=starts)
     # A base that was quantised remembers how it was packed, and would be saved so: transformers works it out anew.
     base._weight_conversions = None  # type: ignore[assignment]
     for parameter in base.parameters():

@@ -29,7 +29,7 @@ def load_plain(model: ModelSection, train: TrainSection, kind: type[Policy] = Po
             where="adapter_name_or_path", fix="merge all but the last",
         )  # fmt: skip
     device = pick_device(model.device)
-    base = load_base(location, model, device, pick_dtype(device, train.bf16, train.fp16), name, kind)
+    base = load_base(location, model, device, pick_dtype(device, train.bf16, train.fp16), name, kind, adapters=starts)
     return attach_alone(base, starts[0]) if starts else base
 
 

@@ -24,6 +24,7 @@ from trueup.errors import DataError
 from trueup.models.hub import resolve_model
 from trueup.models.load import hub_access, load_for_inference, load_tokenizer, read_model_config
 from trueup.models.policy import Policy
+from trueup.models.rope import context_of, fit_rope
 from trueup.recipes.collector import sampling_of
 from trueup.recipes.journal import Journal, digest
 from trueup.recipes.ledger import Ledger
@@ -208,12 +209,12 @@ class LocalSource:
 
     def _room(self) -> int:
         access = hub_access(self.cfg.model)
-        name, location, _ = resolve_model(
+        name, location, starts = resolve_model(
             str(self.cfg.model.model_name_or_path), self.cfg.model.adapter_name_or_path, access
         )
-        config = read_model_config(location, self.cfg.model, name).get_text_config()
-        longest = getattr(config, "max_position_embeddings", None) or 1 << 30
-        return longest - self.sampling.max_new_tokens
+        config = read_model_config(location, self.cfg.model, name)
+        fit_rope(config, self.cfg.model, starts, name)
+        return context_of(config, 1 << 30) - self.sampling.max_new_tokens
 
     def _keys(self, question: Question) -> list[str]:
         how = vars(self.sampling)

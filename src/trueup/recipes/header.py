@@ -12,6 +12,7 @@ from trueup.data.encode import Prepared
 from trueup.models.load import Loaded
 from trueup.models.memory import Recomputation
 from trueup.models.quantise import count_parameters, describe, resident_bytes
+from trueup.models.rope import stretch_of
 from trueup.recipes.batches import Arithmetic, Tokens
 from trueup.recipes.objective import describe_objective
 from trueup.recipes.online_words import describe_online
@@ -29,6 +30,7 @@ def header(
         begun = f", {how} {', '.join(loaded.starts)}"
     lines = {
         "model": f"{loaded.base_name}{begun}",
+        **({"positions": str(stretch)} if (stretch := stretch_of(loaded.policy.base)) else {}),
         **({"base": quantised} if (quantised := quantised_words(loaded)) else {}),
         "training": f"{cfg.tuning.finetuning_type}, {loaded.num_trainable:,} of {loaded.num_parameters:,} parameters",
         "objective": _objective(cfg),
@@ -114,6 +116,7 @@ def evaluation_header(cfg: RunConfig, loaded: Loaded, prepared: Prepared) -> str
     sets = ", ".join(f"{name} ({counted(len(dataset), 'row')})" for name, dataset in prepared.eval.items())
     lines = {
         "model": " + ".join([loaded.base_name, *loaded.starts]),
+        **({"positions": str(stretch)} if (stretch := stretch_of(loaded.policy.base)) else {}),
         "objective": _objective(cfg),
         "data": sets,
         "device": _device(loaded, int(os.environ.get("WORLD_SIZE", "1"))),

@@ -115,6 +115,7 @@ def _reward_model(
         scorer = load_text_scorer(cfg.model, name, device, dtype)
         return ModelReward(lambda answers: scorer([a.prompt for a in answers], [a.completion for a in answers]))
     section = in_bits(cfg.model, cfg.online.reward_model_quantization_bit)
+    section = section.model_copy(update={"rope_scaling": None})  # the policy's; a reward model brings its own along
     found = load_reward_model(section, name, cfg.online.reward_model_adapters, device, dtype)
     return ModelReward(_Rendered(found, _template_of(cfg, name, template), rows))
 

@@ -26,6 +26,7 @@ from trueup.errors import ConfigError, Problem
 from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_tokenizer, pick_device
 from trueup.models.memory import fit_to_memory
 from trueup.models.reward import RewardModel, check_trained
+from trueup.models.rope import varies_beyond
 from trueup.recipes.batches import Tokens, count_tokens, eval_batches, in_layout, plan_batches, train_batches
 from trueup.recipes.evaluation import regression
 from trueup.recipes.feed import watched, write_report
@@ -45,6 +46,8 @@ from trueup.training.profile import phase, profiling
 from trueup.training.run_directory import RunDirectory, check_target
 from trueup.training.signals import StopRequest, sigterm_cleans_up
 from trueup.training.watchdog import Watchdog
+
+log = logging.getLogger("trueup")
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         if not arithmetic.streamed:
             prepared.report.epoch_tokens = tokens.by_layout
         fit_activations(cfg, loaded, tokens)
+        mind_positions(cfg, loaded)
         predictor = make_predictor(cfg, loaded, tokenizer, prepared)
     console.print(prepared.report.render(), markup=False, highlight=False)
     told = None if arithmetic.streamed else tokens
@@ -163,6 +167,16 @@ def fit_activations(cfg: RunConfig, loaded: Loaded, tokens: Tokens) -> None:
     base, mode = loaded.policy.base, cfg.train.gradient_checkpointing
     reserved = reference_bytes(cfg, base, loaded.dtype)
     loaded.recomputation = fit_to_memory(base, cfg.tuning, mode, tokens.largest, reserved)
+
+
+def mind_positions(cfg: RunConfig, loaded: Loaded) -> None:
+    """Say where a model of a published kind reads a row otherwise beside a longer one."""
+    length = varies_beyond(loaded.policy.base)
+    if length is not None and cfg.data.cutoff_len > length:
+        log.warning(
+            "this model reads all rows of a micro-batch otherwise once one of them has more than %d tokens; those beside "
+            "it are learnt otherwise than they will be read alone, which cutoff_len: %d avoids", length, length,
+        )  # fmt: skip
 
 
 @contextmanager

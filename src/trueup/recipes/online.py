@@ -23,7 +23,14 @@ from trueup.recipes.evaluation import regression
 from trueup.recipes.header import evaluation_header, header
 from trueup.recipes.judges import Judges, check_files, load_judges
 from trueup.recipes.learners import make_learner
-from trueup.recipes.offline import RunResult, fit_activations, open_directory, running, stop_at_warnings
+from trueup.recipes.offline import (
+    RunResult,
+    fit_activations,
+    mind_positions,
+    open_directory,
+    running,
+    stop_at_warnings,
+)
 from trueup.recipes.online_program import OnlineProgram
 from trueup.recipes.predict import make_predictor, predict
 from trueup.recipes.prompts import PromptRows, check_prompts
@@ -67,6 +74,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         plan = in_layout(plan, prepared.train, loaded.policy.shared)
         tokens = answered_tokens(cfg, prepared.train, plan, arithmetic.epochs)
         fit_activations(cfg, loaded, tokens)
+        mind_positions(cfg, loaded)
         predictor = make_predictor(cfg, loaded, tokenizer, prepared)
         judges = load_judges(cfg, prepared.template, rows, loaded.device, loaded.dtype)
     try:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trueup.models.device_memory import free_memory
 from trueup.models.policy import Policy
+from trueup.models.rope import context_of
 from trueup.models.voices import BASE, Voices
 from trueup.rollout.batching import Row
 from trueup.rollout.cache import bytes_per_token, takes_rows
@@ -68,7 +69,7 @@ class Engine:
         self.limits = limits or Limits()
         config = policy.base.config
         self._alone = not takes_rows(config)
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        longest = context_of(config, sys.maxsize)
         self._places = self._cache_places(longest)
         self.context: int = min(longest, self._places)
         self._vocabulary = policy.base.get_input_embeddings().weight.shape[0]

@@ -68,7 +68,11 @@ class ModelSection(Section):
     booster: Annotated[Booster, Lower] = "auto"
     """Faster kernels: auto, flash_attn, liger or none."""
     rope_scaling: Annotated[RopeScaling, Lower] | None = None
-    """Stretch the model's context: linear, dynamic, yarn or llama3."""
+    """Stretch the model's context: linear, yarn or llama3; dynamic for answers only. An adapter trained so needs no
+    key: it brings its base's stretch along."""
+    rope_scaling_length: Positive | None = None
+    """Tokens the stretched context has to hold, which give the factor: this over the model's context, rounded up;
+    cutoff_len when unset."""
     use_unsloth: bool = False
     """Unsloth's training kernels."""
     use_unsloth_gc: bool = False

@@ -31,6 +31,7 @@ from trueup.models.merging import cast, fold, load_beside, load_gguf, load_writt
 from trueup.models.plain import tidy_generation
 from trueup.models.requantise import quantise_awq, quantise_bitsandbytes, quantise_gptq
 from trueup.models.reward import HEAD, RewardModel, check_trained
+from trueup.models.rope import context_of
 from trueup.training import durable
 
 log = logging.getLogger("trueup")
@@ -262,7 +263,7 @@ def _write_companions(stage: Path, plan: Plan, done: Exported) -> None:
     export, stops = plan.cfg.export, plan.tokenizer.convert_ids_to_tokens(list(plan.template.stop_ids))
     if not plan.is_reward:
         source = f"./{_gguf_name(plan)}" if export.export_gguf else "."
-        context = int(getattr(plan.shape.config.get_text_config(), "max_position_embeddings", 2048))
+        context = context_of(plan.shape.config, 2048)
         text = modelfile(source, plan.template, stops, context, plan.cfg.data.default_system)
         (stage / "Modelfile").write_text(text, encoding="utf-8")
     shown = {key: _shown(value) for key, value in done.facts.items()}

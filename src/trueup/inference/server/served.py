@@ -22,6 +22,7 @@ from trueup.inference.server.failures import ApiError, refuse
 from trueup.inference.server.settings import Settings
 from trueup.inference.server.token_text import TokenText
 from trueup.inference.server.tool_calls import family_of
+from trueup.models import rope
 from trueup.models.reward import RewardModel
 from trueup.rollout.engines import BASE, Engine, Limits, Sampling
 
@@ -258,7 +259,7 @@ def answer_of(
 
 def context_of(model: Model) -> int:
     """Tokens a model was made for."""
-    return getattr(model.policy.base.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    return rope.context_of(model.policy.base.config, 2**31)
 
 
 def short_name(name: str) -> str:

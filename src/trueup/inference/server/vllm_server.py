@@ -15,6 +15,7 @@ from trueup.errors import ConfigError, ModelError
 from trueup.inference.server.settings import Settings
 from trueup.models.hub import locate
 from trueup.models.load import hub_access
+from trueup.models.rope import read_record
 
 log = logging.getLogger("trueup")
 
@@ -48,6 +49,7 @@ def command(cfg: RunConfig, settings: Settings) -> list[str]:
         )  # fmt: skip
     base = locate(str(model.model_name_or_path), access)
     adapters = {**_acting(model.adapter_name_or_path, settings.name), **settings.adapters}
+    _check_positions(cfg, adapters)
     own = settings.name if settings.name and not model.adapter_name_or_path else short_name(model.model_name_or_path)
     words = ["serve", base, "--served-model-name", own, "--host", settings.host, "--port", str(settings.port)]
     words += ["--max-model-len", str(model.vllm_maxlen), "--gpu-memory-utilization", str(model.vllm_gpu_util)]
@@ -59,6 +61,19 @@ def command(cfg: RunConfig, settings: Settings) -> list[str]:
         words += ["--enable-lora", "--max-lora-rank", str(model.vllm_max_lora_rank), "--max-loras", str(len(adapters))]
         words += ["--lora-modules", *(f"{name}={locate(path, access)}" for name, path in adapters.items())]
     return words + _options(model.vllm_config or {})
+
+
+def _check_positions(cfg: RunConfig, adapters: Mapping[str, str]) -> None:
+    """vLLM reads positions as the base's files say. Raises ConfigError where the model is stretched."""
+    found = {path: stretch for path in adapters.values() if (stretch := read_record(Path(path).expanduser()))}
+    if not found and not cfg.model.rope_scaling:
+        return
+    how = ", ".join(f"{path} was trained with {stretch}" for path, stretch in found.items())
+    raise ConfigError(
+        f"vLLM reads positions as the model's files say, and {how or 'rope_scaling stretches them'}",
+        where="adapter_name_or_path" if found else "rope_scaling",
+        fix="trueup export writes a model that carries the stretch, and vLLM serves that",
+    )  # fmt: skip
 
 
 def environment(cfg: RunConfig, settings: Settings) -> Mapping[str, str]:
