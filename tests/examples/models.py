@@ -88,7 +88,9 @@ MODELS: dict[str, Model] = {
         "baichuan", "baichuan2",
         {k: v for k, v in _shape(4096, 11008, 32, 32, 32, 125696).items() if k != "num_key_value_heads"},
     ),
-    "deepseek-ai/deepseek-llm-7b-chat": Model("LlamaConfig", "deepseek", _shape(4096, 11008, 30, 32, 32, 102400)),
+    "deepseek-ai/deepseek-llm-7b-chat": Model(
+        "LlamaConfig", "deepseek", _shape(4096, 11008, 30, 32, 32, 102400, max_position_embeddings=4096)
+    ),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": Model("Qwen2Config", "deepseek3", _QWEN25_7B),
     "deepseek-ai/DeepSeek-V2-Lite-Chat": Model("DeepseekV2Config", "deepseek", _DEEPSEEK2, _TINY_DEEPSEEK2),
     "microsoft/Phi-4-mini-instruct": Model(

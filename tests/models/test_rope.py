@@ -39,7 +39,8 @@ def saved(directory: Path, name: str = "llama", **config) -> str:
 
 
 def section(path: str, kind: str | None = None, length: int | None = None) -> ModelSection:
-    return ModelSection(model_name_or_path=path, rope_scaling=kind, rope_scaling_length=length, device="cpu")
+    keys = {"model_name_or_path": path, "rope_scaling": kind, "rope_scaling_length": length, "device": "cpu"}
+    return ModelSection.model_validate(keys)
 
 
 def by_hand(path: str, kind: str) -> torch.nn.Module:

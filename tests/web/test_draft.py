@@ -50,6 +50,11 @@ def test_every_key_of_the_schema_can_be_reached_and_a_new_one_too(monkeypatch: p
     assert "brand_new_key" in reachable()
 
 
+def test_rope_scaling_stands_in_front_and_offers_its_kinds():
+    (key,) = (key for key in forms.front("model", Draft.new("dpo", "m").lenient()) if key.name == "rope_scaling")
+    assert key.kind == "choice" and {"linear", "yarn", "llama3"} <= set(key.choices)
+
+
 def test_problems_are_told_at_their_key(tmp_path: Path):
     draft = Draft({**Draft.new("dpo", "builtin:sql-tiny").values, "learning_rate": "-1", "pref_beta": "x"})
     checked = draft.check(Workspace(tmp_path))

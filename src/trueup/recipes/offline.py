@@ -174,8 +174,8 @@ def mind_positions(cfg: RunConfig, loaded: Loaded) -> None:
     length = varies_beyond(loaded.policy.base)
     if length is not None and cfg.data.cutoff_len > length:
         log.warning(
-            "this model reads all rows of a micro-batch otherwise once one of them has more than %d tokens; those beside "
-            "it are learnt otherwise than they will be read alone, which cutoff_len: %d avoids", length, length,
+            "this model reads all rows of a micro-batch otherwise once one of them has more than %d tokens; those "
+            "beside it are learnt otherwise than they will be read alone, which cutoff_len: %d avoids", length, length,
         )  # fmt: skip
 
 
