@@ -123,11 +123,10 @@ def fits(name: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         attach_trained(base, adapter_config(cfg.tuning, base, Policy), [], "shapes")
     else:
         unfreeze(base, cfg.tuning)
-    trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
     answers = 1.6 if stage_kind(cfg) == "pair" else 1.0  # two, beside one prompt
     costs = layer_costs(base, cfg.tuning, torch.bfloat16, device)
     tokens = int(answers * cfg.data.cutoff_len * cfg.train.per_device_train_batch_size)
-    kept = optimizer_bytes(trained, torch.bfloat16) + head_bytes(base, torch.bfloat16, device)
+    kept = optimizer_bytes(base, cfg.train, torch.bfloat16) + head_bytes(base, torch.bfloat16, device)
     assert weights + kept + costs.needed(tokens, costs.layers) <= 0.85 * (card - CONTEXT)
 
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from test_training_resume import fingerprint
 from toy_program import ToyProgram, run_toy, settings
 
+from trueup.config import optimizer_state
 from trueup.config.load import load_config
-from trueup.config.optimizers import OPTIMIZERS
+from trueup.config.optimizers import OPTIMIZERS, read_arguments
 from trueup.errors import ConfigError
 from trueup.training.optim import MasterOptimizer
-from trueup.training.optimizers import check_optimizer, rate_factors, state_bytes
+from trueup.training.optimizers import Wanted, check_optimizer, rate_factors, state_bytes
 
 KEYS = dict(
     num_train_epochs=4, save_strategy="steps", save_steps=9, logging_steps=6, eval_strategy="steps", eval_steps=5
@@ -102,6 +103,36 @@ def test_moments_of_8_bits_are_a_quarter(tmp_path):
         sizes[name] = state_bytes(optimizer.optimizer)
         optimizer.close()
     assert sizes["adamw_8bit"] == pytest.approx(sizes["adamw_torch"] / 4, rel=0.05)
+
+
+OTHER_ARGUMENTS = [
+    ("sgd", "momentum=0.9"), ("rmsprop", "momentum=0.9,centered=true"), ("adamw_8bit", "min_8bit_size=64"),
+    ("galore_adamw", "rank=8,proj_type=reverse_std"), ("galore_adamw", "rank=8,proj_type=full"),
+    ("galore_adafactor", "rank=8,proj_type=left"), ("apollo_adamw", "rank=8,proj=svd"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [pytest.param(*needs(name).values, None, marks=needs(name).marks, id=name) for name in OPTIMIZERS]
+    + [pytest.param(name, text, marks=needs(name).marks, id=f"{name}-{text}") for name, text in OTHER_ARGUMENTS],
+)
+def test_its_state_is_foreseen_from_names_and_shapes(name, text):
+    shapes = {
+        "embed_tokens.weight": (512, 64), "layers.0.self_attn.q_proj.weight": (128, 64),
+        "layers.0.self_attn.q_proj.bias": (128,), "layers.0.self_attn.o_proj.weight": (64, 128),
+        "layers.0.mlp.up_proj.weight": (512, 64), "layers.1.mlp.down_proj.weight": (64, 512),
+        "layers.1.input_layernorm.weight": (64,), "lm_head.weight": (512, 64),
+    }  # fmt: skip
+    weights = {key: torch.nn.Parameter(torch.randn(shape)) for key, shape in shapes.items()}
+    arguments = read_arguments(name, text)
+    optimizer = MasterOptimizer(weights, wanted=Wanted(name, 1e-3, arguments=arguments, head_elements=16 * 64))
+    optimizer.backward(sum((weight**2).sum() for weight in weights.values()))
+    optimizer.step(optimizer.gradient_norm(), 1)
+    optimizer.close()
+    foreseen = optimizer_state.state_bytes(shapes, name, arguments)
+    tables = 2 * 256 * 4  # bitsandbytes' numbers of 8 bits, once for all weights
+    assert foreseen == pytest.approx(state_bytes(optimizer.optimizer), rel=0.01, abs=tables + 4 * len(shapes))
 
 
 SWITCHES = [

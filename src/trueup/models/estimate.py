@@ -27,6 +27,7 @@ from trueup.models.memory import (
     decide,
     head_bytes,
     layer_costs,
+    moments_bytes,
     optimizer_bytes,
 )
 from trueup.models.policy import Policy
@@ -47,7 +48,7 @@ class Estimate:
     device: str
     dtype: str
     weights: int
-    optimizer: int  # fp32 masters, gradients and two moments of what trains
+    optimizer: int  # fp32 masters and gradients of what trains, and the optimizer's state
     activations: int
     head: int  # one tile of logits, in compute dtype and in fp32, and a trained head's gradient
     checkpoint: int  # one checkpoint on disk
@@ -111,7 +112,7 @@ def estimate(
         unfreeze(base, cfg.tuning, kind)
         trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
         saved = parameters
-    optimizer = optimizer_bytes(trainable, dtype)
+    optimizer = optimizer_bytes(base, cfg.train, dtype)
     head = head_bytes(base, dtype, device)
     beside = reference(base, dtype)
     room = int(USABLE * free_memory(device)) - weights - optimizer - head - beside
@@ -126,7 +127,7 @@ def estimate(
         optimizer=optimizer,
         activations=recomputation.needed,
         head=head,
-        checkpoint=saved * FP32 + 3 * trainable * FP32,
+        checkpoint=(saved + trainable) * FP32 + moments_bytes(base, cfg.train),
         recomputation=recomputation,
         reference=beside,
         program=resident() + LOADING if device.type == "cpu" else 0,

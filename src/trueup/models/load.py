@@ -318,7 +318,7 @@ def load_policy(
     note = policy.verify_layout()
     if note:
         log.warning("prompts are not shared between answers on this architecture: %s", note)
-    recomputation = fit_to_memory(policy.base, tuning, train.gradient_checkpointing)
+    recomputation = fit_to_memory(policy.base, tuning, train)
     return Loaded(policy, adapters, name, starts, device, dtype, note, recomputation)
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from trueup.config.schema import TuningSection
+from trueup.config.optimizer_state import state_bytes
+from trueup.config.optimizers import read_arguments
+from trueup.config.schema import TrainSection, TuningSection
 from trueup.errors import ModelError
 from trueup.models.attention import kernels_for
 from trueup.models.device_memory import free_memory
@@ -216,7 +218,7 @@ def decide(mode: str, costs: LayerCosts, tokens: int, room: int) -> Recomputatio
 
 
 def fit_to_memory(
-    base: PreTrainedModel, tuning: TuningSection, mode: str, tokens: int | None = None, reserved: int = 0
+    base: PreTrainedModel, tuning: TuningSection, train: TrainSection, tokens: int | None = None, reserved: int = 0
 ) -> Recomputation:
     """Decide which layers of a model on its device recompute, and let them.
 
@@ -226,14 +228,13 @@ def fit_to_memory(
     Args:
         reserved: bytes for what is not loaded yet and stays beside the model (a reference).
     """
-    device, dtype = base.device, base.dtype
+    device, dtype, mode = base.device, base.dtype, train.gradient_checkpointing
     costs = layer_costs(base, tuning, dtype, device)
     if tokens is None:
         unknown = "off" if device.type == "cpu" else "full"
         plan = decide(unknown if mode == "auto" else mode, costs, 0, 0)
     else:
-        trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
-        taken = optimizer_bytes(trainable, dtype) + head_bytes(base, dtype, device) + reserved
+        taken = optimizer_bytes(base, train, dtype) + head_bytes(base, dtype, device) + reserved
         room = int(USABLE * free_memory(device)) - taken
         plan = decide(mode, costs, tokens, max(room, 0))
     recompute(base, plan.recomputing)
@@ -255,9 +256,16 @@ def recompute(base: PreTrainedModel, count: int) -> None:
         layer.gradient_checkpointing = False
 
 
-def optimizer_bytes(trainable: int, dtype: torch.dtype) -> int:
-    """Gradients and two moments in fp32, and the fp32 masters of what computes in another format."""
-    return trainable * FP32 * (3 if dtype == torch.float32 else 4)
+def moments_bytes(base: nn.Module, train: TrainSection) -> int:
+    """The state of `optim` for what trains."""
+    shapes = {name: tuple(p.shape) for name, p in base.named_parameters() if p.requires_grad}
+    return state_bytes(shapes, train.optim, read_arguments(train.optim, train.optim_args), train.optim_target_modules)
+
+
+def optimizer_bytes(base: nn.Module, train: TrainSection, dtype: torch.dtype) -> int:
+    """fp32 gradients of what trains, fp32 masters of what computes in another format, and the optimizer's state."""
+    trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
+    return trainable * FP32 * (1 if dtype == torch.float32 else 2) + moments_bytes(base, train)
 
 
 def head_bytes(base: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> int:

@@ -164,9 +164,9 @@ def evaluate(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
 
 def fit_activations(cfg: RunConfig, loaded: Loaded, tokens: Tokens) -> None:
     """Let as many layers recompute as `gradient_checkpointing` asks, with the reference beside the model in mind."""
-    base, mode = loaded.policy.base, cfg.train.gradient_checkpointing
+    base = loaded.policy.base
     reserved = reference_bytes(cfg, base, loaded.dtype)
-    loaded.recomputation = fit_to_memory(base, cfg.tuning, mode, tokens.largest, reserved)
+    loaded.recomputation = fit_to_memory(base, cfg.tuning, cfg.train, tokens.largest, reserved)
 
 
 def mind_positions(cfg: RunConfig, loaded: Loaded) -> None:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers.optimization import Adafactor
 
+from trueup.config import optimizer_state
+from trueup.config.optimizer_state import is_embedding, is_matrix_of_a_layer, layer_of
 from trueup.config.optimizers import LORA_PLUS_EMBEDDINGS, OPTIMIZERS, read_arguments
 from trueup.errors import ConfigError
 
@@ -29,8 +31,6 @@ _log = logging.getLogger("trueup")
 # As transformers' Trainer: biases and normalisation weights are not decayed ("ln_1" is GPT-2's
 # spelling).
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)|(?:^|\.)ln_")
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|lora_embedding)")
 
 _SHARED = ("qmap1", "qmap2")  # bitsandbytes' tables, the same for every tensor
 _MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}
@@ -73,11 +73,6 @@ def is_decayed(name: str) -> bool:
     return _NOT_DECAYED.search(name.lower()) is None
 
 
-def is_matrix_of_a_layer(name: str, tensor: Tensor) -> bool:
-    """Whether it is one of the layers' matrices: not an embedding, not the head, not a norm."""
-    return tensor.dim() == 2 and _LAYER.search(name) is not None and _EMBEDDING.search(name) is None
-
-
 def rate_factors(names: Sequence[str], multipliers: Mapping[str, float], decay: float | None) -> dict[str, float]:
     """Learning rates over the run's: the product of the multipliers whose pattern is found in a name, and `decay` once
     for each layer between a parameter and the last one (embeddings lie below the first).
@@ -99,10 +94,10 @@ def rate_factors(names: Sequence[str], multipliers: Mapping[str, float], decay: 
         for name in found:
             factors[name] *= float(factor)
     if decay:
-        layer = {name: int(found[1]) for name in names if (found := _LAYER.search(name))}
+        layer = {name: found for name in names if (found := layer_of(name)) is not None}
         top = max(layer.values(), default=0)
         for name in names:
-            depth = top - layer[name] if name in layer else top + 1 if _EMBEDDING.search(name) else 0
+            depth = top - layer[name] if name in layer else top + 1 if is_embedding(name) else 0
             factors[name] *= decay**depth
     return {name: factor for name, factor in factors.items() if factor != 1.0}
 
@@ -198,12 +193,7 @@ def projected(masters: Mapping[str, Tensor], wanted: Wanted) -> set[str]:
 
     Raises ConfigError when there are none.
     """
-    matrices = [name for name, master in masters.items() if is_matrix_of_a_layer(name, master)]
-    names = [target for target in wanted.targets if target not in ("all", "all-linear")]
-    if not names:
-        found = set(matrices)
-    else:
-        found = {name for name in matrices if any(re.search(target, name) for target in names)}
+    found = optimizer_state.projected({name: master.shape for name, master in masters.items()}, wanted.targets)
     if not found:
         raise ConfigError(
             f"optim: {wanted.name} finds none of the matrices it is to project",
@@ -272,7 +262,7 @@ class _Several(torch.optim.Optimizer):
 
 
 def _muon(masters: Mapping[str, Tensor], w: Wanted) -> torch.optim.Optimizer:
-    matrices = {name: master for name, master in masters.items() if is_matrix_of_a_layer(name, master)}
+    matrices = {name: master for name, master in masters.items() if is_matrix_of_a_layer(name, master.dim())}
     others = {name: master for name, master in masters.items() if name not in matrices}
     if not matrices:
         raise ConfigError("optim: muon finds no matrix of a layer to train", where="optim", fix="optim: adamw_torch")
@@ -284,7 +274,7 @@ def _muon(masters: Mapping[str, Tensor], w: Wanted) -> torch.optim.Optimizer:
 
 def _galore(masters: Mapping[str, Tensor], w: Wanted) -> torch.optim.Optimizer:
     package: Any = importlib.import_module("galore_torch")
-    options = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", **w.arguments}
+    options = {**optimizer_state.PROJECTED, "update_proj_gap": 200, "scale": 0.25, **w.arguments}
     groups = _groups(masters, w, options)
     if w.name == "galore_adafactor":
         options = {"scale_parameter": False, "relative_step": False}
@@ -302,7 +292,7 @@ def _galore_projector(optimizer: Any, group: Mapping[str, Any], numbers: Mapping
 def _apollo(masters: Mapping[str, Tensor], w: Wanted) -> torch.optim.Optimizer:
     package: Any = importlib.import_module("apollo_torch")
     options = {
-        "rank": 128, "update_proj_gap": 200, "scale": 1.0, "proj": "random", "proj_type": "std",
+        **optimizer_state.PROJECTED, "update_proj_gap": 200, "scale": 1.0, "proj": "random",
         "scale_type": "channel", **w.arguments,
     }  # fmt: skip
     front = options.pop("scale_front", False)
