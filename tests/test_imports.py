@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"config", "builtin"},
     "training": {"config"},
     "rollout": {"config", "models"},
-    "recipes": {"config", "builtin", "data", "objectives", "models", "training", "rollout"},
+    "recipes": {"config", "builtin", "data", "objectives", "models", "training", "rollout", "quantities"},
     "inference": {
         "config",
         "builtin",
@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         "console",
     },
     "console": set(),
+    "quantities": set(),
     "launch": {"config"},
     "cli": {
         "config",
@@ -61,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli_export": {"config", "inference", "console", "cli_options"},
     "cli_serve": {"inference", "console", "cli_options"},
     "cli_web": {"web", "inference", "console", "cli_options", "cli_serve"},
-    "web": {"config", "builtin", "data", "training", "inference"},
+    "web": {"config", "builtin", "data", "training", "inference", "quantities"},
     "cli_options": {"config", "console"},
     "trl": {"api", "config", "data", "models", "rollout", "training"},
     "unsloth": {"api", "config", "models", "trl"},

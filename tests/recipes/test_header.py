@@ -8,8 +8,9 @@ import pytest
 from trueup.config.load import load_config
 from trueup.data.encoded import Answer, Encoded, EncodedDataset
 from trueup.models.memory import Recomputation
+from trueup.quantities import sized
 from trueup.recipes.batches import STEPS_SAMPLED, count_tokens, in_layout, plan_batches
-from trueup.recipes.header import batch_words, counted, memory_words, sized, steps_words, tokens_words
+from trueup.recipes.header import batch_words, counted, memory_words, steps_words, tokens_words
 
 BASE = {"model_name_or_path": "m", "dataset": "d", "per_device_train_batch_size": 2, "cutoff_len": 100}
 
@@ -43,7 +44,7 @@ def test_plurals(number: int, text: str):
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 KB"), (5e5, "488 KB"), (1.2e7, "11.4 MB"), (1.05e9, "1,001 MB"), (3.5e9, "3.26 GB")]
+    ("size", "text"), [(0, "0 B"), (5e5, "488 KB"), (1.2e7, "11.4 MB"), (1.05e9, "1,001 MB"), (3.5e9, "3.26 GB")]
 )
 def test_sizes_have_the_unit_that_shows_them(size: float, text: str):
     assert sized(size) == text

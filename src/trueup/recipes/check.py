@@ -16,8 +16,9 @@ from trueup.data.encode import Prepared, prepare
 from trueup.models.device_memory import free_memory
 from trueup.models.estimate import Estimate, estimate, shape_only
 from trueup.models.load import check_vocabulary, load_tokenizer
+from trueup.quantities import sized
 from trueup.recipes.batches import Arithmetic, Tokens, answered_tokens, count_tokens, eval_batches, plan_batches
-from trueup.recipes.header import batch_words, memory_words, sized, steps_words, tokens_words
+from trueup.recipes.header import batch_words, memory_words, steps_words, tokens_words
 from trueup.recipes.judges import check_files
 from trueup.recipes.offline import check_output
 from trueup.recipes.prompts import check_prompts

@@ -13,6 +13,7 @@ from trueup.models.load import Loaded
 from trueup.models.memory import Recomputation
 from trueup.models.quantise import count_parameters, describe, resident_bytes
 from trueup.models.rope import stretch_of
+from trueup.quantities import sized
 from trueup.recipes.batches import Arithmetic, Tokens
 from trueup.recipes.objective import describe_objective
 from trueup.recipes.online_words import describe_online
@@ -101,14 +102,6 @@ def counted(number: int, noun: str) -> str:
     """`1 row`, `2,000 rows`, `2 processes`."""
     plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{plural}"
-
-
-def sized(size: float) -> str:
-    """Bytes as people read them: `850 KB`, `12 MB`, `3.4 GB`."""
-    for unit, of in (("GB", 1024**3), ("MB", 1024**2)):
-        if size >= of:
-            return f"{size / of:.3g} {unit}" if size < 1000 * of else f"{size / of:,.0f} {unit}"
-    return f"{size / 1024:.0f} KB"
 
 
 def evaluation_header(cfg: RunConfig, loaded: Loaded, prepared: Prepared) -> str:

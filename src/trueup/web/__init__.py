@@ -20,7 +20,7 @@ from trueup.web.view import View
 def label(view: View) -> None:                                         # may be async
     ui.label(view.t("label.greeting", name=name)).classes("muted")     # text is always a label's: never HTML
 
-@page("/label/{dataset:path}", icon="how_to_vote", order=60, menu=False)
+@page("/label/{dataset:path}", icon="how_to_vote", order=61, below="/label")
 def one(view: View) -> None:
     path = view.workspace.data(view.path["dataset"])                   # an id → a path inside, or a page that says no
 ```

@@ -62,7 +62,7 @@ def lines(
         "legend": _legend([one["name"] for one in series if one["name"]]) if several else {"show": False},
         "tooltip": {**_tooltip("axis"), ":valueFormatter": _SHORT},
         "xAxis": {
-            **_axis(x_label, _SECONDS if x_kind == "seconds" else _SHORT), "type": "value", "min": "dataMin",
+            **_axis(x_label, _SECONDS if x_kind == "seconds" else _SHORT), "type": "value", "min": _begin(curves),
             "max": "dataMax", "nameLocation": "middle", "nameGap": 26, "splitLine": {"show": False},
         },
         "yAxis": {
@@ -151,11 +151,14 @@ def intervals(
         middle: a value that is marked.
     """
     count = len(series)
-    rows = [name if not place else "" for name in names for place in range(count)]
+    group = count + (count > 1)  # an empty row between groups
+    rows = [name if place == (count - 1) // 2 else "" for name in names for place in range(group)][
+        : -1 if count > 1 else None
+    ]
     drawn: list[dict[str, Any]] = []
     for place, (name, of) in enumerate(series.items()):
         colour = COLOURS[place % len(COLOURS)]
-        there = [(number * count + place, one) for number, one in enumerate(of) if one is not None]
+        there = [(number * group + place, one) for number, one in enumerate(of) if one is not None]
         ends: list[Any] = [point for row, (_, low, high) in there for point in ([low, row], [high, row], ["-", "-"])]
         line = _line("", ends, colour, width=4, opacity=0.4, silent=True)
         dots = {"type": "scatter", "name": name, "data": [[one[0], row] for row, one in there], "symbolSize": 10,
@@ -210,6 +213,12 @@ def _line(
         "itemStyle": {"color": colour}, "emphasis": {"disabled": True}, "z": 1 if silent else 2,
         **({"tooltip": {"show": False}} if silent else {}),
     }  # fmt: skip
+
+
+def _begin(curves: Sequence[Line]) -> str | int:
+    """Where the x axis begins: at its first value, or at 0 where that is the only one."""
+    at = {curve.points[place][0] for curve in curves if curve.points for place in (0, -1)}
+    return 0 if len(at) == 1 and min(at) > 0 else "dataMin"
 
 
 def _base() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from nicegui import ui
 
-from trueup.inference.runs import age
+from trueup.quantities import sized
 from trueup.web.chores import Chore, Chores
 from trueup.web.frame import button, card, copy_block, empty, heading, state_badge
 from trueup.web.verb_form import written
@@ -39,7 +39,7 @@ def chores_list(view: View, chores: Chores, address: str, title: str, nothing: s
                 with ui.link(target=f"{address}/{quote(one.id)}").classes("chore"):
                     ui.label(one.id).classes("chore-name")
                     state_badge(view, one.state)
-                    ui.label(age(time.time() - one.touched)).classes("muted small number")
+                    ui.label(view.ago(one.touched)).classes("muted small number")
             if not found:
                 empty(icon, nothing)
 
@@ -129,14 +129,6 @@ def files(view: View, folder: Path, names: Sequence[str] | None = None) -> None:
                 ui.label(sized(path.stat().st_size)).classes("muted small number")
                 label = view.t("chores.fetch", name=path.name)
                 button("", lambda path=path: ui.download.file(path), icon="download", kind="quiet", label=label)
-
-
-def sized(size: float) -> str:
-    """Bytes as people read them."""
-    for unit, of in (("GB", 1024**3), ("MB", 1024**2)):
-        if size >= of:
-            return f"{size / of:.3g} {unit}"
-    return f"{size / 1024:.1f} KB" if size >= 1024 else f"{size} B"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, label: str) -> None:

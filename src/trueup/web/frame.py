@@ -9,6 +9,7 @@ from typing import Any
 from nicegui import ui
 
 from trueup.errors import Problem
+from trueup.web.draft import Checked
 from trueup.web.pages import Page
 from trueup.web.view import View
 from trueup.web.words import LANGUAGES
@@ -34,7 +35,7 @@ def frame(view: View, page: Page, pages: Sequence[Page]) -> Iterator[None]:
             with ui.element("nav").props(f'aria-label="{view.t("frame.navigation")}"').classes("menu"):
                 for each in pages:
                     if each.menu:
-                        _entry(view, each, current=each is page)
+                        _entry(view, each, page)
             _switches(view)
         with ui.element("div").props('id="content" tabindex="-1"').classes("main"):
             yield
@@ -103,6 +104,23 @@ def problems(found: Sequence[Problem]) -> ui.element:
     return box
 
 
+def verdict(view: View, checked: Checked) -> None:
+    """What a form's check found: what is wrong, or that nothing is and what is worth knowing."""
+    if checked.problems:
+        problems(checked.problems)
+        return
+    all_well(view.t("frame.valid"))
+    for notice in checked.notices:
+        ui.label(notice).classes("muted small")
+
+
+def all_well(text: str) -> None:
+    """A line that says what is right."""
+    with ui.element("div").classes("all-well"):
+        ui.icon("check_circle").props("aria-hidden=true")
+        ui.label(text)
+
+
 def empty(icon: str, text: str) -> ui.element:
     """What stands where there is nothing yet; use as a context for a button."""
     box = ui.element("div").classes("empty")
@@ -132,10 +150,18 @@ def copy_block(view: View, text: str) -> ui.element:
     return box
 
 
-def _entry(view: View, page: Page, *, current: bool) -> None:
+def set_code(block: ui.element, text: str) -> None:
+    """Other text in a `copy_block`."""
+    (words,) = [one for one in block.descendants() if isinstance(one, ui.label)]
+    words.set_text(text)
+
+
+def _entry(view: View, page: Page, open_now: Page) -> None:
+    """An entry of the menu, marked if the open page is this one or below it."""
+    current = page.path in (open_now.path, open_now.below)
     link = ui.link(target=page.path).classes("menu-entry" + (" menu-current" if current else ""))
     if current:
-        link.props("aria-current=page")
+        link.props(f"aria-current={'page' if page is open_now else 'true'}")
     with link:
         ui.icon(page.icon).props("aria-hidden=true")
         ui.label(view.t(page.title))

@@ -16,7 +16,8 @@ from trueup.web import forms
 from trueup.web.chores import Chores
 from trueup.web.draft import Checked, Draft
 from trueup.web.found import found_here
-from trueup.web.frame import button, card, copy_block, heading, problems
+from trueup.web.frame import button, card, copy_block, heading, problems, set_code, verdict
+from trueup.web.glance import glances
 from trueup.web.view import View
 
 
@@ -72,12 +73,19 @@ class VerbForm:
             draft = Draft.unpack(query["draft"])
             self.named = self.out in draft.values
             return draft
+        if "model" in query:
+            return Draft({"model_name_or_path": query["model"]})
+        run = query.get("run") or self._newest()
         try:
-            if "run" in query:
-                return Draft(self.of_run(query["run"]))
+            return Draft(self.of_run(run) if run else {})
         except UserError as error:
-            self.note = error.problems
-        return Draft({"model_name_or_path": query["model"]} if "model" in query else {})
+            self.note = error.problems if "run" in query else []
+        return Draft({})
+
+    def _newest(self) -> str | None:
+        """The run with a result that ended last: what somebody who comes without one in mind most likely means."""
+        found = glances(self.view.jobs)
+        return next((one.id for one in found if not one.state.alive and self.place.has_model(one.id)), None)
 
     def build(self) -> None:
         """Everything, top to bottom."""
@@ -210,18 +218,10 @@ class VerbForm:
         for widgets in self.widgets.values():
             for widget in widgets:
                 widget.tell(self.checked)
-        (words,) = [one for one in self.command.descendants() if isinstance(one, ui.label)]
-        words.set_text(written(self.verb, self.command_words()))
+        set_code(self.command, written(self.verb, self.command_words()))
         self.found.clear()
         with self.found:
-            if wrong:
-                problems(wrong)
-            else:
-                with ui.element("div").classes("all-well"):
-                    ui.icon("check_circle").props("aria-hidden=true")
-                    ui.label(self.view.t("train.valid"))
-                for notice in self.checked.notices:
-                    ui.label(notice).classes("muted small")
+            verdict(self.view, self.checked)
         self.start.set_enabled(not wrong)
 
     async def _start(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from urllib.parse import urlencode
 from fastapi import Request
 from nicegui import ui
 
+from trueup.inference.runs import age
 from trueup.web.jobs import Jobs
 from trueup.web.speakers import Speakers
 from trueup.web.words import LANGUAGES, find, preferred, say
@@ -45,6 +47,11 @@ class View:
     def maybe(self, key: str) -> str | None:
         """The same, or None where no table has it."""
         return find(key, self.language)
+
+    def ago(self, moment: float) -> str:
+        """How long since a moment (seconds since the epoch), in its largest unit."""
+        text = age(time.time() - moment)
+        return self.t(f"frame.age_{text[-1]}", count=text[:-1])
 
     def remember(self, **choices: str | None) -> None:
         """Put choices into the address (None takes one out), so that a reload and a copied link keep them."""

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from trueup.errors import ConfigError
 
 STUDIO = ".trueup"  # what the studio keeps for itself
+_SAVED = ("adapter_config.json", "config.json")  # either, if there is a model
 _LONGEST = 400
 _MOST = 200  # of anything that is listed
 
@@ -79,6 +80,10 @@ class Workspace:
             number += 1
             free = f"{run_id}-{number}"
         return free
+
+    def has_model(self, run_id: str) -> bool:
+        """Whether a run has saved a model or an adapter."""
+        return any((self.run(run_id) / name).is_file() for name in _SAVED)
 
     # --- what configs may name ---------------------------------------------------------------
 

@@ -36,7 +36,7 @@ _LINE = re.compile(r":(\d+)(?::\d+)?$")
 _FAR = 10**9
 
 
-@page("/data/{name:path}", icon="dataset", order=11, menu=False, title="data.title")
+@page("/data/{name:path}", icon="dataset", order=11, below="/data", title="data.title")
 async def dataset(view: View) -> None:
     """One dataset."""
     name = view.path["name"]

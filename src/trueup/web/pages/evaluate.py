@@ -36,7 +36,7 @@ def evaluate(view: View) -> None:
     chores_list(view, form.chores, "/evaluation", t("evaluate.list"), t("evaluate.none"), "fact_check")
 
 
-@page("/evaluation/{chore:path}", icon="fact_check", order=71, menu=False, title="evaluate.one")
+@page("/evaluation/{chore:path}", icon="fact_check", order=71, below="/evaluate", title="evaluate.one")
 def evaluation(view: View) -> None:
     """One evaluation."""
     ChorePage(view, Chores(view.workspace, "eval"), "/evaluate", partial(_result, view)).build()

@@ -11,8 +11,9 @@ from nicegui import ui
 from trueup.config.exporting import READ_WITH
 from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
+from trueup.quantities import sized
 from trueup.training import durable
-from trueup.web.chore_view import ChorePage, chores_list, files, sized, table
+from trueup.web.chore_view import ChorePage, chores_list, files, table
 from trueup.web.chores import Chores
 from trueup.web.frame import button, card, copy_block, figure, row
 from trueup.web.pages import page
@@ -30,7 +31,7 @@ def export(view: View) -> None:
     chores_list(view, form.chores, "/exported", view.t("export.list"), view.t("export.none"), "inventory_2")
 
 
-@page("/exported/{chore:path}", icon="inventory_2", order=81, menu=False, title="export.one")
+@page("/exported/{chore:path}", icon="inventory_2", order=81, below="/export", title="export.one")
 def exported(view: View) -> None:
     """One export."""
     ChorePage(view, Chores(view.workspace, "export"), "/export", partial(_result, view)).build()

@@ -8,7 +8,6 @@ from urllib.parse import quote
 from nicegui import run as background
 from nicegui import ui
 
-from trueup.inference.runs import age
 from trueup.web.frame import card, heading, state_badge
 from trueup.web.glance import Glance, glances
 from trueup.web.pages import PAGES, page
@@ -87,5 +86,5 @@ def _line(view: View, one: Glance) -> None:
             ui.link(one.id, f"/run/{quote(one.id)}").classes("home-name")
             ui.label(" · ".join(filter(None, what))).classes("muted small number")
         if not one.state.alive:
-            ui.label(view.t("home.ago", age=age(time.time() - one.touched))).classes("muted small home-age")
+            ui.label(view.ago(one.touched)).classes("muted small home-age")
         state_badge(view, one.state.state)

@@ -14,7 +14,7 @@ from nicegui.events import KeyEventArguments
 from trueup.data.inventory import Inventory, inventory
 from trueup.errors import ConfigError, Problem, UserError
 from trueup.web.agreement import Share, agreement
-from trueup.web.frame import button, card, empty, figure, heading, problems, row
+from trueup.web.frame import all_well, button, card, empty, figure, heading, problems, row
 from trueup.web.judged import Kind, items_of, rows_of, verdicts, write_dataset
 from trueup.web.labels import SKIP, TIE, Choice, Label, Project, Turn, projects, text_of, tidy_name
 from trueup.web.onward import train_address
@@ -112,7 +112,7 @@ def _free(name: str, taken: set[str]) -> str:
     return free
 
 
-@page("/label/{project}", icon="how_to_vote", order=61, menu=False, title="label.title")
+@page("/label/{project}", icon="how_to_vote", order=61, below="/label", title="label.title")
 def one(view: View) -> None:
     """A project: questions, or what came of them."""
     name = view.path["project"]
@@ -345,7 +345,7 @@ class Results:
             except UserError as error:
                 problems(error.problems)
                 return
-            ui.label(self.view.t("label.written", count=f"{count:,}", file=f"data/{path.name}")).classes("all-well")
+            all_well(self.view.t("label.written", count=f"{count:,}", file=f"data/{path.name}"))
             self._left_out(kind)
             with row():
                 button(self.view.t("label.look"), lambda: self.view.open(f"/data/{quote(name)}"), icon="dataset")

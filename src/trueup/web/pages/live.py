@@ -26,12 +26,11 @@ from trueup.web.view import View
 _SECONDS = 1.0
 _COMPLETIONS = 8  # of a step
 _NEWEST = 20  # rows, from which the time left is told
-_SAVED = ("adapter_config.json", "config.json")  # either, if there is a model
 _ONWARD = {"chat": "forum", "evaluate": "analytics", "export": "ios_share"}  # pages that take a run → their icons
 _AXES = ("step", "epoch", "tokens", "time")
 
 
-@page("/run/{run:path}", icon="monitoring", order=41, menu=False)
+@page("/run/{run:path}", icon="monitoring", order=41, below="/runs")
 def live(view: View) -> None:
     """One run."""
     if not view.workspace.run(view.path["run"]).is_dir():
@@ -228,7 +227,7 @@ class LivePage:
             button(t("live.stop_now"), lambda: self._do(lambda: self._stop(False)), icon="stop", kind="danger")
         elif state.resumable:
             button(t("live.resume"), lambda: self._do(self._resume), icon="play_arrow", kind="primary")
-        if not state.alive and any((self.path / name).is_file() for name in _SAVED):
+        if not state.alive and self.view.workspace.has_model(self.run):
             for name, icon in _ONWARD.items():
                 if f"/{name}" in PAGES:
                     kind = "primary" if state.state == "finished" and name == "chat" else "plain"
@@ -270,7 +269,7 @@ class LivePage:
         left = self._time_left(table, state)
         took = _clock(table.extent("time")[1]) if table.length > 1 else ""
         self._say("left", "–" if left is None else _clock(left), self.view.t("live.took", time=took) if took else "")
-        self._say("loss", _short(table.last("loss")), _short(table.last("eval_loss"), "eval"))
+        self._say("loss", _short(table.last("loss")), _short(table.last("eval_loss"), self.view.t("live.curve_eval")))
         memory = _short(table.last("memory_gb"), "GB", after=True)
         self._say("speed", _short(table.last("tokens_per_second")), memory)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,6 @@ from nicegui import run as background
 from nicegui import ui
 from nicegui.events import GenericEventArguments
 
-from trueup.inference.runs import age
 from trueup.web import charts, series
 from trueup.web.compare import best, differences, read_config
 from trueup.web.frame import button, card, empty, heading, row
@@ -160,7 +158,7 @@ class Board:
             "state_word": self.view.maybe(f"frame.state_{one.state.state}") or one.state.state,
             "stage": one.stage, "model": one.model.rstrip("/").rpartition("/")[2], "touched": one.touched,
             "step": f"{one.state.step:,} / {total:,}" if total else f"{one.state.step:,}",
-            "age": age(time.time() - one.touched), "tags": "\n".join(one.remarks.tags), "note": one.remarks.note,
+            "age": self.view.ago(one.touched), "tags": "\n".join(one.remarks.tags), "note": one.remarks.note,
             "best": t("runs.best", metric=leader[1]) if leader and leader[0] == one.id else "",
             "choose_word": t("runs.choose", run=one.id), "edit_word": t("runs.edit", run=one.id),
             **{name: float(f"{one.metrics[name]:.4g}") for name in SHOWN if name in one.metrics},

@@ -17,10 +17,11 @@ from trueup.config.checks import default_output_dir
 from trueup.config.load import given
 from trueup.config.methods import STAGES
 from trueup.errors import Problem, UserError
+from trueup.quantities import lasting, sized
 from trueup.web import forms
 from trueup.web.draft import Checked, Draft
 from trueup.web.found import found_here
-from trueup.web.frame import button, card, copy_block, heading, problems
+from trueup.web.frame import button, card, copy_block, heading, problems, set_code, verdict
 from trueup.web.pages import page
 from trueup.web.series import read
 from trueup.web.view import View
@@ -274,14 +275,7 @@ class TrainPage:
         set_code(self.yaml, self.draft.yaml())
         self.found.clear()
         with self.found:
-            if self.checked.problems:
-                problems(self.checked.problems)
-            else:
-                with ui.element("div").classes("all-well"):
-                    ui.icon("check_circle").props("aria-hidden=true")
-                    ui.label(self.view.t("train.valid"))
-                for notice in self.checked.notices:
-                    ui.label(notice).classes("muted small")
+            verdict(self.view, self.checked)
         self.start.set_enabled(self.checked.cfg is not None)
 
     def _tell(self) -> None:
@@ -341,12 +335,6 @@ class TrainPage:
             button(t("train.save"), write, kind="primary")
 
 
-def set_code(block: ui.element, text: str) -> None:
-    """Other text in a `copy_block`."""
-    (words,) = [one for one in block.descendants() if isinstance(one, ui.label)]
-    words.set_text(text)
-
-
 def _needs(view: View, report: dict[str, Any]) -> None:
     """The estimate in a few lines."""
     t, needs, steps = view.t, report["estimate"], report["steps"]
@@ -358,7 +346,7 @@ def _needs(view: View, report: dict[str, Any]) -> None:
         (t("train.steps"), f"{steps['total_steps']:,}", t("train.rows_a_step", count=steps["rows_per_step"]), True),
     ]  # fmt: skip
     if seconds := _seconds(view, report):
-        rows.append((t("train.time"), duration(seconds), t("train.time_from"), True))
+        rows.append((t("train.time"), lasting(seconds), t("train.time_from"), True))
     trained = f"{needs['trainable']:,} / {needs['parameters']:,}"
     rows.append((t("train.trained"), trained, f"{needs['device']}, {needs['dtype']}", True))
     with ui.element("dl").classes("needs"):
@@ -388,19 +376,3 @@ def _seconds(view: View, report: dict[str, Any]) -> float | None:
             if speed:
                 return tokens["epoch"] * report["steps"]["epochs"] / speed
     return None
-
-
-def sized(size: float) -> str:
-    """Bytes as people read them."""
-    for unit, of in (("GB", 1024**3), ("MB", 1024**2)):
-        if size >= of:
-            return f"{size / of:.3g} {unit}" if size < 1000 * of else f"{size / of:,.0f} {unit}"
-    return f"{size / 1024:.0f} KB"
-
-
-def duration(seconds: float) -> str:
-    """A time as people read it: `45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
