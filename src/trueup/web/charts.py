@@ -16,7 +16,7 @@ from nicegui import ui
 COLOURS = tuple(f"var(--series-{number})" for number in range(1, 9))
 _INK, _QUIET, _LINE = "var(--ink-2)", "var(--ink-3)", "var(--grid)"
 _FONT = "Inter, system-ui, -apple-system, 'Segoe UI', 'PingFang SC', 'Microsoft YaHei', 'Noto Sans CJK SC', sans-serif"
-_NAMES_WIDTH = 132  # of the names at the side of lying figures
+_NAMES_WIDTH = 148  # of the names at the side of lying figures
 Points = Sequence[Sequence[float]]
 
 #: a number in few characters; JavaScript that ECharts calls, the same everywhere. No user text gets in.
