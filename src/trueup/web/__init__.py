@@ -1,7 +1,7 @@
 """The studio: data, training, runs, chat, labelling, evaluation and export in a browser. Torch is never loaded here.
 
     run.py  app.py     listen; NiceGUI behind the guard        guard.py  login.py   who may ask
-    frame.py  view.py  what surrounds a page; what a page gets  words/               English and Chinese
+    frame.py  view.py  what surrounds a page; what a page gets  words/  phrases.py   what is said, in each language
     charts.py  series.py  curves: their look; a run's rows       plots.py  answers.py  what a run shows
     follow.py             files that grow                         forms.py  draft.py   a form from the config's schema
     workspace.py       where data, runs and configs lie          jobs.py              trainings as processes

@@ -129,8 +129,8 @@ def why_not(name: str, cfg: RunConfig) -> str | None:
 
 
 def label_of(name: str, view: View) -> str:
-    """A key's label: a word of ours, or its name made readable."""
-    return view.maybe(f"keys.{name}") or name.replace("_", " ").capitalize()
+    """A key's label: a word of ours, or its name, made readable where that is the reader's language."""
+    return view.maybe(f"keys.{name}") or (name.replace("_", " ").capitalize() if view.language == "en" else name)
 
 
 def help_of(name: str, view: View) -> str:
@@ -156,7 +156,7 @@ class Widget:
 
     def _hint(self, note: str | None) -> str:
         range_ = f" ({self.key.limits})" if self.key.limits and self.key.kind == "number" else ""
-        return note or help_of(self.key.name, self.view) + range_
+        return self.view.said(note) if note else help_of(self.key.name, self.view) + range_
 
     def _make(self, value: str | None, options: Sequence[str] | None) -> Any:
         key = self.key
@@ -214,7 +214,7 @@ class Widget:
 
     def tell(self, checked: Checked) -> None:
         """Show what is wrong with this key, if anything is."""
-        wrong = checked.of(self.key.name)
+        wrong = self.view.said(checked.of(self.key.name))
         if self.field.props.get("error-message", "") != wrong:
             self.field.props["error"] = bool(wrong)
             self.field.props["error-message"] = wrong

@@ -11,7 +11,8 @@ from nicegui import ui
 from trueup.errors import Problem
 from trueup.web.draft import Checked
 from trueup.web.pages import Page
-from trueup.web.view import View
+from trueup.web.phrases import translated
+from trueup.web.view import View, reader
 from trueup.web.words import LANGUAGES
 
 _STATE_ICONS = {
@@ -92,15 +93,19 @@ def state_badge(view: View, state: str) -> ui.element:
 
 
 def problems(found: Sequence[Problem]) -> ui.element:
-    """Errors and what to do about them."""
+    """Errors and what to do about them, in the reader's language as far as we have words for them."""
+    language = reader()
     with ui.element("div").classes("problems").props("role=alert") as box:
         for problem in found:
+            what, expected, fix = (
+                translated(text or "", language) for text in (problem.what, problem.expected, problem.fix)
+            )
             with ui.element("div").classes("problem"):
-                ui.label(f"{problem.where}: {problem.what}" if problem.where else problem.what).classes("problem-what")
-                if problem.expected:
-                    ui.label(f"→ {problem.expected}").classes("muted")
-                if problem.fix:
-                    ui.label(problem.fix).classes("problem-fix")
+                ui.label(f"{problem.where}: {what}" if problem.where else what).classes("problem-what")
+                if expected:
+                    ui.label(f"→ {expected}").classes("muted")
+                if fix:
+                    ui.label(fix).classes("problem-fix")
     return box
 
 
@@ -111,7 +116,7 @@ def verdict(view: View, checked: Checked) -> None:
         return
     all_well(view.t("frame.valid"))
     for notice in checked.notices:
-        ui.label(notice).classes("muted small")
+        ui.label(view.said(notice)).classes("muted small")
 
 
 def all_well(text: str) -> None:

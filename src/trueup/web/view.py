@@ -14,8 +14,9 @@ from nicegui import ui
 
 from trueup.inference.runs import age
 from trueup.web.jobs import Jobs
+from trueup.web.phrases import translated
 from trueup.web.speakers import Speakers
-from trueup.web.words import LANGUAGES, find, preferred, say
+from trueup.web.words import DEFAULT, LANGUAGES, find, preferred, say
 from trueup.web.workspace import Workspace
 
 LANGUAGE_COOKIE, THEME_COOKIE = "trueup_language", "trueup_theme"
@@ -47,6 +48,10 @@ class View:
     def maybe(self, key: str) -> str | None:
         """The same, or None where no table has it."""
         return find(key, self.language)
+
+    def said(self, text: str) -> str:
+        """A sentence of the program in the reader's language; as it is where we have no words for it."""
+        return translated(text, self.language)
 
     def ago(self, moment: float) -> str:
         """How long since a moment (seconds since the epoch), in its largest unit."""
@@ -82,6 +87,12 @@ def view_of(request: Request, workspace: Workspace, jobs: Jobs, speakers: Speake
         path={name: str(value) for name, value in request.path_params.items()},
         query=dict(request.query_params),
     )
+
+
+def reader() -> str:
+    """The language of the page that is being built, or whose event is handled."""
+    language = ui.context.client.page.resolve_language() or DEFAULT
+    return next((name for name in LANGUAGES if language.startswith(name)), DEFAULT)
 
 
 def _literal(text: Any) -> str:

@@ -159,7 +159,8 @@ class Shelf:
         failed = "\n".join(problem.what for problem in fetch.problems) if fetch and state == "failed" else ""
         return {
             "name": item.name, "address": "" if well_known and not item.copy else f"/data/{quote(item.name)}",
-            "kind": self.view.maybe(f"data.kind_{item.kind}") or item.kind or "", "rows": rows, "about": item.about,
+            "kind": self.view.maybe(f"data.kind_{item.kind}") or item.kind or "", "rows": rows,
+            "about": self.view.said(item.about),
             "problem": broken or failed, "state": state, "share": fetch.share if fetch else None,
             "said": fetch.said if fetch else "", "here": t("data.here") if item.copy else "",
             "get_word": t("data.again" if failed else "data.get"), "stop_word": t("data.stop", name=item.name),

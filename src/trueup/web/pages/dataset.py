@@ -186,14 +186,17 @@ class DatasetPage:
                                 link = ui.link(str(index), f"{self.view.address}?row={index}").classes("row-link")
                                 link.props["aria-label"] = t("dataset.row", number=index)
                             if rows["excerpt"]:
-                                ui.label(rows["excerpt"]).classes("muted small")
+                                ui.label(self.view.said(rows["excerpt"])).classes("muted small")
         for text in [*report["findings"], *whole["notes"]]:
-            ui.label(text).classes("notice small")
+            ui.label(self.view.said(text)).classes("notice small")
 
     def _reasons(self, report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         """What is said of rows: left out and why, cut, the same as others."""
         t = self.view.t
-        found = {t("dataset.dropped", reason=reason): rows for reason, rows in report.get("dropped", {}).items()}
+        found = {
+            t("dataset.dropped", reason=self.view.said(reason)): rows
+            for reason, rows in report.get("dropped", {}).items()
+        }
         for part, rows in report.get("truncated", {}).items():
             found[t("dataset.truncated", part=part_name(self.view, part))] = rows
         for name in ("duplicates", "repeated_ids", "reversed_pairs"):
@@ -306,7 +309,7 @@ class DatasetPage:
                     ui.label(f"{one.index:,}").classes("row-number")
                     ui.label(one.excerpt).classes("row-text")
                     if one.problem:
-                        ui.label(one.problem).classes("row-bad")
+                        ui.label(self.view.said(one.problem)).classes("row-bad")
                 entry.on("click", lambda _, index=one.index: self._choose(index))
 
     async def _choose(self, index: int) -> None:
@@ -341,7 +344,7 @@ class DatasetPage:
             return
         with self.one:
             if current.problem:
-                problems([Problem(self.view.t("dataset.left_out_because", reason=current.problem))])
+                problems([Problem(self.view.t("dataset.left_out_because", reason=self.view.said(current.problem)))])
                 if current.line and self.own:
                     self.own.mend(current.line)
         shown = str(self.kind.value)
@@ -404,7 +407,7 @@ class DatasetPage:
                 problems([plainly(Problem(**one), self.place.root) for one in told["problems"]])
                 return
             if told["dropped"] and not current.problem:
-                problems([Problem(self.view.t("dataset.left_out_because", reason=told["dropped"]))])
+                problems([Problem(self.view.t("dataset.left_out_because", reason=self.view.said(told["dropped"])))])
             legend(self.view)
             if told["about"]:  # what the data say of the answers: a label, scores
                 ui.label(part_name(self.view, told["about"])).classes("small")
@@ -413,7 +416,7 @@ class DatasetPage:
             settings = ", ".join(f"{key} {value}" for key, value in told["settings"].items())
             ui.label(settings).classes("muted small")
             for line, good in told["template"]:
-                ui.label(line).classes("muted small" if good else "notice small")
+                ui.label(self.view.said(line)).classes("muted small" if good else "notice small")
 
     # --- columns -----------------------------------------------------------------------------
 

@@ -218,7 +218,7 @@ class LivePage:
                 self._why(state)
         with self.warnings:
             for warning in state.status.get("warnings", []):
-                ui.label(str(warning.get("text", ""))).classes("notice")
+                ui.label(self.view.said(str(warning.get("text", "")))).classes("notice")
 
     def _actions(self, state: RunState) -> None:
         t = self.view.t

@@ -1,4 +1,7 @@
-"""What the studio says, in each language: `<page>.json` holds {key: {language: text}}."""
+"""What the studio says, in each language: `<page>.json` holds {key: {language: text}}.
+
+The help of keys (`keys_help.json`) is in English the schema's own, unless it is said in other words here.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def find(key: str, language: str) -> str | None:
     """The text of `table.key`, or None."""
     table, _, name = key.partition(".")
     entry = tables().get(table, {}).get(name)
-    return entry[language] if entry else None
+    return entry.get(language) if entry else None
 
 
 def say(key: str, language: str, **values: object) -> str:
