@@ -17,6 +17,7 @@ from trueup.recipes.objective import objective_of
 from trueup.recipes.offline import run
 from trueup.recipes.program import OfflineProgram
 from trueup.recipes.references import build_references
+from trueup.recipes.reward import kind_of
 from trueup.training.backend import Single
 from trueup.training.step import step_totals
 
@@ -27,7 +28,7 @@ def program_of(cfg: RunConfig) -> OfflineProgram:
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare(cfg, tokenizer)
     plan, arithmetic = plan_batches(cfg, prepared.train.lengths)
-    loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer)
+    loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, kind=kind_of(cfg))
     references = None
     if objective_of(cfg).needs_reference:
         batches = {"train": train_batches(plan, arithmetic)}

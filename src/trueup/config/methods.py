@@ -90,7 +90,6 @@ LATER: dict[str, str] = {
     "use_eaft_loss": "the plain SFT loss",
     # train
     "label_smoothing_factor": "dpo_label_smoothing for pairs; none for SFT",
-    "neftune_noise_alpha": "lora_dropout",
     "fp8": "bf16: true",
     "torch_compile": "drop it: the default kernels",
     "torch_compile_backend": "drop it: the default kernels",
@@ -249,6 +248,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
         "lr_scheduler_kwargs",
         {"lr_scheduler_type": tuple(name for name in SCHEDULES if not name.startswith("constant"))},
     ),
+    ("neftune_noise_alpha", {"stage": tuple(name for name in STAGES if name not in ONLINE)}),
     ("rope_scaling_length", {"rope_scaling": SET}),
     ("length_penalty", {"num_beams": tuple(range(2, 100))}),
     ("ray_num_workers", {"ray_init_kwargs": SET}),
@@ -308,7 +308,7 @@ STEPS = frozenset(
         num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
         dataloader_drop_last learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
         optim optim_args lr_multipliers layer_lr_decay weight_decay adam_beta1 adam_beta2 adam_epsilon
-        max_grad_norm gradient_checkpointing
+        max_grad_norm gradient_checkpointing neftune_noise_alpha
         eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model
         early_stopping_steps save_strategy save_steps save_total_limit save_only_model
         """

@@ -312,6 +312,7 @@ def load_policy(
         policy = kind(merged)
         unfreeze(policy.base, tuning, kind)
     policy.pad_with(tokenizer.pad_token_id)
+    policy.noise_alpha = train.neftune_noise_alpha
     if memory.is_name(location):
         memory.held(location, "model_name_or_path").used_as(policy.model)
     fuse(policy.model)

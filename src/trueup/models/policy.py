@@ -8,8 +8,8 @@ right-padded row a sequence with an ordinary mask, for architectures whose atten
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from trueup.errors import ModelError
 from trueup.models.attention import FOREST_ATTENTION, kernels_for
 from trueup.models.layout import ForestLayout
 from trueup.models.logprobs import Head, token_logps
+from trueup.models.noise import noisy, row_lengths
 from trueup.types import Forest, Segment
 
 log = logging.getLogger("trueup")
@@ -35,6 +36,7 @@ class Policy:
         layout_note: why they do not, where they were found not to.
         auto_class, task_type: what it is to transformers and to peft.
         always_trained: modules that train whole, whatever else trains.
+        noise_alpha: of NEFTune, in training mode; None for no noise.
     """
 
     auto_class = AutoModelForCausalLM
@@ -54,6 +56,7 @@ class Policy:
         self.plain_attention: str = base.config._attn_implementation
         self.shared = False
         self.layout_note: str | None = None
+        self.noise_alpha: float | None = None  # of NEFTune, while it trains
         self.gathered = False  # which kernel takes the shared layout (`ForestLayout`)
         self._layout: ForestLayout | None = None  # of the last batch in the shared layout
 
@@ -95,9 +98,17 @@ class Policy:
         backbone = self.base.get_decoder()
         return backbone(use_cache=False, **inputs).last_hidden_state
 
+    def _noise(self, lengths: Callable[[], Tensor]) -> AbstractContextManager[None]:
+        """What a forward pass runs in: noise in training mode, where it is asked for. `lengths`: of tokens' rows."""
+        if not (self.noise_alpha and self.model.training):
+            return nullcontext()
+        return noisy(self.base.get_input_embeddings(), self.noise_alpha, lengths())
+
     def _shared_hidden(self, forest: Forest) -> Tensor:
         self._layout = layout = ForestLayout(forest.segments, forest.input_ids.device, self.gathered)
-        hidden = self._backbone(input_ids=forest.input_ids[None], position_ids=forest.position_ids[None], forest=layout)
+        inputs = {"input_ids": forest.input_ids[None], "position_ids": forest.position_ids[None], "forest": layout}
+        with self._noise(lambda: row_lengths(forest)[None]):
+            hidden = self._backbone(**inputs)
         return hidden[0, forest.read_at]
 
     def _unshared_hidden(self, forest: Forest) -> Tensor:
@@ -109,11 +120,12 @@ class Policy:
         # Right padding is never attended to by real tokens (causal), and its own outputs are never read.
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         columns = torch.arange(input_ids.shape[1], device=self.device)
-        hidden = self._backbone(
-            input_ids=input_ids,
-            attention_mask=(columns < lengths[:, None]).long(),
-            position_ids=columns.expand_as(input_ids),
-        )
+        with self._noise(lambda: lengths[:, None].float()):
+            hidden = self._backbone(
+                input_ids=input_ids,
+                attention_mask=(columns < lengths[:, None]).long(),
+                position_ids=columns.expand_as(input_ids),
+            )
         return hidden[forest.owner, forest.position_ids[forest.read_at]]
 
     @contextmanager

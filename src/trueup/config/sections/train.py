@@ -132,8 +132,9 @@ class TrainSection(Section):
     """Gradients longer than this are shortened to it; 0 leaves them."""
     label_smoothing_factor: Annotated[NonNegativeFloat, Field(lt=1)] = 0.0
     """Label smoothing of the SFT loss."""
-    neftune_noise_alpha: PositiveFloat | None = None
-    """Noise on the embeddings while training (NEFTune)."""
+    neftune_noise_alpha: NonNegativeFloat | None = None
+    """Noise on the embeddings while training (NEFTune), divided by the root of a row's length times their width; 5 to
+    15 in its paper."""
 
     # precision, memory, speed
     bf16: AutoFlag = None
