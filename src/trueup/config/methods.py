@@ -63,10 +63,7 @@ _DDP = "one process per device with torchrun"
 LATER: dict[str, str] = {
     # model
     "allow_pickle_weights": "convert once with transformers' save_pretrained, which writes safetensors",
-    "resize_vocab": "a model saved after transformers' resize_token_embeddings",
     "adapter_folder": "full paths in adapter_name_or_path",
-    "new_special_tokens_config": "add_special_tokens",
-    "init_special_tokens": "add_special_tokens alone",
     "use_unsloth": "drop it: the default kernels",
     "use_unsloth_gc": "gradient_checkpointing: full",
     "enable_liger_kernel": "drop it: log-probs are fused already",
@@ -243,7 +240,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("quantization_type", {"quantization_bit": (4, 8), "quantization_method": ("bnb", "torchao")}),
     ("double_quantization", {"quantization_bit": (4,), "quantization_method": ("bnb",)}),
-    ("new_special_tokens_config init_special_tokens", {"add_special_tokens": SET}),
+    ("new_special_tokens_config init_special_tokens", {"resize_vocab": (True,)}),
     (
         "lr_scheduler_kwargs",
         {"lr_scheduler_type": tuple(name for name in SCHEDULES if not name.startswith("constant"))},
@@ -324,7 +321,7 @@ _ALWAYS_WRITTEN = frozenset(
     words(
         """
         f_divergence_type f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha ref_model_sync_steps
-        length_penalty ray_num_workers
+        length_penalty ray_num_workers init_special_tokens
         """
     )
 )

@@ -202,6 +202,12 @@ def _bad_pattern(pattern: dict[str, Any]) -> bool:
 
 RULES = [
     Rule(
+        ("init_special_tokens", "new_special_tokens_config"),
+        lambda c: c.init_special_tokens != "noise_init" and not c.new_special_tokens_config,
+        "`init_special_tokens: desc_init` starts rows from descriptions, and there are none",
+        "name a YAML file of tokens and their descriptions: new_special_tokens_config",
+    ),
+    Rule(
         ("pissa_init", "quantization_bit"),
         lambda c: c.pissa_init and c.quantization_bit,
         "`pissa_init` changes the base's weights, and `quantization_bit` freezes them in few bits",

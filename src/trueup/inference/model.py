@@ -28,7 +28,6 @@ from trueup.inference.export.plan import Plan
 from trueup.models.adapters import merge_adapters, merge_part, take_off
 from trueup.models.hub import resolve_model
 from trueup.models.load import (
-    check_vocabulary,
     load_base,
     load_for_inference,
     pick_device,
@@ -40,6 +39,7 @@ from trueup.models.policy import Policy
 from trueup.models.quantise import dequantise, describe
 from trueup.models.reward import RewardModel, is_reward_model, load_reward_model
 from trueup.models.tokenizer import hub_access, load_tokenizer
+from trueup.models.vocabulary import check_vocabulary
 from trueup.rollout.engines import Engine, Sampling
 from trueup.training.checkpoint import replace_files
 

@@ -21,6 +21,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,7 +30,9 @@ from trueup import memory
 from trueup.errors import ModelError, Problem
 from trueup.models.quantise import is_quantised
 from trueup.models.rope import check_adapter, write_record
+from trueup.models.rows import filled, lighten, put_rows, rows_of, with_rows, without_rows
 from trueup.models.tuners import KINDS, check_targets, is_plain, same_shape, with_dropout_of, without_dropout
+from trueup.models.vocabulary import grow, largest, num_rows, refuse_missing
 
 TRAINED = "default"  # peft's own name for the adapter that is saved at the top of a directory
 REFERENCE = "reference"
@@ -130,6 +133,7 @@ def attach_trained(
     """
     check_targets(base, wanted)
     loaded = [_load_part(base, path) for path in starts]
+    _make_room(base, loaded)
     in_memory = bool(starts) and memory.is_name(starts[-1])  # it is this adapter that its owner wants trained
     fits = bool(loaded) and (in_memory or same_shape(base, loaded[-1][0], wanted))
     continued = fits and not create_new and start is None
@@ -138,13 +142,17 @@ def attach_trained(
 
     config = copy.deepcopy(loaded[-1][0] if continued else wanted)
     config.inference_mode = False
+    for part in (wanted, *(config for config, _ in frozen_parts)):  # who trains has all rows, for it is saved alone
+        with_rows(config, base, rows_of(part, base))
+    frozen_parts = [_rows_into_base(base, part) for part in frozen_parts]
     with_dropout_of(config, wanted)
     model = _wrap(base, config, TRAINED)
     adapters = Adapters(model, base_name, continued=continued)
     if continued:
-        _fill(model, TRAINED, loaded[-1], starts[-1])
+        whole = config, filled(base, config, loaded[-1][1], loaded[-1][0])
+        _fill(model, TRAINED, whole, starts[-1])
         _add(model, REFERENCE, loaded[-1], starts[-1])
-        adapters.masters = _by_parameter(model, TRAINED, loaded[-1])
+        adapters.masters = _by_parameter(model, TRAINED, whole)
     for index, (part, path) in enumerate(zip(frozen_parts, starts, strict=False)):
         name = f"start_{index}"
         _add(model, name, part, path)
@@ -176,6 +184,9 @@ def attach_frozen(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTra
     if not starts:
         return base
     parts = [_load_part(base, path) for path in starts]
+    _make_room(base, parts)
+    last = max((i for i, (config, _) in enumerate(parts) if rows_of(config, base)), default=0)
+    parts = [part if i >= last else _rows_into_base(base, part) for i, part in enumerate(parts)]  # one's rows can act
     names = [TRAINED if memory.is_name(path) else f"start_{index}" for index, path in enumerate(starts)]
     _check_kinds(parts, starts)
     model = _wrap(base, copy.deepcopy(parts[0][0]), names[0])
@@ -206,6 +217,8 @@ def add_frozen(model: PreTrainedModel | PeftModel, names: Sequence[str], paths: 
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     parts = [_load_part(base, path) for path in paths]
+    for path, part in zip(paths, parts, strict=True):
+        refuse_missing(base, path, _rows_needed(base, part))
     added = []
     try:
         for name, part, path in zip(names, parts, paths, strict=True):
@@ -230,6 +243,7 @@ def add_frozen(model: PreTrainedModel | PeftModel, names: Sequence[str], paths: 
 def attach_alone(base: PreTrainedModel, path: str | Path) -> PeftModel:
     """The base with one adapter as peft itself loads it, to be trained on. Raises ModelError if it does not fit."""
     config, _ = part = _load_part(base, path)
+    _make_room(base, [part])
     config.inference_mode = False
     model = _wrap(base, config, TRAINED)
     _fill(model, TRAINED, part, path)
@@ -245,6 +259,7 @@ def merge_adapters(base: PreTrainedModel, starts: Sequence[str | Path]) -> PreTr
 
 def merge_part(base: PreTrainedModel, part: Part, path: str | Path) -> PreTrainedModel:
     """Fold one adapter into the base weights. Raises ModelError where it does not fit."""
+    _make_room(base, [part])
     model = _wrap(base, part[0], TRAINED)
     _fill(model, TRAINED, part, path)
     base = model.merge_and_unload()
@@ -268,12 +283,51 @@ def _wrap(base: PreTrainedModel, config: LoraConfig, name: str) -> PeftModel:
     """
     make = get_peft_model if base.can_generate() else PeftModel
     with _layers_as_peft_should_see_them(base, config):
-        return make(base, config, adapter_name=name, autocast_adapter_dtype=False)
+        model = make(base, config, adapter_name=name, autocast_adapter_dtype=False)
+    lighten(model)
+    return model
 
 
 def _inject(model: PeftModel, name: str, config: PeftConfig) -> None:
     with _layers_as_peft_should_see_them(model.get_base_model(), config):
         model.add_adapter(name, config)
+    lighten(model)
+
+
+def make_room(base: PreTrainedModel, starts: Sequence[str | Path]) -> None:
+    """Grow a base's vocabulary to that of the adapters that will be put on it; in place."""
+    _make_room(base, [_shapes_of(path) for path in starts if not memory.is_name(path)])
+
+
+def _shapes_of(path: str | Path) -> Part:
+    """An adapter whose tensors are not read."""
+    weights, shapes = Path(path) / WEIGHTS_FILE, {}
+    if weights.is_file():
+        with safe_open(weights, "pt") as file:
+            shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
+    return PeftConfig.from_pretrained(str(path)), shapes
+
+
+def _make_room(base: PreTrainedModel, parts: Sequence[Part]) -> None:
+    grow(base, max([0, *(_rows_needed(base, part) for part in parts)]))
+
+
+#: what embeddings and heads are called where an adapter trains them whole.
+_WHOLE = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_out.weight", "word_embeddings.weight")
+
+
+def _rows_needed(base: PreTrainedModel, part: Part) -> int:
+    """Rows of the embeddings that an adapter was trained with, as far as it tells."""
+    config, state = part
+    whole = [len(tensor) for key, tensor in state.items() if key.endswith(_WHOLE) and ".lora_" not in key]
+    return max([0, *whole, *(largest(ids) for ids in rows_of(config, base).values())])
+
+
+def _rows_into_base(base: PreTrainedModel, part: Part) -> Part:
+    """Rows of an adapter that does not train, written into the base: the adapter without them."""
+    config, state = copy.deepcopy(part[0]), part[1]
+    put_rows(base, config, state)
+    return config, without_rows(config, state)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from trueup import memory
 from trueup.config.schema import ModelSection, RunConfig
-from trueup.models.adapters import attach_trained
+from trueup.models.adapters import attach_trained, make_room
 from trueup.models.device_memory import free_memory, resident
 from trueup.models.hub import resolve_model
 from trueup.models.load import (
@@ -77,7 +77,9 @@ def shape_only(cfg: RunConfig, kind: type[Policy] = Policy) -> PreTrainedModel:
     kind.prepare(config)
     if not memory.is_name(location):
         fit_rope(config, cfg.model, starts, name)
-    return without_weights(config, cfg.model, kind)
+    shape = without_weights(config, cfg.model, kind)
+    make_room(shape, starts)
+    return shape
 
 
 def without_weights(config: PretrainedConfig, model: ModelSection, kind: type[Policy] = Policy) -> PreTrainedModel:
@@ -92,12 +94,14 @@ def estimate(
     micro_batch_tokens: int,
     kind: type[Policy] = Policy,
     reference: Callable[[PreTrainedModel, torch.dtype], int] = lambda *_: 0,
+    new_rows: Sequence[int] = (),
 ) -> Estimate:
     """Estimate a run of `base` (its shapes are enough).
 
     Args:
         micro_batch_tokens: of the longest micro-batch, shared.
         reference: bytes of what stays beside the model, once it is set up for training in that format.
+        new_rows: of embeddings and head, which have to train.
     """
     device = pick_device(cfg.model.device)
     dtype = pick_dtype(device, cfg.train.bf16, cfg.train.fp16)
@@ -105,11 +109,11 @@ def estimate(
     parameters = sum(p.numel() for p in base.parameters())
     weights = expected_bytes(base, cfg.model, dtype)
     if cfg.tuning.finetuning_type in ADAPTERS:
-        model = attach_trained(base, adapter_config(cfg.tuning, base, kind), [], "estimate").model
+        model = attach_trained(base, adapter_config(cfg.tuning, base, kind, new_rows), [], "estimate").model
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         saved = trainable
     else:
-        unfreeze(base, cfg.tuning, kind)
+        unfreeze(base, cfg.tuning, kind, new_rows)
         trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
         saved = parameters
     optimizer = optimizer_bytes(base, cfg.train, dtype)

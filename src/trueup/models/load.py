@@ -25,7 +25,7 @@ from trueup.config.schema import ModelSection, TrainSection, TuningSection
 from trueup.errors import ModelError
 from trueup.garbage import no_collection
 from trueup.models import quantise
-from trueup.models.adapters import TRAINED, Adapters, Start, attach_frozen, attach_trained, merge_adapters
+from trueup.models.adapters import TRAINED, Adapters, Start, attach_frozen, attach_trained, make_room, merge_adapters
 from trueup.models.allocator import give_back, hold_nothing, keep_memory
 from trueup.models.config_code import refuse_code
 from trueup.models.fused import fuse
@@ -36,7 +36,9 @@ from trueup.models.principal import originals_of, take_lost, take_principal
 from trueup.models.rope import check_built, fit_rope
 from trueup.models.tokenizer import hub_access
 from trueup.models.tokenizer import load_tokenizer as load_tokenizer  # for those who load a model as well
+from trueup.models.rows import matrices
 from trueup.models.tuners import ADAPTERS, adapter_config
+from trueup.models.vocabulary import check_vocabulary, fit_vocabulary
 
 log = logging.getLogger("trueup")
 
@@ -294,6 +296,8 @@ def load_policy(
         base = from_scratch(location, model, device, dtype, name, kind)
     else:
         base = load_base(location, model, device, torch.float32 if merging else dtype, name, kind, adapters=starts)
+    make_room(base, starts)
+    new_rows = fit_vocabulary(base, model, tokenizer)
     check_vocabulary(base, tokenizer, name)
     _check_trainable(base, tuning)
     base.requires_grad_(False)
@@ -301,7 +305,8 @@ def load_policy(
     adapters = None
     torch.manual_seed(train.seed)  # the new adapter's first weights
     if tuning.finetuning_type in ADAPTERS:
-        wanted, start = adapter_config(tuning, base, kind), _start(tuning, base, location, access)
+        wanted = adapter_config(tuning, base, kind, new_rows)
+        start = _start(tuning, base, location, access)
         adapters = attach_trained(base, wanted, starts, name, tuning.create_new_adapter, start)
         policy = kind(base, adapters.model)
     else:
@@ -310,7 +315,7 @@ def load_policy(
             for parameter in merged.parameters():
                 parameter.data = parameter.data.to(dtype)
         policy = kind(merged)
-        unfreeze(policy.base, tuning, kind)
+        unfreeze(policy.base, tuning, kind, new_rows)
     policy.pad_with(tokenizer.pad_token_id)
     policy.noise_alpha = train.neftune_noise_alpha
     if memory.is_name(location):
@@ -352,11 +357,13 @@ def _start(tuning: TuningSection, base: PreTrainedModel, location: str, access: 
     return Start(lambda model: take_lost(model, TRAINED, originals), changes_base=False)
 
 
-def unfreeze(base: PreTrainedModel, tuning: TuningSection, kind: type[Policy] = Policy) -> None:
+def unfreeze(
+    base: PreTrainedModel, tuning: TuningSection, kind: type[Policy] = Policy, new_rows: Sequence[int] = ()
+) -> None:
     """Mark what full or freeze training moves.
 
     `freeze` trains the last n layers (the first n for a negative n), only the named modules of them, plus
-    `freeze_extra_modules` anywhere.
+    `freeze_extra_modules` anywhere, plus embeddings and head where they have new rows.
 
     Raises:
         ModelError: more layers than the model has, or a module name that matches nothing.
@@ -382,6 +389,11 @@ def unfreeze(base: PreTrainedModel, tuning: TuningSection, kind: type[Policy] = 
             if matches or not wanted:
                 used |= matches
                 parameter.requires_grad_(True)
+    if new_rows:
+        paths = matrices(base)
+        log.info("finetuning_type: freeze trains %s too, whole, for the rows of new tokens", " and ".join(paths))
+        for module in paths.values():
+            module.requires_grad_(True)
     extra = set(tuning.freeze_extra_modules or ())
     inside = {id(p) for layer in layers for p in layer.parameters()}
     for path, parameter in base.named_parameters():
@@ -397,18 +409,6 @@ def unfreeze(base: PreTrainedModel, tuning: TuningSection, kind: type[Policy] = 
         )
 
 
-def check_vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """C10: every id the tokenizer can produce must have an embedding row."""
-    rows = base.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings only {rows} rows", where=name,
-            expected="a tokenizer that belongs to this model",
-            fix="use the model's own tokenizer, or remove add_tokens / add_special_tokens; growing the vocabulary "
-            "(resize_vocab) is not supported yet: resize once with transformers' resize_token_embeddings and save",
-        )  # fmt: skip
-
-
 @no_collection()
 def load_frozen(
     model: ModelSection,
@@ -417,10 +417,18 @@ def load_frozen(
     device: torch.device,
     dtype: torch.dtype,
     kind: type[PolicyKind] = Policy,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PolicyKind:
-    """A model that is only run: for chat and evaluation, or as a reference of its own (`ref_model`)."""
+    """A model that is only run, for chat and evaluation.
+
+    Args:
+        tokenizer: whose new tokens it has to have rows for, as the config says.
+    """
     root, location, starts = resolve_model(name, adapters, hub_access(model))
     base = load_base(location, model, device, dtype, root, kind, adapters=starts)
+    if tokenizer is not None:
+        make_room(base, starts)
+        fit_vocabulary(base, model, tokenizer)
     policy = kind(base, attach_frozen(base, starts))
     if memory.is_name(location):
         memory.held(location, "model_name_or_path").used_as(policy.model)
@@ -428,6 +436,13 @@ def load_frozen(
     fuse(policy.model)
     policy.verify_layout()
     return policy
+
+
+def load_reference(
+    model: ModelSection, name: str, adapters: list[str], device: torch.device, dtype: torch.dtype
+) -> Policy:
+    """A model of its own as reference (`ref_model`): it reads the tokens of the model that is compared with it."""
+    return load_frozen(model, name, adapters, device, dtype, tokenizer=load_tokenizer(model))
 
 
 def load_for_evaluation(

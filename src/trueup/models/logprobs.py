@@ -3,20 +3,22 @@
 The one place where objectives meet the model's head. Plain linear heads go tile by tile over rows and vocabulary with
 a running maximum (online softmax, Milakov & Gimelshein 2018, arXiv 1805.02867). A frozen head's gradient is made on
 the way (per row it is a scalar times `W[target] − softmax·W`, so nothing is recomputed); a trained head's tiles are
-recomputed in the backward, where the row's normaliser is known. Any other head (adapted, quantised) is called as a
+recomputed in the backward, where the row's normaliser is known. Where only some rows of a head train (new tokens'),
+they stand in their tiles in the place of the weight's own, and the backward makes their logits alone. Any other head (adapted, quantised) is called as a
 module on some rows at a time, and recomputed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trueup.models.device_memory import total_memory
+from trueup.models.rows import Rows, parts_of
 
 #: Logits held at once: rows × vocabulary entries. On a CPU a tile stays in the cache (docs/log.md, 2026-11-21); a GPU
 #: wants larger products.
@@ -58,10 +60,14 @@ class Head:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a head is its weight and bias and nothing more: no adapter, no quantised weight, no hook."""
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+    """Whether a head is its weight and bias, and perhaps rows in the place of some: no adapter, no quantised weight, no
+    hook.
+    """
+    linear, rows = parts_of(module)
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (module, linear))
+    if type(linear) is not nn.Linear or hooked or (rows and linear.weight.requires_grad):
         return False
-    return type(module.weight.data) is Tensor
+    return type(linear.weight.data) is Tensor
 
 
 def vocabulary_of(module: nn.Module) -> int:
@@ -105,7 +111,9 @@ def token_logps(hidden: Tensor, head: Head, target: Tensor, tile: tuple[int, int
     module = head.module
     tile = tile or tile_of(module, hidden.device, hidden.dtype)
     if is_plain(module):
-        return _LinearHead.apply(hidden, module.weight, module.bias, target, head, tile)
+        linear, rows = parts_of(module)
+        values = rows.values if rows else None
+        return _LinearHead.apply(hidden, linear.weight, linear.bias, values, target, head, tile, rows)
 
     def project(rows: Tensor, targets: Tensor) -> Tensor:
         return _gather_logps(head.finish(module(rows).float()), targets)
@@ -124,10 +132,16 @@ def _gather_logps(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class _Tiles:
-    """The tiles of `finish(hidden Wᵀ + b)`, through buffers that every tile uses again."""
+    """The tiles of `finish(hidden Wᵀ + b)`, through buffers that every tile uses again.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tile: tuple[int, int]) -> None:
-        self.weight, self.bias, self.head = weight, bias, head
+    `own` are rows in the place of some of W's.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tile: tuple[int, int],
+        own: Rows | None = None,
+    ) -> None:  # fmt: skip
+        self.weight, self.bias, self.head, self.own = weight, bias, head, own
         self.rows, self.columns = max(1, min(tile[0], len(hidden))), min(tile[1], len(weight))
         self.exact = torch.promote_types(hidden.dtype, torch.float32)
         self._raw = hidden.new_empty(self.rows * self.columns)
@@ -139,7 +153,7 @@ class _Tiles:
     def columns_of(self, rows: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         """(first entry, tile of W, raw logits, finished logits, fine buffer) for each stretch of the vocabulary."""
         for start in range(0, len(self.weight), self.columns):
-            part = self.weight[start : start + self.columns]
+            part = self._part(start)
             shape = len(rows), len(part)
             raw, fine = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (self._raw, self._fine))
             torch.mm(rows, part.t(), out=raw)
@@ -148,18 +162,33 @@ class _Tiles:
             plain = self.head.scale == 1.0 and self.head.softcap is None
             yield start, part, raw, raw if plain else self.head.finish(raw.to(self.exact)), fine
 
+    def _part(self, start: int) -> Tensor:
+        part = self.weight[start : start + self.columns]
+        if self.own is None:
+            return part
+        inside = self.own.within(start, start + len(part))
+        return part.index_copy(0, self.own.index[inside] - start, self.own.values[inside])
+
+    def rows_of(self, target: Tensor) -> Tensor:
+        """[N, H] the rows of W of these tokens [N]."""
+        found = self.weight[target]
+        return found if self.own is None else self.own.replace(found, target)
+
 
 class _LinearHead(torch.autograd.Function):
     """log p = z_y − logsumexp(z), z = finish(W h + b); d log p / d h = Wᵀ (finish'(z) ⊙ (onehot_y − softmax z))."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, head: Head, tile: tuple[int, int]):
+    def forward(ctx, hidden, weight, bias, values, target, head: Head, tile: tuple[int, int], own: Rows | None):
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         wants_slope = ctx.needs_input_grad[0] and not trained
-        logps, normaliser, slopes = _logps(hidden, weight, bias, target, head, tile, wants_slope)
-        ctx.trained, ctx.head, ctx.tile = trained, head, tile
+        tiles = _Tiles(hidden, weight, bias, head, tile, own and replace(own, values=values))
+        logps, normaliser, slopes = _logps(hidden, target, tiles, wants_slope)
+        ctx.trained, ctx.head, ctx.tile, ctx.own = trained, head, tile, own
         if trained:
             ctx.save_for_backward(hidden, weight, bias, target, normaliser)
+        elif ctx.needs_input_grad[3]:
+            ctx.save_for_backward(slopes, hidden, values, bias, target, normaliser)
         elif wants_slope:
             ctx.save_for_backward(slopes)
         return logps
@@ -171,16 +200,18 @@ class _LinearHead(torch.autograd.Function):
             grads = _trained_gradients(
                 hidden, weight, bias, target, normaliser, grad_logps, ctx.head, ctx.tile, ctx.needs_input_grad
             )
-            return *grads, None, None, None
-        (slopes,) = ctx.saved_tensors
-        return slopes * grad_logps[:, None].to(slopes.dtype), None, None, None, None, None
+            return *grads, None, None, None, None, None
+        slopes, *of_rows = ctx.saved_tensors
+        d_hidden = None if slopes is None else slopes * grad_logps[:, None].to(slopes.dtype)
+        d_values = _gradient_of_rows(*of_rows, grad_logps, ctx.head, ctx.tile, ctx.own) if of_rows else None
+        return d_hidden, None, None, d_values, None, None, None, None
 
 
 def _logps(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head, tile: tuple[int, int], slope: bool
+    hidden: Tensor, target: Tensor, tiles: _Tiles, slope: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities [N] fp32, logsumexp [N, 1] and, if asked for, d log p / d hidden [N, H]."""
-    tiles = _Tiles(hidden, weight, bias, head, tile)
+    head = tiles.head
     exact = {"dtype": tiles.exact, "device": hidden.device}
     normaliser = torch.empty(len(hidden), 1, **exact)
     picked = torch.zeros(len(hidden), 1, **exact)
@@ -211,7 +242,7 @@ def _logps(
                 mean *= head.scale
             else:
                 own_slope = head.slope(picked[rows])
-            slopes[rows] = weight[y.squeeze(1)] * own_slope - mean
+            slopes[rows] = tiles.rows_of(y.squeeze(1)) * own_slope - mean
     return (picked - normaliser).squeeze(1).float(), normaliser, slopes
 
 
@@ -245,6 +276,22 @@ def _trained_gradients(
     )
 
 
+def _gradient_of_rows(
+    hidden: Tensor, values: Tensor, bias: Tensor | None, target: Tensor, normaliser: Tensor, grad_logps: Tensor,
+    head: Head, tile: tuple[int, int], own: Rows,
+) -> Tensor:  # fmt: skip
+    """[n, H] of rows that train alone: their logits are all that is made again."""
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    found = torch.zeros(values.shape, dtype=exact, device=values.device)
+    shift = None if bias is None else bias[own.index]
+    for rows in _Tiles(hidden, values, None, head, tile).row_slices(len(hidden)):
+        x, g = hidden[rows], grad_logps[rows, None].to(exact)
+        logits = head.finish(torch.nn.functional.linear(x, values, shift).to(exact))
+        slope = (target[rows, None] == own.index).to(exact) - (logits - normaliser[rows]).exp()  # onehot − softmax
+        found += (slope * g * head.slope(logits)).to(x.dtype).t() @ x
+    return found.to(values.dtype)
+
+
 @torch.no_grad()
 def token_entropy(hidden: Tensor, head: Head, tile: tuple[int, int] | None = None) -> Tensor:
     """Entropy [N] (fp32, nats) of the next-token distribution at each hidden state: one more product of the head.
@@ -256,7 +303,8 @@ def token_entropy(hidden: Tensor, head: Head, tile: tuple[int, int] | None = Non
     if not is_plain(module):
         pieces = [_entropy(head.finish(module(rows).float())) for rows in hidden.split(tile[0])]
         return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
-    tiles = _Tiles(hidden, module.weight, module.bias, head, tile)  # type: ignore[arg-type]
+    linear, own = parts_of(module)
+    tiles = _Tiles(hidden, linear.weight, linear.bias, head, tile, own)  # type: ignore[arg-type]
     exact = {"dtype": tiles.exact, "device": hidden.device}
     found = torch.empty(len(hidden), **exact)
     for rows in tiles.row_slices(len(hidden)):

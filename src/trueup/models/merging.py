@@ -18,14 +18,13 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from trueup import memory
 from trueup.config.schema import ModelSection
 from trueup.errors import ModelError, Problem
-from trueup.models.adapters import WEIGHTS_FILE, attach_frozen, kind_of
+from trueup.models.adapters import attach_frozen, kind_of
 from trueup.models.load import load_base
 from trueup.models.policy import Policy
 from trueup.models.tuners import KINDS
@@ -33,7 +32,6 @@ from trueup.models.tuners import KINDS
 log = logging.getLogger("trueup")
 
 _COMBINED = "combined"
-_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_out.weight", "word_embeddings.weight")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ def check_starts(starts: Sequence[str], combination: Combination) -> list[Proble
     if problems or combination.plain:
         return problems
     for path, config in configs.items():
-        whole = [name for name in ("modules_to_save", "use_dora", "target_parameters") if getattr(config, name, None)]
+        beyond = ("modules_to_save", "use_dora", "target_parameters", "trainable_token_indices")
+        whole = [name for name in beyond if getattr(config, name, None)]
         if config.bias != "none":
             whole.append("bias")
         if not isinstance(config.init_lora_weights, bool):
@@ -115,28 +114,10 @@ def load_beside(
     base._weight_conversions = None  # type: ignore[assignment]
     for parameter in base.parameters():
         parameter.data = parameter.data.float()  # what such a base did not quantise keeps its own format
-    grow(base, starts)
     attached = attach_frozen(base, starts)
     if isinstance(attached, PeftModel) and not combination.plain:
         _combine(attached, combination)
     return attached
-
-
-def grow(base: PreTrainedModel, starts: Sequence[str]) -> PreTrainedModel:
-    """As many rows in the embeddings as adapters carry that were trained after tokens had been added; in place."""
-    rows = max([0, *(_embedding_rows(Path(path)) for path in starts if not memory.is_name(path))])
-    if rows > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(rows, mean_resizing=False)
-    return base
-
-
-def _embedding_rows(adapter: Path) -> int:
-    if not (adapter / WEIGHTS_FILE).is_file():
-        return 0
-    with safe_open(adapter / WEIGHTS_FILE, "pt") as file:
-        keys = file.keys()
-        whole = [key for key in keys if key.endswith(_EMBEDDINGS) and ".lora_" not in key]
-        return max([0, *(file.get_slice(key).get_shape()[0] for key in whole)])
 
 
 def _combine(model: PeftModel, combination: Combination) -> None:

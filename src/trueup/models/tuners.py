@@ -17,6 +17,7 @@ from trueup.config.schema import TuningSection
 from trueup.errors import ModelError, Problem
 from trueup.models.policy import Policy
 from trueup.models.quantise import is_packed
+from trueup.models.rows import matrices, with_rows
 
 log = logging.getLogger("trueup")
 
@@ -29,12 +30,46 @@ KINDS: dict[str, type[PeftConfig]] = {"lora": LoraConfig, "oft": OFTConfig, "ia3
 _SECOND = ("down_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h", "c_proj", "output.dense")
 
 
-def adapter_config(tuning: TuningSection, base: PreTrainedModel, kind: type[Policy] = Policy) -> PeftConfig:
+def adapter_config(
+    tuning: TuningSection, base: PreTrainedModel, kind: type[Policy] = Policy, new_rows: Sequence[int] = ()
+) -> PeftConfig:
     """The adapter that a config asks for on this model.
 
+    Args:
+        new_rows: ids of tokens whose rows in embeddings and head have to train.
+
     Raises:
-        ModelError: experts cannot have such an adapter, or it is not known where (IA)³ would go.
+        ModelError: experts cannot have such an adapter, it is not known where (IA)³ would go, or new rows would not
+            train.
     """
+    config = _config_of_kind(tuning, base, kind)
+    if new_rows:
+        _train_rows(config, tuning, base, new_rows)
+    return config
+
+
+def _train_rows(config: Any, tuning: TuningSection, base: PreTrainedModel, new_rows: Sequence[int]) -> None:
+    """New tokens' rows train alone, unless the matrix does so whole."""
+    paths = [path for path in matrices(base) if _leaf(path) not in tuning.additional_target]
+    adapted = [path for path in paths if _is_target(config, path)]
+    if paths and (adapted or not isinstance(config, LoraConfig)):
+        what = f"{', '.join(map(_leaf, adapted))} cannot have an adapter and new rows" if adapted else (
+            f"finetuning_type: {tuning.finetuning_type} does not train single rows of embeddings and head")  # fmt: skip
+        raise ModelError(
+            f"{what}, which resize_vocab asks for", where="resize_vocab",
+            fix=f"train them whole: additional_target: {','.join(map(_leaf, paths))}",
+        )  # fmt: skip
+    with_rows(config, base, dict.fromkeys(paths, new_rows))
+    if paths:
+        shown = " and ".join(map(_leaf, paths))
+        log.info("of %s the new rows train, %d, and no others; additional_target trains all", shown, len(new_rows))
+
+
+def _is_target(config: Any, path: str) -> bool:
+    return config.target_modules != "all-linear" and bool(check_target_module_exists(config, path))
+
+
+def _config_of_kind(tuning: TuningSection, base: PreTrainedModel, kind: type[Policy]) -> PeftConfig:
     whole = [*tuning.additional_target, *kind.always_trained] or None
     common: dict[str, Any] = {"task_type": kind.task_type, "modules_to_save": whole}
     match tuning.finetuning_type:

@@ -15,7 +15,8 @@ from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
 from trueup.models.device_memory import free_memory
 from trueup.models.estimate import Estimate, estimate, shape_only
-from trueup.models.load import check_vocabulary, load_tokenizer
+from trueup.models.load import load_tokenizer
+from trueup.models.vocabulary import check_vocabulary, fit_vocabulary
 from trueup.quantities import sized
 from trueup.recipes.batches import Arithmetic, Tokens, answered_tokens, count_tokens, eval_batches, plan_batches
 from trueup.recipes.header import batch_words, memory_words, steps_words, tokens_words
@@ -109,6 +110,7 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
     tokenizer = load_tokenizer(cfg.model)
     check_reference(cfg, tokenizer)
     base = shape_only(cfg, kind_of(cfg))
+    new_rows = fit_vocabulary(base, cfg.model, tokenizer)
     check_vocabulary(base, tokenizer, str(cfg.model.model_name_or_path))
     prepared = prepare(cfg, tokenizer)
     if cfg.objective.stage == "rm":
@@ -129,7 +131,7 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
         tokens = None
         groups = [(dataset, group) for dataset in prepared.eval.values() for group in eval_batches(cfg, dataset)]
         largest = max((int(dataset.lengths[group].sum()) for dataset, group in groups), default=0)
-    needs = estimate(cfg, base, largest, kind_of(cfg), functools.partial(reference_bytes, cfg))
+    needs = estimate(cfg, base, largest, kind_of(cfg), functools.partial(reference_bytes, cfg), new_rows)
     free = free_memory(torch.device(needs.device))
     each = free // (world_size if needs.device == "cpu" else 1)
     ways = remedies(cfg, largest, each) if needs.memory > each and cfg.train.do_train else []

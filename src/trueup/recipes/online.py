@@ -14,7 +14,7 @@ from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
 from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError
-from trueup.models.load import Loaded, load_for_evaluation, load_frozen, load_policy, load_tokenizer
+from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_reference, load_tokenizer
 from trueup.models.plain import tidy_generation
 from trueup.models.reference import LiveReference
 from trueup.recipes.batches import answered_tokens, in_layout, plan_batches
@@ -155,5 +155,5 @@ def _reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
     """The policy as it stands now, before the first step, or `ref_model`."""
     if cfg.objective.ref_model:
         names = cfg.objective.ref_model, cfg.objective.ref_model_adapters
-        return LiveReference(load_frozen(reference_section(cfg), *names, loaded.device, loaded.dtype))
+        return LiveReference(load_reference(reference_section(cfg), *names, loaded.device, loaded.dtype))
     return LiveReference.of(loaded.policy, loaded.adapters)

@@ -20,7 +20,7 @@ from trueup.data.forest import build_forest, num_predictions
 from trueup.errors import ConfigError, DivergenceError, ModelError
 from trueup.models.estimate import without_weights
 from trueup.models.hub import resolve_model
-from trueup.models.load import Loaded, hub_access, load_frozen, read_model_config
+from trueup.models.load import Loaded, hub_access, load_reference, read_model_config
 from trueup.models.memory import FP32
 from trueup.models.quantise import expected_bytes, in_bits
 from trueup.models.reference import LiveReference, MovingReference, ReferenceTable, table_path
@@ -172,7 +172,7 @@ def check_reference(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _check_tokens(cfg: RunConfig, name: str, location: str, num_tokens: int) -> None:
     rows = read_model_config(location, cfg.model, name, "ref_model").get_text_config().vocab_size
-    if rows < num_tokens:
+    if rows < num_tokens and not cfg.model.resize_vocab:
         raise ModelError(
             f"{name} has embeddings for {rows} tokens, the tokenizer has {num_tokens}", where="ref_model",
             expected="a reference that reads the same tokens as the model",
@@ -188,7 +188,7 @@ def live_reference(cfg: RunConfig, loaded: Loaded) -> LiveReference:
     """The model that stands for the reference, ready to be run."""
     if cfg.objective.ref_model:
         names = cfg.objective.ref_model, cfg.objective.ref_model_adapters
-        return LiveReference(load_frozen(reference_section(cfg), *names, loaded.device, loaded.dtype))
+        return LiveReference(load_reference(reference_section(cfg), *names, loaded.device, loaded.dtype))
     if not cfg.train.do_train:
         return base_reference(loaded)
     if cfg.objective.sync_ref_model:

@@ -46,7 +46,8 @@ class ModelSection(Section):
     use_fast_tokenizer: bool = True
     """Use the tokenizers library's fast tokenizer."""
     resize_vocab: bool = False
-    """Grow the embeddings when the tokenizer has more tokens than the model."""
+    """Give new tokens rows in embeddings and head, start them like other tokens' and train them: under lora they alone,
+    unless additional_target names embeddings and head, otherwise with the whole matrices."""
     split_special_tokens: bool = True
     """Control tokens written in a message stay text; false lets them act."""
     add_tokens: Names = []
@@ -54,9 +55,10 @@ class ModelSection(Section):
     add_special_tokens: Names = []
     """Special tokens to add to the vocabulary."""
     new_special_tokens_config: str | None = None
-    """YAML file with a description of each new special token, to start its embedding from."""
+    """YAML file of new special tokens, each with a description that its row can start from (init_special_tokens)."""
     init_special_tokens: Literal["noise_init", "desc_init", "desc_init_w_noise"] = "noise_init"
-    """How embeddings of new special tokens start."""
+    """How rows of new special tokens start: noise_init, like other tokens' (mean and noise); desc_init, at the mean of
+    the tokens of their description; desc_init_w_noise, at that with noise."""
 
     # where and how it computes
     device: Annotated[str, Lower, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"

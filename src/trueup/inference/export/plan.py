@@ -24,12 +24,13 @@ from trueup.inference.export.stage import check_space, check_target
 from trueup.models.device_memory import free_memory
 from trueup.models.estimate import shape_only
 from trueup.models.hub import resolve_model
-from trueup.models.load import check_vocabulary, pick_device
-from trueup.models.merging import Combination, check_starts, grow
+from trueup.models.load import pick_device
+from trueup.models.merging import Combination, check_starts
 from trueup.models.policy import Policy
 from trueup.models.quantise import stored_quantisation
 from trueup.models.reward import RewardModel, is_reward_model
 from trueup.models.tokenizer import hub_access, load_tokenizer
+from trueup.models.vocabulary import check_vocabulary
 
 log = logging.getLogger("trueup")
 T = TypeVar("T")
@@ -146,7 +147,7 @@ def make_plan(cfg: RunConfig) -> Plan:
             found.add([Problem("a reward model cannot be written as GGUF", "export_gguf", fix="drop export_gguf")])
     else:
         kind = Policy
-    shape = found.run(lambda: grow(shape_only(cfg, kind), starts))
+    shape = found.run(lambda: shape_only(cfg, kind))
     tokenizer = found.run(lambda: load_tokenizer(model))
     template = found.run(lambda: template_of(cfg, tokenizer)) if tokenizer is not None else None
     if shape is None or tokenizer is None or template is None:
