@@ -192,7 +192,6 @@ def test_every_key_not_supported_yet_is_refused_and_names_an_alternative():
         value = {
             "rope_scaling": "yarn",
             "infer_dtype": "float16",
-            "init_special_tokens": "desc_init",
         }.get(key, value)
         if key in ("ld_alpha", "moe_aux_loss_coef", "label_smoothing_factor"):
             value = 0.5

@@ -32,7 +32,7 @@ from trueup.models.quantise import is_quantised
 from trueup.models.rope import check_adapter, write_record
 from trueup.models.rows import filled, lighten, put_rows, rows_of, with_rows, without_rows
 from trueup.models.tuners import KINDS, check_targets, is_plain, same_shape, with_dropout_of, without_dropout
-from trueup.models.vocabulary import grow, largest, num_rows, refuse_missing
+from trueup.models.vocabulary import grow, largest, refuse_missing
 
 TRAINED = "default"  # peft's own name for the adapter that is saved at the top of a directory
 REFERENCE = "reference"
@@ -304,7 +304,8 @@ def _shapes_of(path: str | Path) -> Part:
     weights, shapes = Path(path) / WEIGHTS_FILE, {}
     if weights.is_file():
         with safe_open(weights, "pt") as file:
-            shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
+            names = file.keys()
+            shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     return PeftConfig.from_pretrained(str(path)), shapes
 
 

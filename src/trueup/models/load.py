@@ -34,9 +34,9 @@ from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
 from trueup.models.policy import Policy
 from trueup.models.principal import originals_of, take_lost, take_principal
 from trueup.models.rope import check_built, fit_rope
+from trueup.models.rows import matrices
 from trueup.models.tokenizer import hub_access
 from trueup.models.tokenizer import load_tokenizer as load_tokenizer  # for those who load a model as well
-from trueup.models.rows import matrices
 from trueup.models.tuners import ADAPTERS, adapter_config
 from trueup.models.vocabulary import check_vocabulary, fit_vocabulary
 

@@ -4,8 +4,8 @@ The one place where objectives meet the model's head. Plain linear heads go tile
 a running maximum (online softmax, Milakov & Gimelshein 2018, arXiv 1805.02867). A frozen head's gradient is made on
 the way (per row it is a scalar times `W[target] − softmax·W`, so nothing is recomputed); a trained head's tiles are
 recomputed in the backward, where the row's normaliser is known. Where only some rows of a head train (new tokens'),
-they stand in their tiles in the place of the weight's own, and the backward makes their logits alone. Any other head (adapted, quantised) is called as a
-module on some rows at a time, and recomputed.
+they stand in their tiles in the place of the weight's own, and the backward makes their logits alone. Any other head
+(adapted, quantised) is called as a module on some rows at a time, and recomputed.
 """
 
 from __future__ import annotations
@@ -207,9 +207,7 @@ class _LinearHead(torch.autograd.Function):
         return d_hidden, None, None, d_values, None, None, None, None
 
 
-def _logps(
-    hidden: Tensor, target: Tensor, tiles: _Tiles, slope: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _logps(hidden: Tensor, target: Tensor, tiles: _Tiles, slope: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities [N] fp32, logsumexp [N, 1] and, if asked for, d log p / d hidden [N, H]."""
     head = tiles.head
     exact = {"dtype": tiles.exact, "device": hidden.device}

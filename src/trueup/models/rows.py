@@ -67,13 +67,14 @@ class RowsLayer(TrainableTokensLayer):
             return None
         self._check_overlapping_tokens(names)
         (name,) = names
-        weight, values = self.base_layer.weight, self.trainable_tokens_delta[name]
+        weight: Any = self.base_layer.weight
+        values = self.trainable_tokens_delta[name]
         ids, index, moved = _order(tuple(self.token_indices[name]), weight.device)
         return Rows(ids, index, (values if moved is None else values[moved]).to(weight.dtype))
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """Token ids [...] → [..., H] of embeddings, [..., H] → [..., V] of a head."""
-        base = self.base_layer
+        base: Any = self.base_layer
         found, rows = base(x, *args, **kwargs), self.acting()
         if rows is None:
             return found
@@ -89,7 +90,15 @@ class RowsLayer(TrainableTokensLayer):
 
 
 class RowsWrapper(TrainableTokensWrapper):
-    """What stands in the model. Who asks for its weight wants to know a device, a format or a shape."""
+    """What stands in the model. Who asks for its weight wants to know a device, a format or a shape; and adapters
+    beside the one that has rows are asked for theirs, which peft 0.21 does not expect.
+    """
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return super().adapter_state_dict(adapter_name, state_dict) if adapter_name in self._adapters else {}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        return super().adapter_state_dict_load_map(adapter_name) if adapter_name in self._adapters else {}
 
     def _getattr_wrapped(self, name: str, modules) -> Any:
         return modules["token_adapter"].base_layer.weight
@@ -104,20 +113,21 @@ def lighten(model: nn.Module) -> None:
             module.__class__ = RowsWrapper
 
 
-def parts_of(module: nn.Module) -> tuple[nn.Module, Rows | None]:
+def parts_of(module: nn.Module) -> tuple[Any, Rows | None]:
     """A projection as it is without trained rows, and the rows that act on it."""
     if not isinstance(module, RowsWrapper):
         return module, None
-    layer = module.token_adapter
+    layer: Any = module.token_adapter
     return layer.base_layer, layer.acting()
 
 
 # --- adapters that hold rows ----------------------------------------------------------------------
 
 
-def matrices(base: PreTrainedModel) -> dict[str, nn.Module]:
+def matrices(base: PreTrainedModel) -> dict[str, Any]:
     """Path → embeddings, and the head where it has a matrix of its own."""
-    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    embeddings: Any = base.get_input_embeddings()
+    head: Any = base.get_output_embeddings()
     wanted = [embeddings] if head is None or head.weight is embeddings.weight else [embeddings, head]
     names = {id(module): name for name, module in base.named_modules()}
     return {names[id(module)]: module for module in wanted}
@@ -158,7 +168,7 @@ def without_rows(config: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def put_rows(base: PreTrainedModel, config: PeftConfig, state: Mapping[str, Tensor]) -> None:
     """Write an adapter's rows into the base."""
     for path, ids in rows_of(config, base).items():
-        weight = base.get_submodule(path).weight
+        weight: Any = base.get_submodule(path).weight
         weight.data[ids] = state[_KEY.format(path)].to(weight.device, weight.dtype)
 
 
@@ -167,6 +177,6 @@ def filled(base: PreTrainedModel, config: PeftConfig, state: Mapping[str, Tensor
     filled, had = dict(state), rows_of(before, base)
     for path, ids in rows_of(config, base).items():
         own = dict(zip(had.get(path, ()), state.get(_KEY.format(path), ()), strict=True))
-        weight = base.get_submodule(path).weight
+        weight: Any = base.get_submodule(path).weight
         filled[_KEY.format(path)] = torch.stack([own[i] if i in own else weight[i].float().cpu() for i in ids])
     return filled

@@ -54,7 +54,9 @@ def descriptions_of(model: ModelSection) -> dict[str, str]:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot be read: {error}", where=f"new_special_tokens_config: {path}") from error
-    fits = isinstance(found, dict) and all(isinstance(word, str) and word for pair in found.items() for word in pair)
+    fits = isinstance(found, dict) and all(
+        isinstance(word, str) and word.strip() for pair in found.items() for word in pair
+    )
     if not fits or not found:
         raise ConfigError(
             "is no list of tokens with their descriptions", where=f"new_special_tokens_config: {path}",

@@ -43,7 +43,7 @@ class NewTokens:
 
 
 def num_rows(base: PreTrainedModel) -> int:
-    return base.get_input_embeddings().weight.shape[0]
+    return next(iter(matrices(base).values())).weight.shape[0]
 
 
 def fit_vocabulary(base: PreTrainedModel, model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -83,13 +83,16 @@ def new_tokens(base: PreTrainedModel, model: ModelSection, tokenizer: PreTrained
     if model.init_special_tokens != "noise_init":
         texts = {asked[token]: text for token, text in descriptions_of(model).items()}
         described = {i: plain(texts[i], add_special_tokens=False)["input_ids"] for i in ids if i in texts}
-        if empty := [tokenizer.convert_ids_to_tokens(i) for i, found in described.items() if not found]:
-            raise ConfigError(f"no word describes {', '.join(empty)}", where=str(model.new_special_tokens_config))
+        if empty := [i for i, found in described.items() if not found]:
+            shown = ", ".join(map(str, tokenizer.convert_ids_to_tokens(empty)))
+            raise ConfigError(f"no word describes {shown}", where=str(model.new_special_tokens_config))
     return NewTokens(ids, described, model.init_special_tokens == "desc_init_w_noise")
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
-    return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    found = tokenizer.convert_tokens_to_ids(tokens)
+    assert isinstance(found, list)
+    return found
 
 
 def _say_idle(base: PreTrainedModel, model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
