@@ -155,8 +155,11 @@ class Widget:
             self.field.props["stack-label"] = True
 
     def _hint(self, note: str | None) -> str:
-        range_ = f" ({self.key.limits})" if self.key.limits and self.key.kind == "number" else ""
-        return self.view.said(note) if note else help_of(self.key.name, self.view) + range_
+        """What the key does, and its range; or what `note` says of why it does nothing now."""
+        said = help_of(self.key.name, self.view)
+        if note:
+            return f"{said} ({self.view.said(note)})"
+        return f"{said} ({self.key.limits})" if self.key.limits and self.key.kind == "number" else said
 
     def _make(self, value: str | None, options: Sequence[str] | None) -> Any:
         key = self.key

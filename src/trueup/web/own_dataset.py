@@ -12,6 +12,7 @@ from trueup.data.register import enter
 from trueup.data.registry import COLUMN_ROLES, FORMATS, registered
 from trueup.errors import UserError
 from trueup.web import uploads
+from trueup.web.drop import drop
 from trueup.web.frame import button, problems, row
 from trueup.web.rows import Table
 from trueup.web.view import View
@@ -115,10 +116,7 @@ class OwnDataset:
         with ui.dialog(value=True) as dialog, ui.card().classes("dialog"):
             ui.label(t("dataset.replace")).classes("h2")
             ui.label(t("dataset.replace_note")).classes("muted")
-            uploader = ui.upload(
-                label=t("data.upload"), auto_upload=True, max_file_size=uploads.MOST_BYTES, on_upload=take
-            )
-            uploader.classes("drop").props(f'flat accept="{self.file.suffix}"')
+            drop(self.view, [self.file.suffix], take)
             wrong = ui.element("div")
         dialog.on("hide", dialog.delete)
 

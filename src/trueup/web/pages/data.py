@@ -13,6 +13,7 @@ from trueup.data.inventory import Inventory, Item, inventory
 from trueup.data.registry import FILE_SUFFIXES
 from trueup.errors import UserError
 from trueup.web import fetches, uploads
+from trueup.web.drop import drop
 from trueup.web.frame import card, empty, heading, problems
 from trueup.web.pages import page
 from trueup.web.view import View
@@ -61,7 +62,7 @@ class Shelf:
     async def build(self) -> None:
         """What can be brought here, and then what is here."""
         t = self.view.t
-        self._upload()
+        drop(self.view, FILE_SUFFIXES, self._take, t("data.upload_note", types=" ".join(FILE_SUFFIXES)))
         self.wrong = ui.element("div").classes("stack data-wrong")
         try:
             await self._look()
@@ -78,16 +79,6 @@ class Shelf:
             search.on_value_change(lambda event: self.known.set_filter(event.value or ""))
         self._fill()
         ui.timer(REFRESH_SECONDS, self._refresh)
-
-    def _upload(self) -> None:
-        t = self.view.t
-        with card().classes("drop-card"):
-            uploader = ui.upload(
-                label=t("data.upload"), auto_upload=True, max_file_size=uploads.MOST_BYTES, on_upload=self._take,
-                on_rejected=lambda: ui.notify(t("data.rejected"), type="negative"),
-            )  # fmt: skip
-            uploader.classes("drop").props(f'flat accept="{",".join(FILE_SUFFIXES)}"')
-            ui.label(t("data.upload_note", types=" ".join(FILE_SUFFIXES))).classes("muted small drop-note")
 
     async def _take(self, event: UploadEventArguments) -> None:
         """A file has arrived whole; one that is cut off on its way never gets here."""
