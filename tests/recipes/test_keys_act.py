@@ -83,6 +83,19 @@ def test_freeze_trains_the_layers_and_modules_named_and_no_others(config: Config
     assert {name for name in more - last} == {name for name in more if "embed_tokens" in name} != set()
 
 
+def test_freeze_trains_modules_outside_the_layers_alone_and_names_those_that_are_not_there(config: Config):
+    freeze = {"finetuning_type": "freeze", "lora_rank": None}
+    head = trained(config(**freeze, freeze_trainable_layers=0, freeze_extra_modules=["norm", "lm_head"]))
+    assert head == {"model.norm.weight", "model.embed_tokens.weight"}  # one tensor with the head
+    with pytest.raises(ModelError) as caught:
+        trained(config(**freeze, freeze_trainable_modules=["nowhere"], freeze_extra_modules=["neither"]))
+    assert {(p.where, p.what.split()[3]) for p in caught.value.problems} == {
+        ("freeze_trainable_modules", "nowhere"), ("freeze_extra_modules", "neither"),
+    }  # fmt: skip
+    with pytest.raises(ModelError, match="the model has 2 layers"):
+        trained(config(**freeze, freeze_trainable_layers=3))
+
+
 def test_a_reference_has_bits_of_its_own(config: Config, tiny_dir: Path):
     pytest.importorskip("bitsandbytes")
     keys = {"ref_model": str(tiny_dir), "precompute_ref_log_probs": False}

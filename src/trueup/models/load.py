@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from trueup import memory
 from trueup.config.schema import ModelSection, TrainSection, TuningSection
-from trueup.errors import ModelError
+from trueup.errors import ModelError, Problem
 from trueup.garbage import no_collection
 from trueup.models import quantise
 from trueup.models.adapters import TRAINED, Adapters, Start, attach_frozen, attach_trained, make_room, merge_adapters
@@ -375,7 +375,8 @@ def unfreeze(
         base.get_submodule(name).requires_grad_(True)
     layers = decoder_layers(base)
     count = tuning.freeze_trainable_layers
-    if abs(count) > len(layers) or count == 0:
+    extra = set(tuning.freeze_extra_modules or ())
+    if abs(count) > len(layers) or (count == 0 and not extra):
         raise ModelError(
             f"the model has {len(layers)} layers", where="freeze_trainable_layers",
             expected=f"1 … {len(layers)} (last n) or -1 … -{len(layers)} (first n)",
@@ -394,18 +395,16 @@ def unfreeze(
         log.info("finetuning_type: freeze trains %s too, whole, for the rows of new tokens", " and ".join(paths))
         for module in paths.values():
             module.requires_grad_(True)
-    extra = set(tuning.freeze_extra_modules or ())
     inside = {id(p) for layer in layers for p in layer.parameters()}
-    for path, parameter in base.named_parameters():
+    for path, parameter in base.named_parameters(remove_duplicate=False):  # a tied head is known by both its names
         matches = extra & set(path.split("."))
         if matches and id(parameter) not in inside:
             used |= matches
             parameter.requires_grad_(True)
-    unmatched = (wanted | extra) - used
-    if unmatched:
+    keys = (("freeze_trainable_modules", wanted), ("freeze_extra_modules", extra))
+    if unmatched := [(key, names - used) for key, names in keys if names - used]:
         raise ModelError(
-            f"no module named {', '.join(sorted(unmatched))} in the model",
-            where="freeze_trainable_modules",
+            [Problem(f"no module named {', '.join(sorted(names))} in the model", key) for key, names in unmatched]
         )
 
 
