@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import trueup
 from tests.recipes.test_adapter_matrix import logits_of, spied
 from tests.recipes.test_equivalence import program_of, step
 from trueup.config.load import load_config
@@ -155,6 +156,14 @@ def test_an_export_carries_the_stretch_into_its_files(config: Config, short_dir:
     assert read["rope.scaling.type"] == "linear" and read["rope.scaling.factor"] == 4.0
     assert read["context_length"] == 128
     assert "num_ctx 128" in (tmp_path / "file" / "Modelfile").read_text(encoding="utf-8")
+
+
+def test_a_model_in_memory_is_not_stretched_behind_its_back(short_dir: Path):
+    model = AutoModelForCausalLM.from_pretrained(short_dir)
+    tokenizer = AutoTokenizer.from_pretrained(short_dir)
+    keys = {"stage": "sft", "rope_scaling": "yarn", "cutoff_len": 128}
+    with pytest.raises(ModelError, match="built already"):
+        trueup.train(keys, model=model, tokenizer=tokenizer, train_dataset=[{"instruction": "a", "output": "b"}] * 4)
 
 
 def test_check_finds_a_model_that_cannot_be_stretched(config: Config, short_dir: Path):

@@ -33,7 +33,7 @@ from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
 from trueup.models.policy import Policy
 from trueup.models.principal import originals_of, take_lost, take_principal
-from trueup.models.rope import check_built, fit_rope
+from trueup.models.rope import check_built, fit_rope, stretch_of
 from trueup.models.rows import matrices
 from trueup.models.tokenizer import hub_access
 from trueup.models.tokenizer import load_tokenizer as load_tokenizer  # for those who load a model as well
@@ -425,6 +425,8 @@ def load_frozen(
     """
     root, location, starts = resolve_model(name, adapters, hub_access(model))
     base = load_base(location, model, device, dtype, root, kind, adapters=starts)
+    if stretch := stretch_of(base):
+        log.info("positions of %s are stretched: %s", root, stretch)
     if tokenizer is not None:
         make_room(base, starts)
         fit_vocabulary(base, model, tokenizer)

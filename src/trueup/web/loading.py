@@ -20,8 +20,8 @@ from trueup.web.view import View
 
 #: keys that say how a model is loaded, behind a fold.
 _MORE = (
-    "template", "enable_thinking", "device", "infer_dtype", "quantization_bit", "rope_scaling", "flash_attn", "booster",
-    "hub", "model_revision",
+    "template", "enable_thinking", "device", "infer_dtype", "quantization_bit", "rope_scaling",
+    "rope_scaling_length", "flash_attn", "booster", "hub", "model_revision",
 )  # fmt: skip
 _STATES = {"loading": "starting", "ready": "finished", "failed": "failed"}
 _ICONS = {"loading": "hourglass_top", "ready": "check", "failed": "error_outline"}
