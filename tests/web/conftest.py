@@ -23,6 +23,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 
 START_SECONDS = 120
 PAGE_MILLISECONDS = int(os.environ.get("STUDIO_TEST_MILLISECONDS", "60000"))
+LATE = Path(__file__).with_name("late.py")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _QUIET = {"PYTEST_CURRENT_TEST", "NICEGUI_SCREEN_TEST_PORT", "API_KEY"}
 expect.set_options(timeout=PAGE_MILLISECONDS)
@@ -42,17 +43,9 @@ class Studio:
 
     def start(self) -> Studio:
         """Start it, at the port it had before."""
-        command = [
-            sys.executable,
-            "-m",
-            "trueup",
-            "web",
-            "--port",
-            str(self.port),
-            "--root",
-            str(self.root),
-            *self.words,
-        ]
+        program = [str(LATE)] if os.environ.get("STUDIO_TEST_LATE") else ["-m", "trueup"]
+        options = ["--port", str(self.port), "--root", str(self.root)]
+        command = [sys.executable, *program, "web", *options, *self.words]
         kept = {
             name: value for name, value in os.environ.items() if name not in _QUIET and not name.startswith("PYTEST")
         }

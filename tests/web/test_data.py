@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import psutil
@@ -72,6 +73,7 @@ def test_a_file_with_a_fault_is_told_line_by_line_mended_and_seen_as_the_trainer
 
     page.get_by_role("button", name="Differences").click()
     expect(page.locator(".piece-removed").first).to_be_visible()
+    expect(page).to_have_url(re.compile("view="))
     page.reload()  # which row, and how it is shown, is in the address
     expect(page.locator(".piece-added").first).to_contain_text("Answer")
 

@@ -78,6 +78,7 @@ def test_tags_and_notes_are_kept_beside_the_run(filled, make_page):
     page.get_by_role("button", name="Save").click()
     expect(page.get_by_role("row").filter(has_text="first")).to_contain_text("paper")
     assert read_remarks(filled.root / "saves/sql/lora/first").tags == ("baseline", "paper")
+    expect(page.get_by_role("dialog")).to_have_count(0)  # while it closes, it takes the focus back
     page.get_by_label("Search runs").fill("paper")
     expect(page.get_by_role("row").filter(has_text="second")).to_have_count(0)
 

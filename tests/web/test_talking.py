@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -80,6 +81,8 @@ def test_an_answer_streams_and_is_stopped(studio, page, scripted):
     page.get_by_role("button", name="Stop", exact=True).click()
     expect(answer).to_contain_text("stopped")
     assert Script.left.wait(30)
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+    expect(page).to_have_url(re.compile("talk="))
     assert Script.asked[-1]["temperature"] == 0.1 and Script.asked[-1]["seed"] == 5
     page.reload()  # it was kept
     expect(page.get_by_role("article", name="scripted")).to_contain_text("again and again")

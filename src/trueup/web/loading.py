@@ -36,6 +36,7 @@ class LoadingCard:
         self.note: list[Any] = []
         self.draft = self._begin()
         self.seen: tuple[Any, ...] | None = None
+        self.telling: dict[int, tuple[ui.label, ui.label]] = {}
         t = view.t
         with card(t("chat.models")):
             self.there = ui.element("div").classes("stack").props("aria-live=polite")
@@ -128,17 +129,20 @@ class LoadingCard:
     def refresh(self) -> None:
         """Look again at what is loaded."""
         loaded = list(self.view.speakers.loaded)
-        now = tuple((one.number, one.state, one.last_words, one.memory >> 26) for one in loaded)
-        if now == self.seen:
-            return
-        states = [one[:2] for one in self.seen or ()] != [one[:2] for one in now] or self.seen is None
-        self.seen = now
-        self.there.clear()
-        with self.there:
-            for one in loaded:
-                self._one(one)
-        if states:
+        now = tuple((one.number, one.state) for one in loaded)
+        if now != self.seen:  # buttons are not drawn anew for a text: a click on one that has gone is lost
+            self.seen = now
+            self.telling.clear()
+            self.there.clear()
+            with self.there:
+                for one in loaded:
+                    self._one(one)
             self.changed()
+        for one in loaded:
+            words, memory = self.telling[one.number]
+            words.set_text(one.last_words if one.state == "loading" else "")
+            held = one.alive and one.memory >> 26
+            memory.set_text(self.view.t("chat.holds", size=f"{one.memory / 2**30:.2f} GB") if held else "")
 
     def _one(self, one: Loaded) -> None:
         t = self.view.t
@@ -153,14 +157,13 @@ class LoadingCard:
             if one.state == "failed":
                 with ui.element("div").classes("problem").props("role=alert"):
                     ui.label(one.reason)
-            elif one.state == "loading" and one.last_words:
-                ui.label(one.last_words).classes("muted small")
+            words = ui.label("").classes("muted small")
             with ui.element("div").classes("toolbar"):
                 word = t("chat.dismiss" if one.state == "failed" else "chat.unload")
                 unload = button(word, partial(self._unload, one.number), icon="eject")
                 unload.props["aria-label"] = f"{word}: {one.base}"
-                if one.alive and one.memory:
-                    ui.label(t("chat.holds", size=f"{one.memory / 2**30:.2f} GB")).classes("muted small number")
+                memory = ui.label("").classes("muted small number")
+        self.telling[one.number] = words, memory
 
     async def _unload(self, number: int) -> None:
         await asyncio.to_thread(self.view.speakers.unload, number)

@@ -301,6 +301,8 @@ class ChatPage:
         turn.answers += new
         if turn.blind:
             turn.order += random.sample(range(first, len(turn.answers)), len(new))
+        self.talk.save(self.place)  # a reload finds the question, however long the answer takes
+        self.view.remember(talk=self.talk.id)
         shown.worth.clear()
         shown.draw()
         ui.run_javascript(f"getHtmlElement({shown.box.id}).scrollIntoView({{block: 'nearest'}})")
@@ -314,7 +316,6 @@ class ChatPage:
         finally:
             self.tasks = []
             self.talk.save(self.place)
-        self.view.remember(talk=self.talk.id)
         self._busy(False)
         shown.draw(self._acts(shown))
         await self._value(shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ class LivePage:
         self.shown: dict[str, ui.echart] = {}
         self.drawn: tuple[Any, ...] = ()
         self.told: tuple[Any, ...] = ()
-        self.before: tuple[Any, ...] = ()
+        self.stands: dict[ui.element, Any] = {}
         self.log_text = ""
         self.turn = asyncio.Lock()
 
@@ -188,11 +187,7 @@ class LivePage:
         return [(plot, made) for plot in plots if (made := options(plot, table, look, say)) is not None]
 
     def _show(self, seen: Seen) -> None:
-        warned = json.dumps(seen.state.status.get("warnings", []))
-        now = (seen.state.state, seen.state.reason, seen.state.checkpoint, warned)
-        if now != self.before:
-            self.before = now
-            self._stand(seen.state)
+        self._stand(seen.state)
         self._glance(seen.state, seen.table)
         self._draw(seen.charts, self.charts)
         self._draw(seen.others, self.rest)
@@ -206,19 +201,22 @@ class LivePage:
             ui.run_javascript(f"trueupFollow({self.log.id})")
 
     def _stand(self, state: RunState) -> None:
-        """State, reason, warnings, and what can be done about them."""
-        for place in (self.badge, self.buttons, self.reason, self.warnings):
-            place.clear()
-        with self.badge:
-            state_badge(self.view, state.state)
-        with self.buttons:
-            self._actions(state)
-        with self.reason:
-            if state.state in ("failed", "stopped"):
-                self._why(state)
-        with self.warnings:
-            for warning in state.status.get("warnings", []):
-                ui.label(self.view.said(str(warning.get("text", "")))).classes("notice")
+        """State, what can be done, reason and warnings; each drawn anew only when it has changed: a click on a button
+        that has just been replaced is lost.
+        """
+        warned = [self.view.said(str(warning.get("text", ""))) for warning in state.status.get("warnings", [])]
+        parts = {
+            self.badge: (state.state, lambda: state_badge(self.view, state.state)),
+            self.buttons: ((state.state, state.alive, state.resumable), lambda: self._actions(state)),
+            self.reason: ((state.state, state.reason, state.checkpoint), lambda: self._why(state)),
+            self.warnings: (warned, lambda: [ui.label(text).classes("notice") for text in warned]),
+        }
+        for place, (stands, draw) in parts.items():
+            if place not in self.stands or self.stands[place] != stands:
+                self.stands[place] = stands
+                place.clear()
+                with place:
+                    draw()
 
     def _actions(self, state: RunState) -> None:
         t = self.view.t
@@ -236,6 +234,8 @@ class LivePage:
         button(t("live.duplicate"), lambda: self.view.open("/train", run=self.run), icon="content_copy")
 
     def _why(self, state: RunState) -> None:
+        if state.state not in ("failed", "stopped"):
+            return
         t = self.view.t
         text = t("live.killed", step=state.step) if state.reason == "killed" else state.reason
         goes_on = t("live.from_checkpoint", name=state.checkpoint) if state.checkpoint else t("live.from_start")
