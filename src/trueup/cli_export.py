@@ -33,6 +33,7 @@ def export(session: Session, words: tuple[str, ...]) -> None:
     trueup export saves/sql-tiny/dpo --export_dir merged
     trueup export --model_name_or_path BASE --adapter_name_or_path A,B merge_method=ties --export_dir merged
     trueup export saves/sql-tiny/dpo --export_dir gguf --export_gguf q8_0
+    trueup export --model_name_or_path BASE --num_expand 8 --export_dir expanded   (LLaMA-Pro)
     """
     directories, rest = leading_directories(words)
     if len(directories) > 1:

@@ -33,7 +33,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
         "export_quantization_dataset export_quantization_nsamples export_quantization_maxlen",
         {"export_quantization_bit": SET, "export_quantization_method": CALIBRATED},
     ),
-    ("merge_method merge_weights", {}),
+    ("merge_method merge_weights num_expand", {}),
     ("merge_density", {"merge_method": PRUNING}),
     ("hub_private_repo hub_revision", {"export_hub_model_id": SET}),
     ("template default_system tool_format enable_thinking preserve_thinking", {}),

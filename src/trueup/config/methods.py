@@ -78,7 +78,6 @@ LATER: dict[str, str] = {
     "eval_num_beams": "temperature: 0, which takes the likeliest token",
     # tuning
     "pure_bf16": "bf16: true, which keeps fp32 masters of the trained weights",
-    "use_llama_pro": "finetuning_type: freeze",
     "galore_layerwise": _WHOLE,
     "apollo_layerwise": _WHOLE,
     # objective

@@ -28,6 +28,7 @@ from trueup.models import quantise
 from trueup.models.adapters import TRAINED, Adapters, Start, attach_frozen, attach_trained, make_room, merge_adapters
 from trueup.models.allocator import give_back, hold_nothing, keep_memory
 from trueup.models.config_code import refuse_code
+from trueup.models.expansion import trained_blocks
 from trueup.models.fused import fuse
 from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
@@ -382,6 +383,10 @@ def unfreeze(
             expected=f"1 … {len(layers)} (last n) or -1 … -{len(layers)} (first n)",
         )  # fmt: skip
     chosen = list(layers)[-count:] if count > 0 else list(layers)[:-count]
+    if tuning.use_llama_pro:
+        places = trained_blocks(base, count)
+        log.info("use_llama_pro: %d of %d blocks train: %s", count, len(layers), ", ".join(map(str, places)))
+        chosen = [layers[place] for place in places]
     wanted = set(tuning.freeze_trainable_modules) - {"all"}
     used: set[str] = set()
     for layer in chosen:

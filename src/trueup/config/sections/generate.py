@@ -65,6 +65,9 @@ class ExportSection(Section):
     """Weight of each adapter; unset: 1."""
     merge_density: Annotated[PositiveFloat, Field(le=1)] = 0.5
     """Share of an adapter's values that ties, dare_linear, dare_ties and magnitude_prune keep."""
+    num_expand: Positive | None = None
+    """Insert so many new blocks, spread evenly, that leave what the model says as it is (LLaMA-Pro): for training with
+    use_llama_pro."""
     export_quantization_bit: Bits | None = None
     """Quantise the exported model to this many bits."""
     export_quantization_method: Annotated[Literal["bnb", "gptq", "awq"], Lower] | None = None

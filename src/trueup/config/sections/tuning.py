@@ -71,7 +71,7 @@ class TuningSection(Section):
     freeze_extra_modules: Names = []
     """Modules outside the layers that train too."""
     use_llama_pro: bool = False
-    """Train only the layers added by block expansion."""
+    """Train only inserted blocks, freeze_trainable_layers of them; trueup export num_expand=N inserts N."""
 
     # OFT
     module_dropout: Annotated[NonNegativeFloat, Field(lt=1)] = 0.0

@@ -27,6 +27,7 @@ from trueup.inference.export.ollama import modelfile
 from trueup.inference.export.plan import Plan, make_plan
 from trueup.inference.export.probe import Difference, Rows, ask, difference, probe_rows
 from trueup.inference.export.stage import staged
+from trueup.models.expansion import insert_blocks
 from trueup.models.merging import cast, fold, load_beside, load_gguf, load_written, round_weights
 from trueup.models.plain import tidy_generation
 from trueup.models.requantise import quantise_awq, quantise_bitsandbytes, quantise_gptq
@@ -37,8 +38,9 @@ from trueup.training import durable
 log = logging.getLogger("trueup")
 
 REPORT = "export.json"
-#: shares of the largest logit. Folding is exact but for the order of sums; files hold what was in memory.
-_FOLDED, _WRITTEN = 5e-3, 1e-4
+#: shares of the largest logit. Folding is exact but for the order of sums; files hold what was in memory; inserted
+#: blocks add 0.
+_FOLDED, _WRITTEN, _INSERTED = 5e-3, 1e-4, 1e-6
 
 
 @dataclass
@@ -131,6 +133,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
     facts |= {"dtype": str(plan.dtype).removeprefix("torch."), "template": plan.template.name}
     if export.export_quantization_bit:
         facts["quantised"] = f"{export.export_quantization_bit} bits by {export.export_quantization_method}"
+    if export.num_expand:
+        facts["inserted blocks"] = export.num_expand
     if export.export_gguf:
         facts["gguf"] = export.export_gguf
     return facts
@@ -188,6 +192,10 @@ def write(
     del model
     _require(difference(before, ask(merged, rows)), _FOLDED, "folding the adapters in changed the model")
     folded(merged)
+    if plan.cfg.export.num_expand:
+        shallow = ask(merged, rows)
+        insert_blocks(merged, plan.cfg.export.num_expand)
+        _require(difference(shallow, ask(merged, rows)), _INSERTED, "the inserted blocks changed the model")
     if not plan.is_reward:
         tidy_generation(merged, plan.template.stop_ids)
     if plan.cfg.export.export_gguf:

@@ -23,6 +23,7 @@ from trueup.inference.export.push import check_push
 from trueup.inference.export.stage import check_space, check_target
 from trueup.models.device_memory import free_memory
 from trueup.models.estimate import shape_only
+from trueup.models.expansion import insert_blocks
 from trueup.models.hub import resolve_model
 from trueup.models.load import pick_device
 from trueup.models.merging import Combination, check_starts
@@ -147,7 +148,7 @@ def make_plan(cfg: RunConfig) -> Plan:
             found.add([Problem("a reward model cannot be written as GGUF", "export_gguf", fix="drop export_gguf")])
     else:
         kind = Policy
-    shape = found.run(lambda: shape_only(cfg, kind))
+    shape = found.run(lambda: _shape(cfg, kind))
     tokenizer = found.run(lambda: load_tokenizer(model))
     template = found.run(lambda: template_of(cfg, tokenizer)) if tokenizer is not None else None
     if shape is None or tokenizer is None or template is None:
@@ -169,6 +170,14 @@ def make_plan(cfg: RunConfig) -> Plan:
     found.raise_all()
     _say_memory(plan)
     return plan
+
+
+def _shape(cfg: RunConfig, kind: type[Policy]) -> PreTrainedModel:
+    """Of what is written."""
+    shape = shape_only(cfg, kind)
+    if cfg.export.num_expand:
+        insert_blocks(shape, cfg.export.num_expand)
+    return shape
 
 
 def template_of(cfg: RunConfig, tokenizer: Any) -> ChatTemplate:

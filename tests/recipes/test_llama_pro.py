@@ -1,0 +1,77 @@
+"""LLaMA-Pro from end to end: blocks inserted by an export, trained alone, gone on with, and loaded as any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.recipes.test_adapter_matrix import STAGES, read_lines
+from trueup.config.load import load_config
+from trueup.config.schema import RunConfig
+from trueup.errors import ConfigError, ModelError
+from trueup.inference.export.export import export
+from trueup.recipes.check import check
+from trueup.recipes.run import run
+
+Config = Callable[..., RunConfig]
+PRO = {"finetuning_type": "freeze", "lora_rank": None, "use_llama_pro": True}
+ROWS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def expanded(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a new block after each of its two."""
+    target = tmp_path_factory.mktemp("expanded") / "model"
+    keys = {"model_name_or_path": str(tiny_dir), "export_dir": str(target), "num_expand": 2, "template": "chatml"}
+    done = export(load_config(None, keys=keys, verb="export"))
+    assert done.facts["inserted blocks"] == 2 and done.differences["model"].largest < 1e-6
+    return target
+
+
+@torch.no_grad()
+def logits_of(directory: Path) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(input_ids=ROWS).logits
+
+
+def test_the_expanded_checkpoint_answers_as_the_original(expanded: Path, tiny_dir: Path):
+    torch.testing.assert_close(logits_of(expanded), logits_of(tiny_dir), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_only_inserted_blocks_move_from_where_they_say_nothing(stage, expanded: Path, config: Config, tmp_path: Path):
+    keys = {
+        **STAGES[stage], **PRO, "model_name_or_path": str(expanded), "freeze_trainable_layers": 2, "max_steps": 3,
+        "per_device_train_batch_size": 24, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2,
+        "lr_scheduler_type": "constant", "plot_loss": False,
+    }  # fmt: skip
+    first, again = tmp_path / "first", tmp_path / "again"
+    run(config(**keys, output_dir=str(first)))
+    rows = [row for row in read_lines(first / "metrics.jsonl") if "loss" in row]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert stage == "sft" or abs(rows[0]["rewards/margins"]) < 1e-6
+    before, after = load_file(expanded / "model.safetensors"), load_file(first / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[2] for name in moved} == {"1", "3"}
+    assert {name for name in moved if name.endswith(("o_proj.weight", "down_proj.weight"))} == {
+        f"model.layers.{i}.{name}.weight" for i in (1, 3) for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    run(config(**keys, output_dir=str(again), resume_from_checkpoint=str(first / "checkpoint-2")))
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_what_was_not_inserted_is_not_trained_by_its_name(expanded: Path, config: Config, tiny_dir: Path):
+    keys = {**PRO, "model_name_or_path": str(expanded)}
+    assert check(config(**keys, freeze_trainable_layers=2)).estimate.trainable
+    for count in (3, 4):
+        with pytest.raises(ModelError, match="inserted"):
+            check(config(**keys, freeze_trainable_layers=count))
+    with pytest.raises(ConfigError, match="use_llama_pro"):
+        config(use_llama_pro=True)
+    unevenly = {"model_name_or_path": str(tiny_dir), "export_dir": str(expanded / "x"), "num_expand": 5}
+    with pytest.raises(ModelError, match="evenly"):
+        export(load_config(None, keys={**unevenly, "template": "chatml"}, verb="export"))
