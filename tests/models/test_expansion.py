@@ -59,8 +59,9 @@ def test_blocks_that_cannot_be_spread_evenly_are_refused():
 
 
 def test_an_architecture_whose_blocks_differ_by_position_is_refused():
-    config = tf.Qwen2MoeConfig(**COMMON | {"num_hidden_layers": 4}, num_experts=2, num_experts_per_tok=1,
-                               moe_intermediate_size=8, shared_expert_intermediate_size=8, mlp_only_layers=[1])  # fmt: skip
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "mlp_only_layers": [1]}
+    keys = {**COMMON, **experts, "num_hidden_layers": 4, "shared_expert_intermediate_size": 8}
+    config = tf.Qwen2MoeConfig(**keys)
     with pytest.raises(ModelError, match="position"):
         insert_blocks(tf.AutoModelForCausalLM.from_config(config), 2)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.conftest import ROOT
 from tests.recipes.test_adapter_matrix import STAGES, read_lines
 from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
@@ -75,3 +76,16 @@ def test_what_was_not_inserted_is_not_trained_by_its_name(expanded: Path, config
     unevenly = {"model_name_or_path": str(tiny_dir), "export_dir": str(expanded / "x"), "num_expand": 5}
     with pytest.raises(ModelError, match="evenly"):
         export(load_config(None, keys={**unevenly, "template": "chatml"}, verb="export"))
+
+
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The built-in model with blocks of its own, and with tokens of its own."""
+    monkeypatch.chdir(tmp_path)
+    few = {"max_steps": 1, "max_samples": 6, "plot_loss": False, "regression_report": False, "device": "cpu"}
+    keys = {"model_name_or_path": "builtin:sql-tiny", "num_expand": 2, "export_dir": "saves/sql-tiny/expanded"}
+    export(load_config(None, keys=keys, verb="export"))
+    pro = run(load_config(ROOT / "examples/builtin_llama_pro.yaml", keys=few))
+    assert read_lines(pro.output_dir / "metrics.jsonl")[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    grown = run(load_config(ROOT / "examples/builtin_new_tokens.yaml", keys=few))
+    tokenizer = AutoTokenizer.from_pretrained(grown.output_dir)
+    assert [len(tokenizer.encode(word)) for word in ("Pixel", "Shoes", "Biology", "Lisbon")] == [1] * 4

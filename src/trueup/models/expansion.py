@@ -19,9 +19,10 @@ from trueup.models.memory import decoder_layers
 NEW_BLOCKS = "llama_pro_blocks"
 
 #: What the last projections of attention and of MLPs are called.
-_LAST = frozenset(
-    "o_proj out_proj dense c_proj wo down_proj down_proj_bias fc2 fc_out w2 dense_4h_to_h linear_out".split()
-)
+_LAST = {
+    "o_proj", "out_proj", "dense", "c_proj", "wo", "down_proj", "down_proj_bias", "fc2", "fc_out", "w2",
+    "dense_4h_to_h", "linear_out",
+}  # fmt: skip
 
 
 def insert_blocks(base: PreTrainedModel, count: int) -> list[int]:
