@@ -126,6 +126,7 @@ def test_a_model_that_is_stretched_so_already_stays_as_it_is_and_another_is_refu
     [
         (lambda: GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2, n_positions=32), "no rotary positions"),
         (lambda: AutoConfig.for_model("gemma3_text"), "in 2 ways"),
+        (lambda: AutoConfig.for_model("phi3", max_position_embeddings=4096), "must be one of"),
     ],
 )
 def test_a_model_without_one_rope_is_refused_with_words(config, why: str):

@@ -138,9 +138,12 @@ def fit_rope(config: PretrainedConfig, model: ModelSection, adapters: Sequence[s
         return None
     text = config.get_text_config()
     text.rope_parameters, text.max_position_embeddings = dict(after.parameters), after.positions
-    text.standardize_rope_params()
-    text.validate_rope()
-    again = rope_of(type(text).from_dict(text.to_dict()))  # as it will be saved, and read
+    try:
+        text.standardize_rope_params()
+        text.validate_rope()
+        again = rope_of(type(text).from_dict(text.to_dict()))  # as it will be saved, and read
+    except ValueError as error:
+        raise _rigid(name, str(error)) from error
     if again != after:
         raise _rigid(name, f"a {config.model_type} config makes {again} of {after}")
     return Stretch(before, after)
