@@ -75,6 +75,17 @@ def test_an_adapter_brings_its_stretch_along(kind: str, config: Config, short_di
     assert merged.config.rope_parameters["rope_type"] == kind and merged.config.max_position_embeddings == 128
 
 
+def test_a_stretched_base_in_few_bits_is_merged_in_full(config: Config, short_dir: Path, tmp_path: Path, caplog):
+    pytest.importorskip("bitsandbytes")
+    run(config(**keys_of(short_dir, quantization_bit=4)))
+    found = load(tmp_path / "out", quantization_bit=4)
+    with caplog.at_level(logging.WARNING, "trueup"):
+        found.merge(tmp_path / "merged", torch.float32)
+    assert "trained over 4-bit weights" in caplog.text
+    read = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert read.rope_parameters["factor"] == 4.0 and not hasattr(read, "quantization_config")
+
+
 def test_full_training_saves_the_stretch_in_the_models_config(config: Config, short_dir: Path, tmp_path, monkeypatch):
     trained = spied(monkeypatch)
     run(config(**keys_of(short_dir, finetuning_type="full", stage="sft", dataset="chats", lora_rank=None)))

@@ -214,8 +214,9 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, keep: str | None = None) ->
 def load_written(
     directory: Path, model: ModelSection, device: torch.device, dtype: torch.dtype, kind: type[Policy] = Policy
 ) -> PreTrainedModel:
-    """A directory that was just written, as transformers reads it."""
-    return load_base(str(directory), model, device, dtype, str(directory), kind)
+    """A directory that was just written, as transformers reads it: its own config says all, and the keys nothing."""
+    plain = model.model_copy(update={"quantization_bit": None, "rope_scaling": None})
+    return load_base(str(directory), plain, device, dtype, str(directory), kind)
 
 
 def load_gguf(directory: Path, name: str, device: torch.device) -> PreTrainedModel:
