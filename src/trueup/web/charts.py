@@ -21,9 +21,10 @@ Points = Sequence[Sequence[float]]
 
 #: a number in few characters; JavaScript that ECharts calls, the same everywhere. No user text gets in.
 _SHORT = (
-    "v => { const a = Math.abs(v); return a === 0 ? '0' : a >= 1e9 ? +(v/1e9).toPrecision(3) + 'G' "
+    "v => { const a = Math.abs(v); return a === 0 ? '0' : a >= 1e12 || a < 1e-3 ? "
+    "(+v.toPrecision(4)).toExponential().replace('e+', 'e') : a >= 1e9 ? +(v/1e9).toPrecision(3) + 'G' "
     ": a >= 1e6 ? +(v/1e6).toPrecision(3) + 'M' : a >= 1e4 ? +(v/1e3).toPrecision(3) + 'k' "
-    ": a < 1e-3 ? v.toExponential(1).replace('e-0', 'e-') : +v.toPrecision(4) + '' }"
+    ": +v.toPrecision(4) + '' }"
 )
 _SECONDS = (
     "v => v >= 3600 ? +(v/3600).toPrecision(3) + ' h' : v >= 60 ? +(v/60).toPrecision(3) + ' min' "

@@ -30,6 +30,16 @@ FRONT: dict[str, tuple[str, ...]] = {
         "lr_scheduler_type", "warmup_ratio", "bf16", "fp16",
     ),
 }  # fmt: skip
+#: words of keys' names that are not written in small letters
+_PROPER = {
+    "lora": "LoRA", "loraplus": "LoRA+", "rslora": "rsLoRA", "dora": "DoRA", "pissa": "PiSSA", "loftq": "LoftQ",
+    "oft": "OFT", "ia3": "(IA)³", "galore": "GaLore", "apollo": "APOLLO", "adam": "Adam", "vllm": "vLLM",
+    "llama": "LLaMA",
+    "hf": "Hugging Face", "ms": "ModelScope", "om": "Modelers", "kv": "KV", "gpu": "GPU", "ddp": "DDP", "fsdp": "FSDP",
+    "dpo": "DPO", "dpop": "DPOP", "rdpo": "R-DPO", "tdpo": "TDPO", "simpo": "SimPO", "alphapo": "AlphaPO", "ld": "LD",
+    "bco": "BCO", "kto": "KTO", "ppo": "PPO", "grpo": "GRPO", "dft": "DFT", "asft": "ASFT", "eaft": "EAFT", "kl": "KL",
+    "eos": "EOS", "lr": "LR", "sql": "SQL", "gguf": "GGUF", "cpu": "CPU", "id": "ID", "unsloth": "Unsloth",
+}  # fmt: skip
 _FRONT_KEYS = {key for keys in FRONT.values() for key in keys}
 _SCHEMA: dict[str, Any] = json_schema()["properties"]
 
@@ -130,7 +140,12 @@ def why_not(name: str, cfg: RunConfig) -> str | None:
 
 def label_of(name: str, view: View) -> str:
     """A key's label: a word of ours, or its name, made readable where that is the reader's language."""
-    return view.maybe(f"keys.{name}") or (name.replace("_", " ").capitalize() if view.language == "en" else name)
+    return view.maybe(f"keys.{name}") or (_readable(name) if view.language == "en" else name)
+
+
+def _readable(name: str) -> str:
+    first, *others = (_PROPER.get(word, word) for word in name.split("_"))
+    return " ".join([first if first in _PROPER.values() else first.capitalize(), *others])
 
 
 def help_of(name: str, view: View) -> str:
@@ -185,6 +200,7 @@ class Widget:
         )  # fmt: skip
         if value is None and self.unset:
             made.props["placeholder" if not closed else "display-value"] = self.unset
+            made.classes("unset")
         return made.props("outlined dense options-dense behavior=menu")
 
     def _several(self, value: str | None, found: list[str]) -> ui.select:
@@ -207,9 +223,11 @@ class Widget:
         self._change(self.key.name, str(event.value).strip() or None)
 
     def _chosen(self, event: Any) -> None:
+        unset = event.value is None and self.key.kind in ("choice", "flag") and bool(self.unset)
         self.field.props.pop("display-value", None)
-        if event.value is None and self.key.kind in ("choice", "flag") and self.unset:
+        if unset:
             self.field.props["display-value"] = self.unset
+        self.field.classes(add="unset" if unset else "", remove="" if unset else "unset")
         self._change(self.key.name, event.value or None)
 
     def _chosen_several(self, event: Any) -> None:

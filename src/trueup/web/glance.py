@@ -45,6 +45,11 @@ def glances(jobs: Jobs) -> list[Glance]:
     return sorted(found, key=lambda one: one.touched, reverse=True)
 
 
+def newest_result(jobs: Jobs) -> str | None:
+    """The run with a model that ended last: what somebody who comes without one in mind most likely means."""
+    return next((one.id for one in glances(jobs) if not one.state.alive and jobs.workspace.has_model(one.id)), None)
+
+
 def glance(jobs: Jobs, run_id: str) -> Glance:
     """One run as it stands now."""
     path = jobs.workspace.run(run_id)

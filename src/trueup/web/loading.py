@@ -9,12 +9,14 @@ from typing import Any
 
 from nicegui import ui
 
+from trueup.builtin import BUILTIN_MODELS
 from trueup.config.load import load_config
 from trueup.errors import UserError
 from trueup.web import forms
 from trueup.web.draft import Draft
 from trueup.web.found import found_here
 from trueup.web.frame import button, card, problems
+from trueup.web.glance import newest_result
 from trueup.web.speakers import Loaded, base_of
 from trueup.web.view import View
 
@@ -46,28 +48,36 @@ class LoadingCard:
                 self._form()
 
     def _begin(self) -> Draft:
-        """From the address: a draft, a run, a model with adapters."""
-        query, place = self.view.query, self.view.workspace
+        """From the address: a draft, a run, a model with adapters; else the newest result, or what comes with us."""
+        query = self.view.query
         if "load" in query:
             return Draft.unpack(query["load"])
-        try:
-            if "run" in query:
-                path = place.run(query["run"])
-                name = path.relative_to(place.root).as_posix() if path.is_relative_to(place.root) else query["run"]
-                if (path / "adapter_config.json").is_file():
-                    return Draft({"model_name_or_path": base_of(path) or "", "adapter_name_or_path": name})
-                return Draft({"model_name_or_path": f"./{name}"})
-        except UserError as error:
-            self.note = error.problems
         values = {"model_name_or_path": query.get("model", ""), "adapter_name_or_path": query.get("adapters", "")}
-        return Draft({key: value for key, value in values.items() if value})
+        if any(values.values()):
+            return Draft({key: value for key, value in values.items() if value})
+        run = query.get("run") or newest_result(self.view.jobs)
+        try:
+            return self._of_run(run) if run else Draft({"model_name_or_path": BUILTIN_MODELS[0]})
+        except UserError as error:
+            self.note = error.problems if "run" in query else []
+        return Draft({})
+
+    def _of_run(self, run: str) -> Draft:
+        """What a run has made; an adapter on its base. Raises ConfigError."""
+        place = self.view.workspace
+        path = place.run(run)
+        name = path.relative_to(place.root).as_posix() if path.is_relative_to(place.root) else run
+        if (path / "adapter_config.json").is_file():
+            return Draft({"model_name_or_path": base_of(path) or "", "adapter_name_or_path": name})
+        return Draft({"model_name_or_path": f"./{name}"})
 
     def _form(self) -> None:
         t = self.view.t
         with ui.element("div").classes("stack loading-form"):
             self._field("model_name_or_path")
-            self._field("adapter_name_or_path", t("chat.adapters_note"))
-            self.widgets["adapter_name_or_path"].field.props["label"] = t("chat.adapters")
+            self._field("adapter_name_or_path")
+            said = {"label": t("chat.adapters"), "hint": t("chat.adapters_note")}
+            self.widgets["adapter_name_or_path"].field.props.update(said)
             more = ui.expansion(t("chat.more")).props("dense").classes("section")
             with more, ui.element("div").classes("fields"):
                 for name in _MORE:
@@ -79,11 +89,11 @@ class LoadingCard:
                     problems(self.note)
             button(t("chat.load"), self._load, icon="memory", kind="primary")
 
-    def _field(self, name: str, note: str | None = None) -> None:
+    def _field(self, name: str) -> None:
         value, options = self.draft.values.get(name), found_here(name, self.view.workspace, self.draft.values)
         key = forms.key_of(name)
         self.widgets[name] = forms.Widget(
-            key, self.view, value, self._change, options, note, key.unset(self.draft.lenient())
+            key, self.view, value, self._change, options, unset=key.unset(self.draft.lenient())
         )
 
     def _change(self, key: str, value: str | None) -> None:

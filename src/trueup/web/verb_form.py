@@ -17,7 +17,7 @@ from trueup.web.chores import Chores
 from trueup.web.draft import Checked, Draft
 from trueup.web.found import found_here
 from trueup.web.frame import button, card, copy_block, heading, problems, set_code, verdict
-from trueup.web.glance import glances
+from trueup.web.glance import newest_result
 from trueup.web.view import View
 
 
@@ -75,17 +75,12 @@ class VerbForm:
             return draft
         if "model" in query:
             return Draft({"model_name_or_path": query["model"]})
-        run = query.get("run") or self._newest()
+        run = query.get("run") or newest_result(self.view.jobs)
         try:
             return Draft(self.of_run(run) if run else {})
         except UserError as error:
             self.note = error.problems if "run" in query else []
         return Draft({})
-
-    def _newest(self) -> str | None:
-        """The run with a result that ended last: what somebody who comes without one in mind most likely means."""
-        found = glances(self.view.jobs)
-        return next((one.id for one in found if not one.state.alive and self.place.has_model(one.id)), None)
 
     def build(self) -> None:
         """Everything, top to bottom."""
