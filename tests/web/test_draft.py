@@ -13,8 +13,10 @@ from trueup.config.load import load_config  # noqa: E402
 from trueup.config.methods import STAGES  # noqa: E402
 from trueup.config.schema import FIELDS  # noqa: E402
 from trueup.errors import ConfigError  # noqa: E402
+from trueup.rollout.worker import BUILT_IN  # noqa: E402
 from trueup.web import forms  # noqa: E402
 from trueup.web.draft import Draft, word_of  # noqa: E402
+from trueup.web.found import BUILT_IN_REWARDS, found_here  # noqa: E402
 from trueup.web.workspace import Workspace, check_id, inside  # noqa: E402
 
 OUTWARD = [
@@ -77,6 +79,8 @@ def test_reward_functions_are_those_of_files_that_are_there(tmp_path: Path):
     assert draft.check(place).cfg is not None
     draft.values["reward_funcs"] = "rewards.py:other"
     assert "no function" in draft.check(place).of("reward_funcs")
+    assert set(BUILT_IN_REWARDS) == set(BUILT_IN)
+    assert found_here("reward_funcs", place, {}) == ["rewards.py:score", *BUILT_IN_REWARDS]
 
 
 @pytest.mark.parametrize("name", OUTWARD)

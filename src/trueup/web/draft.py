@@ -146,7 +146,7 @@ class Draft:
                     )  # fmt: skip
         known = workspace.code()
         problems += [
-            Problem(f"`{key}`: {name} is no function of a file here", f"--{key}", "one of " + ", ".join(known))
+            Problem(f"`{key}`: {name} is no function of a file here", f"--{key}", _one_of(known))
             for key in CODE_KEYS
             for name in self.values.get(key, "").split(",")
             if ".py" in name and name.strip() not in known
@@ -216,3 +216,9 @@ class _Heard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.said.append(record.getMessage())
+
+
+def _one_of(functions: Sequence[str]) -> str:
+    if functions:
+        return "one of " + ", ".join(functions)
+    return "def NAME(prompts, completions, **columns) in a Python file of the studio's directory, named as FILE.py:NAME"

@@ -13,6 +13,8 @@ from trueup.web.draft import CODE_KEYS
 from trueup.web.workspace import Workspace
 
 SUGGESTED = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct")
+#: functions that compare answers with a column of the data; they need no file (trueup.rollout.verify)
+BUILT_IN_REWARDS = ("exact_match", "numeric", "regex", "json_schema", "sql_result")
 _MODELS = ("model_name_or_path", "ref_model", "reward_model", "judge_model")
 _ADAPTERS = ("adapter_name_or_path", "ref_model_adapters", "reward_model_adapters")
 _DATASETS = ("dataset", "eval_dataset", "export_quantization_dataset")
@@ -35,4 +37,6 @@ def found_here(name: str, place: Workspace, values: Mapping[str, str]) -> list[s
         return list(STAGE_LOSSES.get(values.get("stage", ""), ()))
     if name == "template":
         return sorted(TEMPLATES)
+    if name == "reward_funcs":
+        return [*place.code(), *BUILT_IN_REWARDS]
     return place.code() if name in CODE_KEYS else None

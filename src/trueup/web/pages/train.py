@@ -65,7 +65,8 @@ class TrainPage:
         except UserError as error:
             self.note = error.problems
         stage = query.get("stage", "dpo")
-        return self._named(Draft.new(stage if stage in STAGES else "dpo", query.get("model") or BUILTIN_MODELS[0]))
+        draft = Draft.new(stage if stage in STAGES else "dpo", query.get("model") or BUILTIN_MODELS[0])
+        return self._named(self._at_hand(draft))
 
     def _of_run(self, run_id: str) -> Draft:
         """What a run was started with: the studio's words, else its config."""
@@ -83,6 +84,17 @@ class TrainPage:
             values["output_dir"] = self.place.output_dir(self.place.free_run_id(wanted))
         except UserError:
             values["output_dir"] = self.place.output_dir(self.place.free_run_id(self._usual(values)))
+        return draft
+
+    def _at_hand(self, draft: Draft) -> Draft:
+        """Without the rewards that a beginning assumes and that are not here; with a function that is."""
+        values, code = draft.values, self.place.code()
+        if values.get("reward_funcs", "").partition(":")[0].endswith(".py") and values["reward_funcs"] not in code:
+            del values["reward_funcs"]
+            if code:
+                values["reward_funcs"] = code[0]
+        if "reward_model" in values and not (self.place.root / values["reward_model"]).exists():
+            del values["reward_model"]
         return draft
 
     def _usual(self, values: dict[str, str]) -> str:
@@ -125,7 +137,9 @@ class TrainPage:
                 with made:
                     ui.label(name.upper().replace("_", " ")).classes("stage-name")
                     ui.label(self.view.maybe(f"train.stage_{name}") or stage.help).classes("stage-help")
-                made.on("click", lambda _, name=name: self._take(self._named(self.draft.with_stage(name))))
+                made.on(
+                    "click", lambda _, name=name: self._take(self._named(self._at_hand(self.draft.with_stage(name))))
+                )
 
     def _card(self, name: str) -> None:
         keys = forms.front(name, self.implied)
@@ -263,6 +277,9 @@ class TrainPage:
             self.name.value = usual
         self._check()
         self.view.remember(draft=self.draft.pack(), **dict.fromkeys(_BEGINNINGS))
+
+    def _change_stage(self, stage: str) -> None:
+        self._take(self._named(self._at_hand(self.draft.with_stage(stage))))
 
     def _take(self, draft: Draft) -> None:
         """Begin again with another draft."""
