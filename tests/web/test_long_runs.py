@@ -80,6 +80,8 @@ def test_memory_stays_flat_while_charts_are_live(make_studio, make_page, tmp_pat
         page.wait_for_timeout(1000)
         heap = page.evaluate("performance.memory.usedJSHeapSize") / 2**20
         seen.append((server.memory_info().rss / 2**20, heap))
+        if len(seen) % 240 == 0:
+            print(f"{time.monotonic() - begun:.0f} s: server {seen[-1][0]:.0f} MB, page {heap:.0f} MB", flush=True)
     first, last = seen[len(seen) // 6 : len(seen) // 3], seen[-len(seen) // 6 :]
     for name, number in (("server", 0), ("page", 1)):
         early, late = max(one[number] for one in first), max(one[number] for one in last)

@@ -26,7 +26,9 @@ from trueup.web.workspace import Workspace
 STATIC = Path(__file__).parent / "static"
 _LANGUAGES = {"en": "en-US", "zh": "zh-CN"}
 _THEMES = {"light": False, "dark": True, "auto": None}
-_RECONNECT_SECONDS = 10.0
+#: A page that is not heard of for so long begins anew. NiceGUI takes 0.4 of it for a browser that does not answer:
+#: a training on the same machine may well keep one from answering for some seconds.
+_RECONNECT_SECONDS = 45.0
 _BUILD_SECONDS = 30.0
 
 
