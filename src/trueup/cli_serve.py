@@ -40,7 +40,7 @@ log = logging.getLogger("trueup")
 @click.option("--deadline", default=600.0, show_default=True, type=click.FloatRange(0.001),
               help="Seconds that a request may take.")  # fmt: skip
 @click.option("--drain", default=30, show_default=True, type=click.IntRange(1, 86_400),
-              help="Seconds that requests get to end after SIGTERM.")  # fmt: skip
+              help="Seconds that requests get to end after SIGTERM or Ctrl-C.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["transformers", "vllm"]), default=None,
               help="vllm, or infer_backend: vllm, hands over to vLLM's own server; else transformers.")  # fmt: skip
 @click.option("--while-stdin", is_flag=True,

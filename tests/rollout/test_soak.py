@@ -9,7 +9,9 @@ import time
 import psutil
 import pytest
 
+from tests.memory_watch import KIB_PER_ANSWER, leaked, told, watched
 from trueup.config.load import load_config
+from trueup.models.allocator import stay_small
 from trueup.models.load import load_for_inference, load_tokenizer
 from trueup.rollout.engines import Engine, Limits, Sampling
 
@@ -61,15 +63,14 @@ class Client(threading.Thread):
         self.answers += 1
 
 
-def soak(seconds: float) -> tuple[Engine, list[Client], list[int]]:
+def soak(seconds: float) -> tuple[Engine, list[Client], list[tuple[int, int]]]:
     engine, prompt = make_engine()
     clients = [Client(engine, prompt, number, seconds) for number in range(CLIENTS)]
-    for client in clients:
-        client.start()
-    memory, process = [], psutil.Process()
-    while any(client.is_alive() for client in clients):
-        time.sleep(min(seconds / 20, 5.0))
-        memory.append(process.memory_info().rss)
+    with watched(psutil.Process(), lambda: sum(client.answers for client in clients)) as memory:
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
     assert [client.failure for client in clients if client.failure] == []
     end = time.monotonic() + 5
     while engine.stats.cached_tokens and time.monotonic() < end:  # given up with the step under way
@@ -106,6 +107,7 @@ def test_together_they_are_answered_faster_than_one_after_the_other():
 
 @pytest.mark.prove
 def test_32_clients_for_5_minutes_leak_nothing_and_get_4_times_the_tokens():
+    stay_small()
     engine, prompt = make_engine()
     with engine:
         tokens_per_second(engine, prompt, 8)
@@ -113,12 +115,11 @@ def test_32_clients_for_5_minutes_leak_nothing_and_get_4_times_the_tokens():
         together = sorted(tokens_per_second(engine, prompt, CLIENTS) for _ in range(5))[2]
     engine, clients, memory = soak(300.0)
     engine.close()
-    early, late = max(memory[len(memory) // 5 : 2 * len(memory) // 5]), max(memory[-len(memory) // 5 :])
     cancels = sorted(seconds for client in clients for seconds in client.cancels)
     print(f"\n{alone:.0f} tokens/s alone, {together:.0f} with {CLIENTS}: {together / alone:.1f} times")
     answers, middle = sum(client.answers for client in clients), cancels[len(cancels) // 2]
     print(f"{answers} answers; {len(cancels)} cancelled, half within {middle:.3f} s, all within {cancels[-1]:.2f} s")
-    print(f"memory {early / 2**20:.0f} → {late / 2**20:.0f} MiB")
+    print(told(memory))
     assert together >= 4 * alone
     assert cancels[-1] < 1.0
-    assert late - early < 24 << 20
+    assert leaked(memory) < KIB_PER_ANSWER

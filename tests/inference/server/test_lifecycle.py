@@ -50,12 +50,13 @@ def events(response) -> list[str]:
     return [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
 
 
-def test_sigterm_lets_answers_end_and_takes_nothing_new():
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_asked_to_end_lets_answers_end_and_takes_nothing_new(asked: signal.Signals):
     with process("--drain", "60") as (url, started), httpx.Client(timeout=60) as client:
         with client.stream("POST", f"{url}/chat/completions", json=endless(400)) as response:
             lines = response.iter_lines()
             next(line for line in lines if '"content":"' in line)
-            started.send_signal(signal.SIGTERM)
+            started.send_signal(asked)
             rest = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
         assert rest[-1] == "[DONE]" and json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
         assert started.wait(60) == 0

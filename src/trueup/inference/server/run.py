@@ -12,6 +12,7 @@ from trueup.config.schema import RunConfig
 from trueup.errors import ModelError
 from trueup.inference.server.listening import base_url, ends_quietly, listen
 from trueup.inference.server.settings import SHORT_KEY, Settings
+from trueup.models.allocator import stay_small
 
 try:
     import uvicorn
@@ -44,6 +45,7 @@ def serve(cfg: RunConfig, settings: Settings, while_open: BinaryIO | None = None
     state = State(settings)
     server = make_server(state, state.drain)
     listener = listen(settings)
+    stay_small()
     failed: list[BaseException] = []
 
     def load() -> None:
