@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.methods import SET, is_off
-from trueup.config.rules import QUANTISATION, Rule
+from trueup.config.rules import JUDGE, PRECISION, PROMPTS, QUANTISATION, Rule
 from trueup.config.schema import SECTION_OF, RunConfig
 from trueup.config.sections.online import SAMPLING
 from trueup.config.values import words
@@ -127,24 +127,14 @@ RULES = [
         "nobody answers: `model_name_or_path` and `sample_from` are missing",
         "name a model: a directory, a hub id, builtin:sql-tiny, or in sample_from the URL#MODEL of an endpoint",
     ),
-    Rule(
-        ("dataset",),
-        lambda c: not c.dataset,
-        "`dataset` is missing: there are no prompts to answer",
-        "name a dataset of dataset_info.json, a built-in sample such as alpaca_en_demo, or a file",
-    ),
+    PROMPTS,
     Rule(
         ("rank_by",),
         lambda c: c.rank_by is None,
         "nobody says which answer is better",
         "set judge_model, reward_model, reward_funcs, a rule (rule_regex: …), or rank_by: logps",
     ),
-    Rule(
-        ("rank_by", "judge_model"),
-        lambda c: c.rank_by == "judge" and not c.judge_model,
-        "`rank_by: judge` needs a judge",
-        "set judge_model: a directory, a hub id, or URL#MODEL",
-    ),
+    JUDGE,
     Rule(
         ("rank_by", "reward_funcs", "reward_model"),
         lambda c: (
@@ -247,10 +237,5 @@ RULES = [
         "a regular expression cannot be read",
         "test it with Python's `re` module",
     ),
-    Rule(
-        ("bf16", "fp16"),
-        lambda c: c.bf16 and c.fp16,
-        "`bf16` and `fp16` exclude each other",
-        "drop one of them",
-    ),
+    PRECISION,
 ]  # fmt: skip

@@ -26,7 +26,7 @@ from trueup.config.methods import (
     other_verb,
 )
 from trueup.config.optimizers import switched
-from trueup.config.rules import QUANTISATION, RULES, Rule
+from trueup.config.rules import MODEL, QUANTISATION, RULES, Rule
 from trueup.config.schema import SECTION_OF, RunConfig, default
 from trueup.config.sections.online import SAMPLING, unset_values
 from trueup.errors import Problem
@@ -112,7 +112,7 @@ def _seeks_best(cfg: RunConfig) -> bool:
     return bool(train.load_best_model_at_end or train.early_stopping_steps or train.save_strategy == "best")
 
 
-_INFERENCE_RULES = [rule for rule in RULES if rule.keys == ("model_name_or_path",)] + QUANTISATION
+_INFERENCE_RULES = [MODEL, *QUANTISATION]
 
 
 def check(cfg: RunConfig, place: Place, bad: set[str], *, training: bool) -> tuple[list[Problem], list[Problem]]:

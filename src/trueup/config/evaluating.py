@@ -13,7 +13,7 @@ from trueup.config.building import has_rules, is_url
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.losses import loss_defaults
 from trueup.config.methods import SET, STAGES, missing_condition, stage_kind
-from trueup.config.rules import QUANTISATION, Rule
+from trueup.config.rules import GREEDY, JUDGE, PRECISION, QUANTISATION, REWARD_WEIGHTS, Rule
 from trueup.config.rules import RULES as TRAINING_RULES
 from trueup.config.schema import SECTION_OF, RunConfig
 from trueup.config.verbs import read_with, section_keys, without_effect
@@ -196,18 +196,8 @@ RULES = [
         "`rank_by: logps` belongs to `trueup data build`",
         "set judge_model, reward_model, reward_funcs or a rule",
     ),
-    Rule(
-        ("rank_by", "judge_model"),
-        lambda c: c.rank_by == "judge" and not c.judge_model,
-        "`rank_by: judge` needs a judge",
-        "set judge_model: a directory, a hub id, or URL#MODEL",
-    ),
-    Rule(
-        ("reward_weights", "reward_funcs", "reward_model"),
-        lambda c: c.reward_weights and len(c.reward_weights) != len(c.reward_funcs) + bool(c.reward_model),
-        "`reward_weights` needs one number for each reward: those of `reward_funcs`, then `reward_model`",
-        "give as many as there are rewards",
-    ),
+    JUDGE,
+    REWARD_WEIGHTS,
     Rule(
         ("eval_measures", "task"),
         lambda c: ("task" in c.eval_measures) != bool(c.task),
@@ -238,11 +228,6 @@ RULES = [
         "`preference` is measured on pairs",
         "set stage: dpo (or rm, for a reward model), and give pairs as eval_dataset",
     ),
-    Rule(
-        ("temperature", "top_p", "top_k"),
-        lambda c: c.temperature == 0 and (c.top_p < 1 or c.top_k > 0) and {"top_p", "top_k"} & c.explicit,
-        "`top_p` and `top_k` have no effect at `temperature: 0`, which always takes the likeliest token",
-        "set temperature, or drop them",
-    ),
-    Rule(("bf16", "fp16"), lambda c: c.bf16 and c.fp16, "`bf16` and `fp16` exclude each other", "drop one of them"),
+    GREEDY,
+    PRECISION,
 ]  # fmt: skip

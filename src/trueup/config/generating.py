@@ -10,7 +10,7 @@ from typing import Any
 
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.evaluating import SAMPLING
-from trueup.config.rules import QUANTISATION, Rule
+from trueup.config.rules import GREEDY, MODEL, PRECISION, PROMPTS, QUANTISATION, Rule
 from trueup.config.schema import RunConfig
 from trueup.config.verbs import read_with, section_keys, without_effect
 from trueup.errors import Problem
@@ -49,29 +49,14 @@ def check(cfg: RunConfig, place: Place, bad: set[str]) -> tuple[list[Problem], l
 
 RULES = [
     *QUANTISATION,
-    Rule(
-        ("model_name_or_path",),
-        lambda c: not c.model_name_or_path,
-        "`model_name_or_path` is missing",
-        "name a model: a directory, a hub id, or builtin:sql-tiny",
-    ),
-    Rule(
-        ("dataset",),
-        lambda c: not c.dataset,
-        "`dataset` is missing: there are no prompts to answer",
-        "name a dataset of dataset_info.json, a built-in sample such as alpaca_en_demo, or a file",
-    ),
+    MODEL,
+    PROMPTS,
     Rule(
         ("temperature", "num_generations"),
         lambda c: c.temperature == 0 and c.num_generations > 1,
         "at `temperature: 0` all answers to a prompt are the same",
         "set temperature: 1, or drop num_generations",
     ),
-    Rule(
-        ("temperature", "top_p", "top_k"),
-        lambda c: c.temperature == 0 and {"top_p", "top_k"} & c.explicit and (c.top_p < 1 or c.top_k > 0),
-        "`top_p` and `top_k` have no effect at `temperature: 0`, which always takes the likeliest token",
-        "set temperature, or drop them",
-    ),
-    Rule(("bf16", "fp16"), lambda c: c.bf16 and c.fp16, "`bf16` and `fp16` exclude each other", "drop one of them"),
+    GREEDY,
+    PRECISION,
 ]  # fmt: skip

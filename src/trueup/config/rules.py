@@ -103,6 +103,45 @@ def _foreign_type(c: Any) -> bool:
     return (c.quantization_type == "fp8") != (c.quantization_method == "torchao")
 
 
+# Rules that several verbs have.
+
+MODEL = Rule(
+    ("model_name_or_path",),
+    lambda c: not c.model_name_or_path,
+    "`model_name_or_path` is missing",
+    "name a model: a directory, a hub id, or builtin:sql-tiny",
+)
+PRECISION = Rule(
+    ("bf16", "fp16"),
+    lambda c: c.bf16 and c.fp16,
+    "`bf16` and `fp16` exclude each other: a run computes in one format",
+    "drop one of them; bf16 needs no loss scaling",
+)
+PROMPTS = Rule(
+    ("dataset",),
+    lambda c: not c.dataset,
+    "`dataset` is missing: there are no prompts to answer",
+    "name a dataset of dataset_info.json, a built-in sample such as alpaca_en_demo, or a file",
+)
+GREEDY = Rule(
+    ("temperature", "top_p", "top_k"),
+    lambda c: c.temperature == 0 and {"top_p", "top_k"} & c.explicit and (c.top_p < 1 or c.top_k > 0),
+    "`top_p` and `top_k` have no effect at `temperature: 0`, which always takes the likeliest token",
+    "set temperature, or drop them",
+)
+JUDGE = Rule(
+    ("rank_by", "judge_model"),
+    lambda c: c.rank_by == "judge" and not c.judge_model,
+    "`rank_by: judge` needs a judge",
+    "set judge_model: a directory, a hub id, or URL#MODEL",
+)
+REWARD_WEIGHTS = Rule(
+    ("reward_weights", "reward_funcs", "reward_model"),
+    lambda c: c.reward_weights and len(c.reward_weights) != _count_rewards(c),
+    "`reward_weights` needs one number for each reward: those of `reward_funcs`, then `reward_model`",
+    "give as many as there are rewards",
+)
+
 #: How a base is quantised; training and inference alike.
 QUANTISATION = [
     Rule(
@@ -342,12 +381,7 @@ RULES = [
         "nobody says what a good answer is: this stage learns from rewards",
         "set reward_funcs: FILE.py:NAME, or reward_model: DIR (online_dpo also takes judge: FILE.py:NAME)",
     ),
-    Rule(
-        ("reward_weights", "reward_funcs", "reward_model"),
-        lambda c: c.reward_weights and len(c.reward_weights) != _count_rewards(c),
-        "`reward_weights` needs one number for each reward: those of `reward_funcs`, then `reward_model`",
-        "give as many as there are rewards",
-    ),
+    REWARD_WEIGHTS,
     Rule(
         ("judge", "reward_funcs", "reward_model"),
         lambda c: c.judge and _count_rewards(c),
@@ -446,12 +480,7 @@ RULES = [
         "micro-batch does not hold in the next",
         "set rope_scaling: yarn, llama3 or linear, which read every row alike",
     ),
-    Rule(
-        ("bf16", "fp16"),
-        lambda c: c.bf16 and c.fp16,
-        "`bf16` and `fp16` exclude each other: a run computes in one format",
-        "drop one of them; bf16 needs no loss scaling",
-    ),
+    PRECISION,
     Rule(
         ("quantization_bit", "finetuning_type"),
         lambda c: c.quantization_bit and c.finetuning_type in ("full", "freeze"),
@@ -606,12 +635,7 @@ RULES = [
         "`freeze_trainable_layers: 0` trains nothing",
         "set it to the number of last layers to train",
     ),
-    Rule(
-        ("model_name_or_path",),
-        lambda c: not c.model_name_or_path,
-        "`model_name_or_path` is missing",
-        "name a model: a directory, a hub id, or builtin:sql-tiny",
-    ),
+    MODEL,
     Rule(
         ("dataset",),
         lambda c: c.do_train and not c.dataset,
