@@ -19,6 +19,7 @@ from trueup.data.registry import registered  # noqa: E402
 from trueup.errors import ConfigError  # noqa: E402
 from trueup.inference.server.settings import Settings  # noqa: E402
 from trueup.web import fetches, guard, rows, uploads  # noqa: E402
+from trueup.web.rows import SeenRow  # noqa: E402
 from trueup.web.texts import differences  # noqa: E402
 from trueup.web.workspace import Workspace  # noqa: E402
 
@@ -152,3 +153,8 @@ def test_differences_give_both_texts_back():
     assert "".join(piece[0] for piece in first) == one and "".join(piece[0] for piece in second) == other
     assert ("猫", "removed") in first and ("狗", "added") in second
     assert {piece[1] for piece in differences("same", "same")[0]} == {"same"}
+
+
+def test_a_row_that_is_left_out_is_known_by_its_words():
+    raw = {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"role": "assistant", "content": ""}, "n": 3}
+    assert SeenRow(0, raw, problem="empty chosen").excerpt == "hi · 3"

@@ -274,7 +274,7 @@ def excerpt(row: dict) -> str:
         if isinstance(value, str) and value.strip():
             texts.append(value)
         elif isinstance(value, dict):
-            pending[:0] = value.values()
+            pending[:0] = [part for key, part in value.items() if key not in ("from", "role")]
         elif isinstance(value, list):
             pending[:0] = value[-1:]
     return texts[0].strip() if texts else ""

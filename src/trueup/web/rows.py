@@ -25,6 +25,7 @@ from trueup.errors import ConfigError, DataError, Problem, UserError
 _NOTED_EVERY = 500  # rows between two places that are noted
 _MOST_TABLES = 16
 _EXCERPT = 160
+_SPEAKERS = ("from", "role")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,21 @@ class SeenRow:
     @property
     def excerpt(self) -> str:
         """How the row begins, on a line."""
-        text = opening(self.example) if self.example else " · ".join(str(value) for value in self.raw.values())
+        text = opening(self.example) if self.example else " · ".join(_texts(self.raw))
         return " ".join(text[: 2 * _EXCERPT].split())[:_EXCERPT]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """What is written in a value, without who speaks."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            if key not in _SPEAKERS:
+                yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+    elif value not in (None, ""):
+        yield str(value)
 
 
 @dataclass(frozen=True, slots=True)
