@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -56,6 +57,19 @@ def keys_of(base: Path, **keys) -> dict:
 
 def load(path: Path, **keys) -> Model:
     return Model(load_config({**PLAIN, "model_name_or_path": str(path), **keys}, verb="infer"))
+
+
+def test_the_card_says_how_peft_alone_loads_the_base(config: Config, short_dir: Path, tmp_path: Path, monkeypatch):
+    trained = spied(monkeypatch)
+    run(config(**keys_of(short_dir)))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    after = json.loads((tmp_path / "out" / RECORD).read_text(encoding="utf-8"))["after"]
+    said = {"rope_parameters": after["parameters"], "max_position_embeddings": after["positions"]}
+    assert ", ".join(f"{key}={value}" for key, value in said.items()) in card and str(short_dir) in card
+    base = AutoModelForCausalLM.from_pretrained(short_dir, config=AutoConfig.from_pretrained(short_dir, **said))
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(base, tmp_path / "out").eval()(input_ids=torch.arange(3, 40)[None]).logits
+    torch.testing.assert_close(found, trained["logits"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])

@@ -4,6 +4,7 @@ hubs read. What other cards have in common with it is here too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ METHODS = {
 HYPERPARAMETERS = (
     "learning_rate lr_scheduler_type warmup_ratio warmup_steps num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps optim weight_decay max_grad_norm seed "
-    "cutoff_len lora_rank lora_alpha lora_target pref_beta pref_loss pref_ftx"
+    "cutoff_len rope_scaling neftune_noise_alpha lora_rank lora_alpha lora_target pref_beta pref_loss pref_ftx"
 )
 
 
@@ -48,12 +49,29 @@ def model_card(directory: Path, config: Mapping[str, Any], results: Mapping[str,
         f"# {directory.name}",
         f"{kind} `{base}`, made with trueup by {method} "
         f"on {', '.join(f'`{name}`' for name in datasets) or 'data that the run does not name'}.",
+        *_stretch(directory, base),
         "## Results\n" + table(results, "metric"),
         "## Hyper-parameters\n" + table({k: config[k] for k in HYPERPARAMETERS.split() if config.get(k)}, "key"),
         "Everything else is in `run.yaml`, `environment.json` and `metrics.jsonl`.",
     ]
     parts += [f"![{name}]({name})" for name in pictures]
     return "\n\n".join(parts) + "\n"
+
+
+def _stretch(directory: Path, base: str) -> list[str]:
+    """How peft alone loads an adapter whose base was stretched (`models/rope.py` writes the file); else nothing."""
+    path = directory / "rope.json"
+    if not path.is_file():
+        return []
+    after = json.loads(path.read_text(encoding="utf-8"))["after"]
+    return [
+        "Its base reads positions as `rope.json` says. trueup sees to that; elsewhere, load the base so:\n\n"
+        "```python\n"
+        f"config = AutoConfig.from_pretrained({base!r}, rope_parameters={after['parameters']}, "
+        f"max_position_embeddings={after['positions']})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({base!r}, config=config)\n"
+        "```"
+    ]
 
 
 def last_metrics(directory: Path) -> dict[str, Any]:
