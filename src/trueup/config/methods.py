@@ -66,7 +66,6 @@ LATER: dict[str, str] = {
     "adapter_folder": "full paths in adapter_name_or_path",
     "use_unsloth": "drop it: the default kernels",
     "use_unsloth_gc": "gradient_checkpointing: full",
-    "enable_liger_kernel": "drop it: log-probs are fused already",
     "shift_attn": "a smaller cutoff_len",
     "moe_aux_loss_coef": "drop it: the router keeps its weights under LoRA",
     "upcast_layernorm": "drop it: norms are computed in fp32 by most models",
@@ -90,7 +89,6 @@ LATER: dict[str, str] = {
     "torch_compile": "drop it: the default kernels",
     "torch_compile_backend": "drop it: the default kernels",
     "torch_compile_mode": "drop it: the default kernels",
-    "auto_find_batch_size": "drop it: a step that runs out of memory is done again in smaller pieces",
     "compute_accuracy": "the evaluation loss",
     "num_beams": "num_beams: 1 with sampling",
     "push_to_hub": "upload output_dir with the hub's own tool",
@@ -112,7 +110,6 @@ LATER_VALUES: dict[str, dict[str, str | None]] = {
         "vllm": "huggingface; trueup serve --engine vllm is vLLM's own server, and chat --with URL talks to it",
         **dict.fromkeys(("sglang", "ktransformers"), "huggingface"),
     },
-    "booster": {"liger": "auto", "flash_attn": "flash_attn: fa2", "none": "auto, or flash_attn: disabled"},
     "train_sampling_strategy": {
         "sequential": "disable_shuffling: true",
         "group_by_length": "train_sampling_strategy: random",

@@ -600,6 +600,18 @@ RULES = [
         "set max_steps",
     ),
     Rule(
+        ("booster", "flash_attn"),
+        lambda c: c.booster == "flash_attn" and c.flash_attn in ("disabled", "sdpa"),
+        "`booster: flash_attn` asks for flash-attention, and `flash_attn` for another kernel",
+        "drop one of the two",
+    ),
+    Rule(
+        ("batch_tokens", "stage"),
+        lambda c: c.batch_tokens == "auto" and c.stage in _ONLINE,
+        "`batch_tokens: auto` counts tokens of rows; this stage's answers are still to be written",
+        "set per_device_train_batch_size; a step that runs out of memory is done again in smaller pieces",
+    ),
+    Rule(
         ("streaming", "stage"),
         lambda c: c.streaming and c.stage in _ONLINE,
         "`streaming` reads answers to learn from; this stage answers prompts itself",

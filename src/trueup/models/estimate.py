@@ -23,6 +23,7 @@ from trueup.models.load import (
 from trueup.models.memory import (
     FP32,
     USABLE,
+    LayerCosts,
     Recomputation,
     decide,
     head_bytes,
@@ -88,18 +89,33 @@ def without_weights(config: PretrainedConfig, model: ModelSection, kind: type[Po
         return kind.auto_class.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
-def estimate(
+@dataclass(frozen=True)
+class Needs:
+    """What a run takes whatever its micro-batches are (bytes), and what is left for these."""
+
+    parameters: int
+    trainable: int
+    device: torch.device
+    dtype: torch.dtype
+    weights: int
+    optimizer: int
+    head: int
+    reference: int
+    checkpoint: int
+    costs: LayerCosts
+    room: int  # for activations
+
+
+def needs_of(
     cfg: RunConfig,
     base: PreTrainedModel,
-    micro_batch_tokens: int,
     kind: type[Policy] = Policy,
     reference: Callable[[PreTrainedModel, torch.dtype], int] = lambda *_: 0,
     new_rows: Sequence[int] = (),
-) -> Estimate:
-    """Estimate a run of `base` (its shapes are enough).
+) -> Needs:
+    """What a run of `base` takes (its shapes are enough); the model is set up for training on the way.
 
     Args:
-        micro_batch_tokens: of the longest micro-batch, shared.
         reference: bytes of what stays beside the model, once it is set up for training in that format.
         new_rows: of embeddings and head, which have to train.
     """
@@ -119,20 +135,49 @@ def estimate(
     optimizer = optimizer_bytes(base, cfg.train, dtype)
     head = head_bytes(base, dtype, device)
     beside = reference(base, dtype)
-    room = int(USABLE * free_memory(device)) - weights - optimizer - head - beside
-    costs = layer_costs(base, cfg.tuning, dtype, device)
-    recomputation = decide(cfg.train.gradient_checkpointing, costs, micro_batch_tokens, max(room, 0))
-    return Estimate(
+    return Needs(
         parameters=parameters,
         trainable=trainable,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        dtype=dtype,
         weights=weights,
         optimizer=optimizer,
-        activations=recomputation.needed,
         head=head,
-        checkpoint=(saved + trainable) * FP32 + moments_bytes(base, cfg.train),
-        recomputation=recomputation,
         reference=beside,
-        program=resident() + LOADING if device.type == "cpu" else 0,
+        checkpoint=(saved + trainable) * FP32 + moments_bytes(base, cfg.train),
+        costs=layer_costs(base, cfg.tuning, dtype, device, cfg.model.booster != "none"),
+        room=max(int(USABLE * free_memory(device)) - weights - optimizer - head - beside, 0),
+    )
+
+
+def estimate(
+    cfg: RunConfig,
+    base: PreTrainedModel,
+    micro_batch_tokens: int,
+    kind: type[Policy] = Policy,
+    reference: Callable[[PreTrainedModel, torch.dtype], int] = lambda *_: 0,
+    new_rows: Sequence[int] = (),
+) -> Estimate:
+    """Estimate a run of `base` (its shapes are enough).
+
+    Args:
+        micro_batch_tokens: of the longest micro-batch, shared.
+        reference: bytes of what stays beside the model, once it is set up for training in that format.
+        new_rows: of embeddings and head, which have to train.
+    """
+    needs = needs_of(cfg, base, kind, reference, new_rows)
+    recomputation = decide(cfg.train.gradient_checkpointing, needs.costs, micro_batch_tokens, needs.room)
+    return Estimate(
+        parameters=needs.parameters,
+        trainable=needs.trainable,
+        device=str(needs.device),
+        dtype=str(needs.dtype).removeprefix("torch."),
+        weights=needs.weights,
+        optimizer=needs.optimizer,
+        activations=recomputation.needed,
+        head=needs.head,
+        checkpoint=needs.checkpoint,
+        recomputation=recomputation,
+        reference=needs.reference,
+        program=resident() + LOADING if needs.device.type == "cpu" else 0,
     )

@@ -27,9 +27,9 @@ from trueup.garbage import no_collection
 from trueup.models import quantise
 from trueup.models.adapters import TRAINED, Adapters, Start, attach_frozen, attach_trained, make_room, merge_adapters
 from trueup.models.allocator import give_back, hold_nothing, keep_memory
+from trueup.models.booster import PLAIN, boost
 from trueup.models.config_code import refuse_code
 from trueup.models.expansion import trained_blocks
-from trueup.models.fused import fuse
 from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
 from trueup.models.policy import Policy
@@ -221,13 +221,14 @@ def _expecting_a_new_head(expected: bool) -> Iterator[None]:
 
 def _plain_attention(model: ModelSection) -> str | None:
     """The kernel of generation and of the unshared path; None lets transformers choose what the architecture has."""
-    if model.flash_attn in ("fa2", "fa3"):
-        present = is_flash_attn_2_available() if model.flash_attn == "fa2" else is_flash_attn_3_available()
+    wanted = "fa2" if model.booster == "flash_attn" and model.flash_attn == "auto" else model.flash_attn
+    if wanted in ("fa2", "fa3"):
+        present = is_flash_attn_2_available() if wanted == "fa2" else is_flash_attn_3_available()
         if not present:
-            log.warning("flash_attn: %s is not installed for this device; using torch's kernels", model.flash_attn)
+            log.warning("flash_attn: %s is not installed for this device; using torch's kernels", wanted)
             return None
-        return "flash_attention_2" if model.flash_attn == "fa2" else "flash_attention_3"
-    return {"disabled": "eager", "sdpa": "sdpa"}.get(model.flash_attn)
+        return "flash_attention_2" if wanted == "fa2" else "flash_attention_3"
+    return {"disabled": "eager", "sdpa": "sdpa"}.get(wanted)
 
 
 def _load_error(name: str, access: HubAccess, error: Exception) -> ModelError:
@@ -258,6 +259,7 @@ class Loaded:
     dtype: torch.dtype
     layout_note: str | None
     recomputation: Recomputation | None = None  # of activations, where something trains
+    boosted: str = ""  # which kernels it computes with, for the header
 
     @property
     def num_trainable(self) -> int:
@@ -321,12 +323,12 @@ def load_policy(
     policy.noise_alpha = train.neftune_noise_alpha
     if memory.is_name(location):
         memory.held(location, "model_name_or_path").used_as(policy.model)
-    fuse(policy.model)
-    note = policy.verify_layout()
-    if note:
+    boosted = boost(policy, model.booster)
+    note = policy.layout_note
+    if note and note != PLAIN:
         log.warning("prompts are not shared between answers on this architecture: %s", note)
-    recomputation = fit_to_memory(policy.base, tuning, train)
-    return Loaded(policy, adapters, name, starts, device, dtype, note, recomputation)
+    recomputation = fit_to_memory(policy.base, tuning, train, boosted=model.booster != "none")
+    return Loaded(policy, adapters, name, starts, device, dtype, note, recomputation, boosted)
 
 
 def _check_trainable(base: PreTrainedModel, tuning: TuningSection) -> None:
@@ -439,8 +441,7 @@ def load_frozen(
     if memory.is_name(location):
         memory.held(location, "model_name_or_path").used_as(policy.model)
     policy.model.requires_grad_(False).eval()
-    fuse(policy.model)
-    policy.verify_layout()
+    boost(policy, model.booster)
     return policy
 
 

@@ -56,19 +56,27 @@ class LayerCosts:
         return next((n for n in range(self.layers) if self.needed(tokens, n) <= room), self.layers)
 
 
-def layer_costs(base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype, device: torch.device) -> LayerCosts:
-    """Costs of a model as it is set up for training; its shapes are enough (meta device)."""
+def layer_costs(
+    base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype, device: torch.device, boosted: bool = True
+) -> LayerCosts:
+    """Costs of a model as it is set up for training; its shapes are enough (meta device).
+
+    Args:
+        boosted: whether the fused layers and their attention are in use.
+    """
     layers = find_layers(base) or nn.ModuleList()  # in an unusual architecture the shapes alone have to do
     text = base.config.get_text_config()
     width, hidden = dtype.itemsize, text.hidden_size
     layer = layers[-1] if len(layers) else nn.Module()
     frozen = tuning.finetuning_type in ADAPTERS
-    per_token = sum(_norm_bytes(name, norm, text, width, frozen) for name, norm in layer.named_modules())
-    per_token += _attention_bytes(text, width, device, dtype) + _mlp_bytes(layer, text, width, tuning)
+    in_blocks = boosted and _in_blocks(device, dtype)
+    per_token = sum(_norm_bytes(name, norm, text, width, frozen, boosted) for name, norm in layer.named_modules())
+    per_token += _attention_bytes(text, width, in_blocks or (boosted and kernels_for(device, dtype)[0]))
+    per_token += _mlp_bytes(layer, text, width, tuning, boosted)
     per_token += _input_bytes(text, width, tuning)
     copies, holes = _copies(tuning, device, dtype)
     query, key = _head_columns(text)
-    in_attention = 0 if _in_blocks(device, dtype) else 8 * (query + key) * width
+    in_attention = 0 if in_blocks else 8 * (query + key) * width
     return LayerCosts(
         layers=(len(layers) or depth_of(base.config)) - _first_trained(base, layers),
         kept=per_token,
@@ -101,12 +109,12 @@ def inner_size(text) -> int:
     return (of_expert or 4 * text.hidden_size) * (experts or 1)
 
 
-def _norm_bytes(name: str, norm: nn.Module, text, width: int, frozen: bool) -> int:
+def _norm_bytes(name: str, norm: nn.Module, text, width: int, frozen: bool, boosted: bool) -> int:
     if not type(norm).__name__.endswith("Norm"):
         return 0
     query, key = _head_columns(text)
     columns = {"q_norm": query, "k_norm": key}.get(name.rpartition(".")[2], text.hidden_size)
-    fused = frozen and hasattr(norm, "variance_epsilon")
+    fused = boosted and frozen and hasattr(norm, "variance_epsilon")
     if fused:
         return columns * width
     return columns * FP32 + (0 if frozen else columns * width)  # the input in fp32; normed, for the weight's gradient
@@ -123,18 +131,18 @@ def _in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16
 
 
-def _attention_bytes(text, width: int, device: torch.device, dtype: torch.dtype) -> int:
+def _attention_bytes(text, width: int, gathers: bool) -> int:
     query, key = _head_columns(text)
     own = (2 * query + 2 * key) * width  # queries, output, keys, values
-    if _in_blocks(device, dtype) or kernels_for(device, dtype)[0]:
+    if gathers:
         return own  # keys of paths are gathered again in the backward
     return own + 3 * key * width + query * width  # keys and values of every path, and the output in pieces
 
 
-def _mlp_bytes(layer: nn.Module, text, width: int, tuning: TuningSection) -> int:
+def _mlp_bytes(layer: nn.Module, text, width: int, tuning: TuningSection, boosted: bool) -> int:
     names = {type(module).__name__.removeprefix("Fused") for module in layer.modules()}
     activation = getattr(text, "hidden_act", None)
-    if activation != "silu" or not names.intersection(GATED_MLPS):
+    if not boosted or activation != "silu" or not names.intersection(GATED_MLPS):
         return 4 * inner_size(text) * width  # gate, its activation, up, their product
     return (2 if tuning.finetuning_type == "lora" else 3) * inner_size(text) * width  # LoRA makes the product again
 
@@ -218,7 +226,12 @@ def decide(mode: str, costs: LayerCosts, tokens: int, room: int) -> Recomputatio
 
 
 def fit_to_memory(
-    base: PreTrainedModel, tuning: TuningSection, train: TrainSection, tokens: int | None = None, reserved: int = 0
+    base: PreTrainedModel,
+    tuning: TuningSection,
+    train: TrainSection,
+    tokens: int | None = None,
+    reserved: int = 0,
+    boosted: bool = True,
 ) -> Recomputation:
     """Decide which layers of a model on its device recompute, and let them.
 
@@ -227,9 +240,10 @@ def fit_to_memory(
 
     Args:
         reserved: bytes for what is not loaded yet and stays beside the model (a reference).
+        boosted: whether the fused layers are in use.
     """
     device, dtype, mode = base.device, base.dtype, train.gradient_checkpointing
-    costs = layer_costs(base, tuning, dtype, device)
+    costs = layer_costs(base, tuning, dtype, device, boosted)
     if tokens is None:
         unknown = "off" if device.type == "cpu" else "full"
         plan = decide(unknown if mode == "auto" else mode, costs, 0, 0)

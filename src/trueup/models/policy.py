@@ -142,10 +142,13 @@ class Policy:
                 self.base.set_attn_implementation(FOREST_ATTENTION)
 
     @torch.no_grad()
-    def verify_layout(self) -> str | None:
+    def verify_layout(self, plain: str | None = None) -> str | None:
         """Choose the shared layout if it reproduces plain forwards; otherwise say why it does not.
 
         One forest of a prompt and two answers is compared with a plain forward of the two sequences.
+
+        Args:
+            plain: why the shared layout is not to be tried at all.
 
         Returns:
             None when the shared layout is in use, else the reason it is not.
@@ -156,19 +159,20 @@ class Policy:
         training = self.model.training
         self.model.eval()
         try:
-            forest, plain = self._probe()
+            forest, expected = self._probe()
             self.shared = False
             unshared = self._unshared_probe(forest)
             tolerance = 1e-3 if self.dtype == torch.float32 else 0.25
-            if _gap(unshared, plain) > tolerance:
+            if _gap(unshared, expected) > tolerance:
                 raise ModelError(
                     f"{type(self.base).__name__} computes its logits in a way that is not known here: "
-                    f"log-probabilities differ by {_gap(unshared, plain):.2g}",
+                    f"log-probabilities differ by {_gap(unshared, expected):.2g}",
                     where="model_name_or_path",
                     expected=f"differences below {tolerance}",
                     fix="please report the architecture; until then use another model",
                 )
-            for gathered in kernels_for(self.device, self.dtype):
+            reason = plain
+            for gathered in () if plain else kernels_for(self.device, self.dtype):
                 self.gathered = gathered
                 reason = self._try_shared(forest, unshared)
                 if reason is None:

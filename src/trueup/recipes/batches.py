@@ -143,6 +143,7 @@ def plan_batches(cfg: RunConfig, lengths: np.ndarray, world_size: int = 1) -> tu
         ConfigError: the numbers give no step at all (C13).
     """
     train, data = cfg.train, cfg.data
+    assert data.batch_tokens != "auto", "recipes.budget.settled comes first"
     rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
     packing = data.packing if data.packing is not None else cfg.objective.stage == "pt"
     plan = BatchPlan(

@@ -13,12 +13,14 @@ import torch
 from trueup.config.methods import ONLINE
 from trueup.config.schema import RunConfig
 from trueup.data.encode import Prepared, prepare
+from trueup.models.booster import check_booster
 from trueup.models.device_memory import free_memory
 from trueup.models.estimate import Estimate, estimate, shape_only
-from trueup.models.load import load_tokenizer
+from trueup.models.load import load_tokenizer, pick_device
 from trueup.models.vocabulary import check_vocabulary, fit_vocabulary
 from trueup.quantities import sized
 from trueup.recipes.batches import Arithmetic, Tokens, answered_tokens, count_tokens, eval_batches, plan_batches
+from trueup.recipes.budget import settled
 from trueup.recipes.header import batch_words, memory_words, steps_words, tokens_words
 from trueup.recipes.judges import check_files
 from trueup.recipes.offline import check_output
@@ -107,6 +109,7 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
         check_schedule(cfg.train)
     if cfg.objective.stage in ONLINE:
         check_files(cfg)
+    check_booster(cfg.model.booster, pick_device(cfg.model.device))
     tokenizer = load_tokenizer(cfg.model)
     check_reference(cfg, tokenizer)
     base = shape_only(cfg, kind_of(cfg))
@@ -119,6 +122,7 @@ def check(cfg: RunConfig, world_size: int = 1) -> CheckReport:
         check_prompts(prepared)
     check_metric(cfg, prepared.eval)
     if cfg.train.do_train:
+        cfg = settled(cfg)
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, world_size)
         count = functools.partial(answered_tokens, cfg) if cfg.objective.stage in ONLINE else count_tokens
         tokens = count(prepared.train, plan, arithmetic.epochs)

@@ -100,7 +100,9 @@ def counted(cfg: RunConfig) -> DataReport:
     if prepared.stream:
         prepared.stream.close()
     elif len(prepared.train) and cfg.objective.stage not in ONLINE:
-        plan, arithmetic = plan_batches(cfg.replace(dataloader_drop_last=False), prepared.train.lengths)
+        budget = None if cfg.data.batch_tokens == "auto" else cfg.data.batch_tokens
+        whole = cfg.replace(dataloader_drop_last=False, batch_tokens=budget)
+        plan, arithmetic = plan_batches(whole, prepared.train.lengths)
         prepared.report.epoch_tokens = count_tokens(prepared.train, plan, arithmetic.epochs).by_layout
     return prepared.report
 

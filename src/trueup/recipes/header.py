@@ -39,6 +39,7 @@ def header(
         "steps": steps_words(a),
         **({"tokens": tokens_words(tokens, a, shared=loaded.policy.shared)} if tokens else {}),
         "device": _device(loaded, a.world_size),
+        **({"booster": loaded.boosted} if loaded.boosted else {}),
         **({"memory": memory_words(loaded.recomputation)} if loaded.recomputation else {}),
         "template": prepared.template.name,
         "output": str(cfg.train.output_dir),

@@ -28,6 +28,7 @@ from trueup.models.memory import fit_to_memory
 from trueup.models.reward import RewardModel, check_trained
 from trueup.models.rope import varies_beyond
 from trueup.recipes.batches import Tokens, count_tokens, eval_batches, in_layout, plan_batches, train_batches
+from trueup.recipes.budget import settled
 from trueup.recipes.evaluation import regression
 from trueup.recipes.feed import watched, write_report
 from trueup.recipes.feedback import tell_balance
@@ -99,6 +100,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
             tell_balance(cfg, prepared.train)
         if cfg.objective.stage == "rm":
             prepared = teachable(cfg, prepared)
+        cfg = settled(cfg, backend)
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device, kind_of(cfg))
         plan = in_layout(plan, prepared.train, loaded.policy.shared)
@@ -166,7 +168,9 @@ def fit_activations(cfg: RunConfig, loaded: Loaded, tokens: Tokens) -> None:
     """Let as many layers recompute as `gradient_checkpointing` asks, with the reference beside the model in mind."""
     base = loaded.policy.base
     reserved = reference_bytes(cfg, base, loaded.dtype)
-    loaded.recomputation = fit_to_memory(base, cfg.tuning, cfg.train, tokens.largest, reserved)
+    loaded.recomputation = fit_to_memory(
+        base, cfg.tuning, cfg.train, tokens.largest, reserved, cfg.model.booster != "none"
+    )
 
 
 def mind_positions(cfg: RunConfig, loaded: Loaded) -> None:

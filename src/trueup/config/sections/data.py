@@ -72,8 +72,9 @@ class DataSection(Section):
     stage pt when unset."""
     neat_packing: bool = False
     """The same as packing."""
-    batch_tokens: Positive | None = None
-    """Tokens of a micro-batch, instead of a number of rows; examples per step stay the same."""
+    batch_tokens: Annotated[Positive | Literal["auto"] | None, Lower] = None
+    """Tokens of a micro-batch, instead of a number of rows; examples per step stay the same. auto: as many as the
+    device takes."""
     tokenized_path: str | None = None
     """Folder to keep the tokenised data in, used again only while data, template and lengths are unchanged;
     when unset, larger data are kept in the user's cache."""

@@ -68,7 +68,8 @@ class ModelSection(Section):
     flash_attn: Annotated[Attention, Lower] = "auto"
     """Attention kernel; auto takes what the device has."""
     booster: Annotated[Booster, Lower] = "auto"
-    """Faster kernels: auto, flash_attn, liger or none."""
+    """Faster kernels: auto (fused layers and attention over shared prompts, where they give the model's own numbers),
+    flash_attn (with flash-attention 2 for the rest), liger (Liger's layers, on a GPU) or none (transformers' own)."""
     rope_scaling: Annotated[RopeScaling, Lower] | None = None
     """Stretch the model's context: linear, yarn or llama3; dynamic for answers only. An adapter trained so needs no
     key: it brings its base's stretch along."""
@@ -79,8 +80,6 @@ class ModelSection(Section):
     """Unsloth's training kernels."""
     use_unsloth_gc: bool = False
     """Unsloth's gradient checkpointing."""
-    enable_liger_kernel: bool = False
-    """Liger's fused kernels (GPU)."""
     shift_attn: bool = False
     """LongLoRA's shifted sparse attention."""
     moe_aux_loss_coef: NonNegativeFloat | None = None

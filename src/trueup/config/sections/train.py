@@ -156,8 +156,6 @@ class TrainSection(Section):
     """Backend of torch.compile."""
     torch_compile_mode: str | None = None
     """Mode of torch.compile."""
-    auto_find_batch_size: bool = False
-    """After running out of memory, halve the micro-batch at the same effective batch."""
     torch_empty_cache_steps: Positive | None = None
     """Give cached GPU memory back every so many steps."""
     profile: bool = False

@@ -1,0 +1,84 @@
+"""`batch_tokens: auto`: how many tokens a micro-batch may have on this device.
+
+What a step learns from is what was asked for (`per_device_train_batch_size` × `gradient_accumulation_steps` ×
+processes); only how it is cut into forward passes follows from memory. The number is part of the run: it stands in
+run.yaml, and a resume takes it from there, whatever is free then.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+
+from trueup.config.schema import RunConfig
+from trueup.models.estimate import needs_of, shape_only
+from trueup.models.memory import LayerCosts
+from trueup.quantities import sized
+from trueup.recipes.references import reference_bytes
+from trueup.recipes.reward import kind_of
+from trueup.training.backend import Backend
+from trueup.training.run_files import read_config
+from trueup.training.run_target import is_auto
+
+log = logging.getLogger("trueup")
+
+#: Tokens beyond which a larger micro-batch makes no step faster (docs/log.md; on GPUs unmeasured). Below an eighth of
+#: them, layers recompute before products get thinner still.
+ENOUGH = {"cpu": 4096}
+ENOUGH_ON_GPUS = 16384
+THIN = 1 / 8
+
+
+def settled(cfg: RunConfig, backend: Backend | None = None) -> RunConfig:
+    """The config with a number in place of `batch_tokens: auto`, the same on all processes; others as they are."""
+    if cfg.data.batch_tokens != "auto":
+        return cfg
+    kept = _of_the_run(cfg)
+    if kept is None:
+        kind = kind_of(cfg)
+        needs = needs_of(cfg, shape_only(cfg, kind), kind, functools.partial(reference_bytes, cfg))
+        kept = tokens_that_fit(cfg.train.gradient_checkpointing, needs.costs, needs.room, needs.device)
+        log.info(
+            "batch_tokens: auto is %s tokens a micro-batch (%s free for activations)", f"{kept:,}", sized(needs.room)
+        )
+    everywhere = backend.gather(kept) if backend else [kept]
+    return cfg.replace(batch_tokens=min(everywhere))
+
+
+def tokens_that_fit(mode: str, costs: LayerCosts, room: int, device: torch.device) -> int:
+    """The largest worthwhile micro-batch whose activations fit, by halves; a thin one only where nothing else does.
+
+    Args:
+        mode: `gradient_checkpointing`; auto recomputes layers rather than make micro-batches thin.
+        room: bytes for activations.
+    """
+    enough = ENOUGH.get(device.type, ENOUGH_ON_GPUS)
+    ways = {
+        "off": [0],
+        "full": [costs.layers],
+        "selective": [costs.layers // 2, costs.layers],
+        "auto": [0, costs.layers],
+    }
+    fewest = int(THIN * enough)
+    for recomputing in ways[mode]:
+        tokens = enough
+        while tokens > fewest and costs.needed(tokens, recomputing) > room:
+            tokens //= 2
+        if costs.needed(tokens, recomputing) <= room:
+            return tokens
+    while tokens > 64 and costs.needed(tokens, recomputing) > room:
+        tokens //= 2
+    return tokens
+
+
+def _of_the_run(cfg: RunConfig) -> int | None:
+    """What the run that is gone on with had; None for a new one."""
+    resume = cfg.train.resume_from_checkpoint
+    if not resume:
+        return None
+    directory = Path(str(cfg.train.output_dir)) if is_auto(resume) else Path(str(resume)).parent
+    kept = read_config(directory).get("batch_tokens")
+    return kept if isinstance(kept, int) else None
