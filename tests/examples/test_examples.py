@@ -126,7 +126,7 @@ def fits(name: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = 1.6 if stage_kind(cfg) == "pair" else 1.0  # two, beside one prompt
     costs = layer_costs(base, cfg.tuning, torch.bfloat16, device)
     tokens = int(answers * cfg.data.cutoff_len * cfg.train.per_device_train_batch_size)
-    kept = optimizer_bytes(base, cfg.train, torch.bfloat16) + head_bytes(base, torch.bfloat16, device)
+    kept = optimizer_bytes(base, cfg.train, torch.bfloat16, device) + head_bytes(base, torch.bfloat16, device)
     assert weights + kept + costs.needed(tokens, costs.layers) <= 0.85 * (card - CONTEXT)
 
 

@@ -65,7 +65,13 @@ def test_a_step_learns_from_the_same_rows_whatever_fits(config: Config, tmp_path
 
 
 def test_a_resume_keeps_what_the_run_had(config: Config, tmp_path, monkeypatch) -> None:
-    keys = {"batch_tokens": "auto", "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    keys = {
+        "batch_tokens": "auto",
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "lr_scheduler_type": "constant",
+    }
     small(monkeypatch, 64)
     run(config(output_dir=str(tmp_path / "whole"), **keys))
     cut = tmp_path / "cut"

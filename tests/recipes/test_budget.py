@@ -71,7 +71,7 @@ def test_a_reference_takes_room_from_activations(config: Config, monkeypatch) ->
     loaded, tokens = loaded_by(cfg), Tokens(0, 0, 200)
     base = loaded.policy.base
     needed = memory.layer_costs(base, cfg.tuning, FP32, base.device).needed(200)
-    taken = memory.optimizer_bytes(base, cfg.train, FP32) + memory.head_bytes(base, FP32, base.device)
+    taken = memory.optimizer_bytes(base, cfg.train, FP32, base.device) + memory.head_bytes(base, FP32, base.device)
     for reference, free in ((0, needed + taken), (1, needed + taken + reference_bytes(cfg, base, FP32))):
         monkeypatch.setattr(memory, "free_memory", lambda _, free=free: int(free / memory.USABLE) + 8)
         offline.fit_activations(cfg, loaded, tokens)

@@ -209,3 +209,23 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch):
 def test_arguments_an_optimizer_does_not_take_are_refused():
     with pytest.raises(ConfigError, match="sgd takes momentum"):
         check_optimizer(settings(optim="sgd", optim_args="rank=3"))
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_masters_on_the_host_step_to_the_same_bits(name, dtype):
+    moved = {}
+    for on_host in (False, True):
+        torch.manual_seed(0)
+        weights = {"layers.0.w": torch.nn.Parameter(torch.randn(8, 16).to(dtype))}
+        optimizer = MasterOptimizer(weights, optim=name, learning_rate=1e-2, on_host=on_host)
+        weight = weights["layers.0.w"]
+        assert (optimizer.masters["layers.0.w"].data_ptr() == weight.data_ptr()) == (
+            not on_host and dtype == torch.float32
+        )
+        for step in range(3):
+            optimizer.backward((weight.float() ** 2).sum())
+            optimizer.step(optimizer.gradient_norm(), step + 1)
+        optimizer.close()
+        moved[on_host] = weight.detach().clone(), optimizer.masters["layers.0.w"].clone()
+    assert all(torch.equal(a, b) for a, b in zip(moved[False], moved[True], strict=True))

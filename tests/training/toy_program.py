@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "adam_epsilon": 1e-8,
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
+    "offload_optimizer": False,
     "lr_scheduler_type": "cosine",
     "lr_scheduler_kwargs": None,
     "warmup_steps": 0,

@@ -196,7 +196,6 @@ _TRL: dict[str, Refused] = {
     **_refuse("the chat template says where an answer ends", "eos_token"),
     **_refuse("a row's own `tools` are shown to the model", "tools"),
     **_refuse("packs never cut an example", "", packing_strategy="bfd"),
-    **_refuse("gradient_checkpointing: full saves that memory", "activation_offloading"),
     **_refuse("lora_dropout is 0 unless set; other dropout is the model's own", "disable_dropout"),
     **_refuse("trueup chat --compare shows answers", "generate_during_eval"),
     **_refuse("pref_loss: simpo, orpo and cpo need no reference; others compare with one", "reference_free"),

@@ -132,7 +132,7 @@ def needs_of(
         unfreeze(base, cfg.tuning, kind, new_rows)
         trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
         saved = parameters
-    optimizer = optimizer_bytes(base, cfg.train, dtype)
+    optimizer = optimizer_bytes(base, cfg.train, dtype, device)
     head = head_bytes(base, dtype, device)
     beside = reference(base, dtype)
     return Needs(
@@ -145,7 +145,9 @@ def needs_of(
         head=head,
         reference=beside,
         checkpoint=(saved + trainable) * FP32 + moments_bytes(base, cfg.train),
-        costs=layer_costs(base, cfg.tuning, dtype, device, cfg.model.booster != "none"),
+        costs=layer_costs(
+            base, cfg.tuning, dtype, device, cfg.model.booster != "none", cfg.train.activation_offloading
+        ),
         room=max(int(USABLE * free_memory(device)) - weights - optimizer - head - beside, 0),
     )
 

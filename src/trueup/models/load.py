@@ -324,6 +324,9 @@ def load_policy(
     if memory.is_name(location):
         memory.held(location, "model_name_or_path").used_as(policy.model)
     boosted = boost(policy, model.booster)
+    policy.offloads = train.activation_offloading and device.type != "cpu"
+    if train.activation_offloading and not policy.offloads:
+        log.warning("activation_offloading: on a CPU activations are in the host's memory already; nothing is moved")
     note = policy.layout_note
     if note and note != PLAIN:
         log.warning("prompts are not shared between answers on this architecture: %s", note)

@@ -40,6 +40,7 @@ class LayerCosts:
     outside: int  # by the final norm and the head
     passing: int  # gradients and values on their way through one layer
     holes: int = 0  # memory that is free and cannot be used, where layers recompute
+    offloaded: bool = False  # what is kept waits elsewhere, but for the layer at work
 
     def needed(self, tokens: int, recomputing: int = 0) -> int:
         """Peak for so many tokens when the first `recomputing` layers recompute.
@@ -47,7 +48,8 @@ class LayerCosts:
         The backward comes to those last, when the others have let go of theirs, one at a time.
         """
         whole = max(self.layers - recomputing, min(1, self.layers))
-        alive = whole * self.kept + recomputing * self.entry + self.outside + self.passing
+        kept, entries = (min(1, whole), 0) if self.offloaded else (whole, recomputing)
+        alive = kept * self.kept + entries * self.entry + self.outside + self.passing
         alive += self.holes if recomputing else 0
         return int(SLACK * tokens * alive)
 
@@ -57,12 +59,18 @@ class LayerCosts:
 
 
 def layer_costs(
-    base: PreTrainedModel, tuning: TuningSection, dtype: torch.dtype, device: torch.device, boosted: bool = True
+    base: PreTrainedModel,
+    tuning: TuningSection,
+    dtype: torch.dtype,
+    device: torch.device,
+    boosted: bool = True,
+    offloaded: bool = False,
 ) -> LayerCosts:
     """Costs of a model as it is set up for training; its shapes are enough (meta device).
 
     Args:
         boosted: whether the fused layers and their attention are in use.
+        offloaded: `activation_offloading`.
     """
     layers = find_layers(base) or nn.ModuleList()  # in an unusual architecture the shapes alone have to do
     text = base.config.get_text_config()
@@ -84,6 +92,7 @@ def layer_costs(
         outside=4 * hidden * width,
         passing=copies * inner_size(text) * width + hidden * (8 * width + 6 * FP32) + in_attention,
         holes=holes * inner_size(text) * width,
+        offloaded=offloaded and device.type != "cpu",
     )
 
 
@@ -95,7 +104,7 @@ def _copies(tuning: TuningSection, device: torch.device, dtype: torch.dtype) -> 
     if device.type != "cpu":
         return 6, 0
     adapter = tuning.finetuning_type in ADAPTERS
-    dropped = 16 if adapter and tuning.lora_dropout else 0  # each projection has an input of its own
+    dropped = 20 if adapter and tuning.lora_dropout else 0  # each projection has an input of its own
     if dtype == torch.bfloat16:
         return 12 + dropped, 0
     return (10 + dropped if adapter else 0), 10
@@ -243,12 +252,12 @@ def fit_to_memory(
         boosted: whether the fused layers are in use.
     """
     device, dtype, mode = base.device, base.dtype, train.gradient_checkpointing
-    costs = layer_costs(base, tuning, dtype, device, boosted)
+    costs = layer_costs(base, tuning, dtype, device, boosted, train.activation_offloading)
     if tokens is None:
         unknown = "off" if device.type == "cpu" else "full"
         plan = decide(unknown if mode == "auto" else mode, costs, 0, 0)
     else:
-        taken = optimizer_bytes(base, train, dtype) + head_bytes(base, dtype, device) + reserved
+        taken = optimizer_bytes(base, train, dtype, device) + head_bytes(base, dtype, device) + reserved
         room = int(USABLE * free_memory(device)) - taken
         plan = decide(mode, costs, tokens, max(room, 0))
     recompute(base, plan.recomputing)
@@ -276,8 +285,12 @@ def moments_bytes(base: nn.Module, train: TrainSection) -> int:
     return state_bytes(shapes, train.optim, read_arguments(train.optim, train.optim_args), train.optim_target_modules)
 
 
-def optimizer_bytes(base: nn.Module, train: TrainSection, dtype: torch.dtype) -> int:
-    """fp32 gradients of what trains, fp32 masters of what computes in another format, and the optimizer's state."""
+def optimizer_bytes(base: nn.Module, train: TrainSection, dtype: torch.dtype, device: torch.device) -> int:
+    """fp32 gradients of what trains, fp32 masters of what computes in another format, and the optimizer's state; nothing
+    where the host keeps them for a GPU.
+    """
+    if train.offload_optimizer and device.type != "cpu":
+        return 0
     trainable = sum(p.numel() for p in base.parameters() if p.requires_grad)
     return trainable * FP32 * (1 if dtype == torch.float32 else 2) + moments_bytes(base, train)
 

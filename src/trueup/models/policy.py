@@ -21,6 +21,7 @@ from trueup.models.attention import FOREST_ATTENTION, kernels_for
 from trueup.models.layout import ForestLayout
 from trueup.models.logprobs import Head, token_logps
 from trueup.models.noise import noisy, row_lengths
+from trueup.models.offload import offloading
 from trueup.types import Forest, Segment
 
 log = logging.getLogger("trueup")
@@ -57,6 +58,7 @@ class Policy:
         self.shared = False
         self.layout_note: str | None = None
         self.noise_alpha: float | None = None  # of NEFTune, while it trains
+        self.offloads = False  # whether activations wait for the backward on the host
         self.gathered = False  # which kernel takes the shared layout (`ForestLayout`)
         self._layout: ForestLayout | None = None  # of the last batch in the shared layout
 
@@ -92,7 +94,8 @@ class Policy:
 
     def hidden(self, forest: Forest) -> Tensor:
         """Hidden states [N, H] at the positions the forest reads."""
-        return self._shared_hidden(forest) if self.shared else self._unshared_hidden(forest)
+        with offloading(self.model) if self.offloads and torch.is_grad_enabled() else nullcontext():
+            return self._shared_hidden(forest) if self.shared else self._unshared_hidden(forest)
 
     def _backbone(self, **inputs) -> Tensor:
         backbone = self.base.get_decoder()

@@ -19,6 +19,7 @@ from typing import Any, Generic
 import psutil
 import torch
 
+from trueup.errors import ConfigError
 from trueup.training import checkpoint as checkpoints
 from trueup.training import durable
 from trueup.training import state as states
@@ -116,6 +117,11 @@ class Trainer(Generic[B]):
         self.observers = Observers(observers if backend.rank == 0 else ())
         self.stop, self.watchdog = stop, watchdog
         self.plan = make_plan(settings, program.steps_per_epoch)
+        if settings.offload_optimizer and backend.world_size > 1:
+            raise ConfigError(
+                "`offload_optimizer` sums no gradients between processes", where="offload_optimizer",
+                fix="train on one GPU, or drop it: optim: paged_adamw_8bit keeps small moments that can leave a GPU",
+            )  # fmt: skip
         heads = program.head_elements if isinstance(program, KnowsHeads) else None
         self.optimizer = MasterOptimizer.from_settings(program.trainable, settings, self.plan.total_steps, heads)
         if isinstance(program, StartsInFp32):

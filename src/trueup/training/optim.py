@@ -30,7 +30,8 @@ _BUCKET_ELEMENTS = 64 * 2**20  # 256 MB of fp32 gradients per all-reduce
 class GradientBuckets:
     """Flat fp32 gradient sums. `views[name]` is the parameter's piece, shaped like it."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], on_host: bool = False) -> None:
+        self.on_host = on_host
         self.buckets: list[Tensor] = []
         self.views: dict[str, Tensor] = {}
         group: list[tuple[str, nn.Parameter]] = []
@@ -51,7 +52,7 @@ class GradientBuckets:
 
     def _allocate(self, group: list[tuple[str, nn.Parameter]]) -> None:
         size = sum(parameter.numel() for _, parameter in group)
-        bucket = torch.zeros(size, dtype=torch.float32, device=group[0][1].device)
+        bucket = torch.zeros(size, dtype=torch.float32, device="cpu" if self.on_host else group[0][1].device)
         self.buckets.append(bucket)
         start = 0
         for name, parameter in group:
@@ -62,7 +63,7 @@ class GradientBuckets:
     def _collector(view: Tensor):
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            view.add_(parameter.grad)
+            view.add_(parameter.grad.to(view.device))
             parameter.grad = None
 
         return collect
@@ -170,8 +171,14 @@ class _MetricDriven:
             group["lr"] = rate
 
 
+def _master(parameter: Tensor, on_host: bool) -> Tensor:
+    return parameter.data.to("cpu" if on_host else parameter.device, torch.float32, copy=True)
+
+
 class MasterOptimizer:
     """An optimizer over fp32 masters of `parameters` (stable names → parameters in compute dtype).
+
+    With `on_host`, masters, gradients and state are in the host's memory, and so is the step.
 
     A parameter that no micro-batch reached has gradient zero, on every rank alike, so that the
     result does not depend on how a step was cut into micro-batches and ranks.
@@ -192,6 +199,7 @@ class MasterOptimizer:
         num_warmup_steps: int = 0,
         total_steps: int = 1,
         wanted: Wanted | None = None,
+        on_host: bool = False,
     ) -> None:
         if not parameters:
             raise ConfigError(
@@ -201,10 +209,10 @@ class MasterOptimizer:
             )
         self.parameters = dict(parameters)
         self.masters = {
-            name: p.data if p.dtype == torch.float32 else p.data.to(torch.float32, copy=True)
+            name: p.data if p.dtype == torch.float32 and not on_host else _master(p, on_host)
             for name, p in self.parameters.items()
         }
-        self.gradients = GradientBuckets(self.parameters)
+        self.gradients = GradientBuckets(self.parameters, on_host)
         for name, master in self.masters.items():
             master.grad = self.gradients.views[name]
         self.max_grad_norm = max_grad_norm
@@ -236,6 +244,7 @@ class MasterOptimizer:
             num_warmup_steps=warmup,
             total_steps=total_steps,
             wanted=optimizers.wanted_from(settings, list(parameters), warmup, head_elements),
+            on_host=settings.offload_optimizer and any(p.device.type != "cpu" for p in parameters.values()),
         )
 
     def _make_schedule(self, name: str, kwargs: dict[str, Any] | None, warmup: int, total: int) -> _Schedule:
@@ -306,7 +315,7 @@ class MasterOptimizer:
     def publish(self) -> None:
         """Copy the masters into the module's parameters."""
         for name, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32:
+            if self.masters[name].data_ptr() != parameter.data_ptr():
                 parameter.copy_(self.masters[name])
 
     @torch.no_grad()

@@ -150,6 +150,10 @@ class TrainSection(Section):
     as memory asks for; off; full: in all; selective: in half of them, more where memory asks for it."""
     gradient_checkpointing_kwargs: Mapping = {}
     """Further settings of gradient checkpointing."""
+    activation_offloading: bool = False
+    """Keep activations in the host's memory until the backward: less of a GPU's memory, more time."""
+    offload_optimizer: bool = False
+    """Keep fp32 masters, gradients and the optimizer's state in the host's memory, and step there (one GPU)."""
     torch_compile: bool = False
     """Compile the model."""
     torch_compile_backend: str | None = None
