@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ log = logging.getLogger("trueup")
 ENOUGH = {"cpu": 4096}
 ENOUGH_ON_GPUS = 16384
 THIN = 1 / 8
+FEWEST = 64
 
 
 def settled(cfg: RunConfig, backend: Backend | None = None) -> RunConfig:
@@ -56,22 +58,18 @@ def tokens_that_fit(mode: str, costs: LayerCosts, room: int, device: torch.devic
         room: bytes for activations.
     """
     enough = ENOUGH.get(device.type, ENOUGH_ON_GPUS)
-    ways = {
-        "off": [0],
-        "full": [costs.layers],
-        "selective": [costs.layers // 2, costs.layers],
-        "auto": [0, costs.layers],
-    }
-    fewest = int(THIN * enough)
-    for recomputing in ways[mode]:
-        tokens = enough
-        while tokens > fewest and costs.needed(tokens, recomputing) > room:
-            tokens //= 2
-        if costs.needed(tokens, recomputing) <= room:
-            return tokens
-    while tokens > 64 and costs.needed(tokens, recomputing) > room:
-        tokens //= 2
-    return tokens
+    some, every = costs.layers // 2, costs.layers
+    ways = {"off": [0], "full": [every], "selective": [some, every], "auto": [0, every]}[mode]
+    worthwhile = list(_halves(enough, int(THIN * enough)))
+    tried = [(tokens, recomputing) for recomputing in ways for tokens in worthwhile]
+    tried += [(tokens, ways[-1]) for tokens in _halves(worthwhile[-1], FEWEST)]
+    return next((tokens for tokens, recomputing in tried if costs.needed(tokens, recomputing) <= room), FEWEST)
+
+
+def _halves(largest: int, smallest: int) -> Iterator[int]:
+    while largest >= smallest:
+        yield largest
+        largest //= 2
 
 
 def _of_the_run(cfg: RunConfig) -> int | None:
