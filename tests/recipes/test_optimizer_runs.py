@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,15 @@ from safetensors.torch import load_file
 
 from trueup.config.load import load_config
 from trueup.recipes.run import run
+from trueup.training.run_files import read_metrics
 
 RANK = 32
-#: GaLore moves less at the same learning rate, for it leaves out what lies beyond its rank.
+#: Each at the best of its rates, by factors of two (docs/log.md). GaLore moves less at the same rate, for it leaves out
+#: what lies beyond its rank.
 RUNS = {
-    "adamw_torch": {"learning_rate": 1e-4},
-    "adamw_8bit": {"learning_rate": 1e-4},
-    "galore_adamw": {"learning_rate": 4e-4, "optim_args": f"rank={RANK},update_proj_gap=50,scale=1.0"},
+    "adamw_torch": {"learning_rate": 4e-4},
+    "adamw_8bit": {"learning_rate": 4e-4},
+    "galore_adamw": {"learning_rate": 1.6e-3, "optim_args": f"rank={RANK},update_proj_gap=50,scale=1.0"},
 }
 
 #: the quickstart's pairs, with every weight trained
@@ -25,6 +26,7 @@ TASK = {
     "pref_ftx": 1.0, "dataset": "sql_pairs_demo", "eval_dataset": "sql_heldout_demo", "cutoff_len": 512,
     "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32, "max_steps": 30, "bf16": False,
     "device": "cpu", "lr_scheduler_type": "cosine", "eval_strategy": "steps", "eval_steps": 30,
+    "eval_on_start": True,
     "save_strategy": "steps", "save_steps": 30, "regression_report": False,
 }  # fmt: skip
 
@@ -46,17 +48,21 @@ def expected_bytes(optim: str, shape: tuple[int, ...], projected: bool) -> float
 
 @pytest.mark.prove
 def test_eight_bits_and_galore_are_small_and_as_good_as_adamw(tmp_path: Path):
-    losses = {}
+    losses, falls = {}, {}
     for optim, keys in RUNS.items():
         out = tmp_path / optim
         run(load_config({**TASK, **keys, "optim": optim, "output_dir": str(out)}))
-        losses[optim] = json.loads((out / "all_results.json").read_text(encoding="utf-8"))["eval_loss"]
+        first, losses[optim] = (row["eval_loss"] for row in read_metrics(out) if "eval_loss" in row)
+        falls[optim] = first - losses[optim]
         state, masters = (load_file(out / "checkpoint-30" / f"{n}.safetensors") for n in ("optimizer", "masters"))
         kept = sum(t.nbytes for name, t in state.items() if not name.startswith("step."))
         expected = sum(
             expected_bytes(optim, tuple(t.shape), ".layers." in name and t.dim() == 2) for name, t in masters.items()
         )
-        print(f"{optim}: eval loss {losses[optim]:.4f}, state {kept / 2**20:.2f} MiB, theory {expected / 2**20:.2f}")
+        sizes = f"state {kept / 2**20:.2f} MiB, theory {expected / 2**20:.2f}"
+        print(f"{optim}: eval loss {first:.4f} → {losses[optim]:.5f}, {sizes}")
         assert kept == pytest.approx(expected, rel=0.1)
-    for optim in RUNS:
-        assert losses[optim] <= 1.02 * losses["adamw_torch"], losses
+    # Moments of 8 bits end where moments of 32 do. Of what AdamW learns here next to nothing is left to learn (0.4 % of
+    # the first loss), so GaLore, which ends a little above, is held to what has been learnt.
+    assert losses["adamw_8bit"] == pytest.approx(losses["adamw_torch"], rel=0.02)
+    assert falls["galore_adamw"] == pytest.approx(falls["adamw_torch"], rel=0.02), losses

@@ -286,8 +286,8 @@ def moments_bytes(base: nn.Module, train: TrainSection) -> int:
 
 
 def optimizer_bytes(base: nn.Module, train: TrainSection, dtype: torch.dtype, device: torch.device) -> int:
-    """fp32 gradients of what trains, fp32 masters of what computes in another format, and the optimizer's state; none of
-    them where the host keeps them for a GPU.
+    """fp32 gradients, fp32 masters of what computes in another format, and the optimizer's state; none where the host
+    keeps them for a GPU.
     """
     if train.offload_optimizer and device.type != "cpu":
         return 0
