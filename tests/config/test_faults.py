@@ -237,7 +237,8 @@ def test_pickled_exports_are_refused_by_every_verb():
 
 
 def test_values_that_would_change_something_are_refused_until_they_do():
-    assert "`infer_backend: sglang` is not supported yet" in problems({**BASE, "infer_backend": "sglang"})[0].what
+    schedule = problems({**BASE, "lr_scheduler_type": "greedy"})[0]
+    assert "`lr_scheduler_type: greedy` is not supported yet" in schedule.what
     assert "`infer_dtype` is" in problems({**BASE, "infer_dtype": "float16"}, verb="infer")[0].what
 
 
