@@ -34,6 +34,7 @@ KINDS: dict[str, dict] = {
     "lora+": {"loraplus_lr_ratio": 8.0},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
     "embeddings too": {"additional_target": "embed_tokens"},
+    "new rows": {"add_tokens": "<new>,two", "resize_vocab": True, "lora_dropout": 0.1},
     "dora": {"use_dora": True},
     "pissa": {"pissa_init": True, "pissa_iter": 4},
     "loftq": {"loftq_init": True},

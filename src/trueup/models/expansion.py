@@ -50,7 +50,7 @@ def insert_blocks(base: PreTrainedModel, count: int) -> list[int]:
         layers[place] = block
         for module in block.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = place
+                module.layer_idx = place  # type: ignore[assignment]
     _describe(base, sources, new)
     _check_config(base)
     return new
