@@ -20,8 +20,9 @@ from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
 from trueup.errors import ConfigError, ModelError
 from trueup.inference.export.export import export
-from trueup.models.load import load_policy, load_tokenizer
+from trueup.models.load import load_for_inference, load_policy, load_tokenizer
 from trueup.models.vocabulary import num_rows
+from trueup.models.voices import BASE, Voices
 from trueup.recipes.check import check
 from trueup.recipes.program import OfflineProgram
 from trueup.recipes.references import live_reference
@@ -195,6 +196,32 @@ def test_a_next_stage_keeps_the_rows_and_adds_to_them(config: Config, untied_dir
         saved = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["trainable_token_indices"]
         assert set(map(tuple, saved.values())) == {tuple(range(OLD, ALL + (name == "more")))}
         assert loaded_with(config(**base), out).policy.base.config.vocab_size == ALL + (name == "more")
+
+
+def test_adapters_of_one_base_speak_with_rows_of_their_own(config: Config, untied_dir, tmp_path):
+    """As a server has them: the run's last state, an earlier one, and the base; not on a base that lacks the rows."""
+    run(config(**keys_of("dpo", model_name_or_path=str(untied_dir))))
+
+    def spoken_by(*adapters: Path):
+        cfg = config(model_name_or_path=str(untied_dir), adapter_name_or_path=[str(path) for path in adapters])
+        return load_for_inference(cfg.model, cfg.train)
+
+    def said(policy) -> torch.Tensor:
+        with policy.generating():
+            return logits_of(policy)
+
+    last, earlier = tmp_path / "out", tmp_path / "out" / "checkpoint-2"
+    policy = spoken_by(last)
+    expected, voices = said(policy), Voices(policy)
+    voices.add("earlier", [earlier])
+    voices.use("earlier")
+    torch.testing.assert_close(said(policy), said(spoken_by(earlier)))
+    voices.use(BASE)
+    assert not torch.equal(said(policy), expected)
+    voices.use(None)
+    assert torch.equal(said(policy), expected)
+    with pytest.raises(ModelError, match="vocabulary"):
+        Voices(spoken_by()).add("other", [last])
 
 
 @pytest.mark.parametrize(

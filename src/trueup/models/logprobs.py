@@ -164,9 +164,9 @@ class _Tiles:
 
     def _part(self, start: int) -> Tensor:
         part = self.weight[start : start + self.columns]
-        if self.own is None:
+        inside = self.own.within(start, start + len(part)) if self.own is not None else slice(0, 0)
+        if self.own is None or inside.start == inside.stop:
             return part
-        inside = self.own.within(start, start + len(part))
         return part.index_copy(0, self.own.index[inside] - start, self.own.values[inside])
 
     def rows_of(self, target: Tensor) -> Tensor:
