@@ -348,7 +348,7 @@ class DatasetPage:
                 if current.line and self.own:
                     self.own.mend(current.line)
         shown = str(self.kind.value)
-        if shown == "tokens" and not self.table.problems:
+        if shown == "tokens" and not self.table.problems and not current.problem:
             await self._show_tokens(current, self.turn)
             return
         with self.one:
