@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from trueup.data.examples import Json
 from trueup.inference.server.asking import AskChat
@@ -19,7 +18,7 @@ from trueup.inference.server.served import Served
 from trueup.inference.server.token_text import TokenText
 from trueup.inference.server.tool_calls import CallReader, Spoken
 from trueup.inference.server.turns import conversation, tools_of
-from trueup.inference.server.under_way import Answers, EventStream, while_wanted
+from trueup.inference.server.under_way import Answers, reply
 from trueup.rollout.engines import TokenLogp
 
 LOWEST = -9999.0  # OpenAI's stand-in for what JSON cannot say
@@ -56,14 +55,8 @@ class Chat:
         prompt = await self.served.prompt_ids(self.messages, self.tools)
         self.prompt_tokens = len(prompt)
         asked = [(prompt, seeded(self.sampling, number)) for number in range(self.ask.n)]
-        seconds = self.served.settings.limits.deadline
-        answers = Answers(self.engine, asked, self.voice, seconds)
-        if self.ask.stream:
-            return EventStream(self._events(answers), answers)
-        try:
-            return JSONResponse(await while_wanted(request, self._whole(answers), seconds))
-        finally:
-            answers.cancel()
+        answers = Answers(self.engine, asked, self.voice, self.served.settings.limits.deadline)
+        return await reply(request, answers, self._events(answers) if self.ask.stream else None, self._whole)
 
     async def _whole(self, answers: Answers) -> Json:
         choices = []

@@ -16,7 +16,7 @@ from trueup.inference.server.chat import DONE, KEEP_ALIVE, LOWEST, event, seeded
 from trueup.inference.server.failures import not_answered, refuse
 from trueup.inference.server.served import Served
 from trueup.inference.server.token_text import TokenText
-from trueup.inference.server.under_way import Answers, EventStream, Whole, while_wanted
+from trueup.inference.server.under_way import Answers, Whole, reply, while_wanted
 from trueup.rollout.engines import TokenLogp
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -47,12 +47,7 @@ class Completion:
             (prompt, seeded(self.sampling, number)) for prompt in self.prompts for number in range(self.ask.n)
         ]  # fmt: skip
         answers = Answers(self.engine, asked, self.voice, seconds)
-        if self.ask.stream:
-            return EventStream(self._events(answers), answers)
-        try:
-            return JSONResponse(await while_wanted(request, self._whole(answers), seconds))
-        finally:
-            answers.cancel()
+        return await reply(request, answers, self._events(answers) if self.ask.stream else None, self._whole)
 
     def _prompts(self) -> list[list[int]]:
         """Token ids: given ones as they are, texts as the tokenizer writes them."""

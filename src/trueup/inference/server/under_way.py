@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from trueup.inference.server.failures import ApiError, busy, not_answered, too_late
 from trueup.rollout.engines import Engine, Generation, Piece, Sampling, TokenLogp
@@ -36,6 +36,7 @@ class Answers:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self.seconds = seconds
         self._until = time.monotonic() + seconds
         self.generations: list[Generation] = []
         try:
@@ -123,6 +124,21 @@ class EventStream(StreamingResponse):
             await super().__call__(*connection)
         finally:
             self._answers.cancel()
+
+
+async def reply(
+    request: Request,
+    answers: Answers,
+    events: AsyncIterator[str] | None,
+    whole: Callable[[Answers], Coroutine[Any, Any, Any]],
+) -> Response:
+    """The answers, as `events` or `whole` in one piece; afterwards none is under way. Raises what `whole` raises."""
+    if events is not None:
+        return EventStream(events, answers)
+    try:
+        return JSONResponse(await while_wanted(request, whole(answers), answers.seconds))
+    finally:
+        answers.cancel()
 
 
 async def while_wanted(request: Request, work: Coroutine[Any, Any, Made], seconds: float) -> Made:
