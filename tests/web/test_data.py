@@ -155,5 +155,6 @@ def test_a_download_is_seen_by_every_tab_from_its_files(studio, make_page):
 @pytest.mark.prove
 def test_a_set_that_cannot_be_fetched_says_why(studio, page):
     page.goto(studio.url + "/data")
+    page.get_by_label("Search", exact=False).first.fill("lima")
     page.get_by_role("button", name="Get lima", exact=True).click()
     expect(page.get_by_role("row").filter(has_text="few and carefully chosen")).to_contain_text("cannot be reached")

@@ -105,6 +105,7 @@ def test_two_contexts_start_one_run_that_outlives_the_server_stops_resumes_and_f
     studio.start()
     first.goto(f"{studio.url}/run/shared")
     state(first, "running")
+    assert drawn(first, "Loss")  # the new server talks to the page
     assert pid_of(run) == pid
 
     first.get_by_role("button", name="Stop and save").click()

@@ -109,6 +109,7 @@ def test_two_contexts_start_one_run_that_outlives_the_server_and_shows_its_end(m
     studio.start()
     first.goto(f"{studio.url}/run/shared")
     state(first, "running")
+    expect(first.get_by_role("img", name="Loss").locator("svg")).to_be_visible()  # the new server talks to the page
     assert pid_of(run) == pid
     first.get_by_role("button", name="Stop and save").click()
     state(first, "stopped")
