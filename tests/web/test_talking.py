@@ -16,6 +16,7 @@ pytest.importorskip("nicegui")
 
 from playwright.sync_api import Page, expect  # noqa: E402
 
+from tests.web.conftest import Studio  # noqa: E402
 from trueup.errors import ConfigError  # noqa: E402
 from trueup.web.labels import Project  # noqa: E402
 from trueup.web.speakers import endpoint  # noqa: E402
@@ -112,8 +113,8 @@ def test_who_does_not_answer_is_said_so(studio, make_page):
     expect(page.get_by_role("article", name="nobody").get_by_role("alert")).to_contain_text("does not answer")
 
 
-def servers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
+def servers(studio: Studio) -> list[psutil.Process]:
+    children = psutil.Process(studio.process.pid).children(recursive=True)
     return [one for one in children if one.is_running() and "serve" in one.cmdline()]
 
 
@@ -139,7 +140,7 @@ def test_base_and_adapter_answer_side_by_side_and_a_vote_is_a_label(make_studio,
     page.reload()
     expect(page.get_by_text("chosen", exact=True)).to_be_visible()
 
-    (server,) = servers()
+    (server,) = servers(studio)
     page.get_by_role("button", name="Unload").click()
     expect(page.get_by_role("button", name="Unload")).to_have_count(0)
     assert not server.is_running()
@@ -166,7 +167,7 @@ def test_a_loaded_model_ends_with_the_studio(make_studio, make_page, tmp_path):
     page.goto(f"{studio.url}/chat?model=builtin:sql-tiny")
     page.get_by_role("button", name="Load", exact=True).click()
     expect(page.get_by_text("ready", exact=True)).to_be_visible(timeout=120_000)
-    (server,) = servers()
+    (server,) = servers(studio)
     page.close()
     studio.stop(kill=True)
     server.wait(30)
