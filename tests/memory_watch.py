@@ -34,14 +34,14 @@ def watched(process: psutil.Process, answers: Callable[[], int], every: float = 
 
 
 def leaked(seen: list[tuple[int, int]]) -> float:
-    """KiB that each answer left behind, in that third of the warm time which left least.
+    """KiB that each answer left behind, in the middle one of the three thirds of the warm time.
 
     What is kept of every answer shows in each of them; a step to a new plateau, from a batch larger than all before,
     in one. Within a third it is the median slope between any two looks (Theil and Sen).
     """
     warm = seen[int(WARM * len(seen)) :]
     third = max(2, len(warm) // 3)
-    return min(_slope(warm[start : start + third]) for start in range(0, len(warm) - third + 1, third)) / 1024
+    return median(_slope(warm[start : start + third]) for start in (0, third, 2 * third)) / 1024
 
 
 def _slope(seen: list[tuple[int, int]]) -> float:

@@ -34,9 +34,9 @@ def test_inserted_blocks_leave_every_logit_as_it_is(name: str, tmp_path):
     torch.testing.assert_close(written, before, atol=1e-6, rtol=0)
     assert read.config.num_hidden_layers == 6 and read.config.llama_pro_blocks == [2, 5]
     with torch.no_grad():  # the keys and values of every block are its own
-        answers = read.generate(ROWS[:, :8], max_new_tokens=6, do_sample=False, use_cache=True)
-        again = read.generate(ROWS[:, :8], max_new_tokens=6, do_sample=False, use_cache=False)
-    assert torch.equal(answers, again)
+        start = read(input_ids=ROWS[:, :8], use_cache=True)
+        rest = read(input_ids=ROWS[:, 8:], past_key_values=start.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(rest, written[:, 8:], atol=1e-4, rtol=1e-4)
 
 
 def test_kinds_of_layers_go_with_them():

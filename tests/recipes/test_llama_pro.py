@@ -54,7 +54,7 @@ def test_only_inserted_blocks_move_from_where_they_say_nothing(stage, expanded: 
     run(config(**keys, output_dir=str(first)))
     rows = [row for row in read_lines(first / "metrics.jsonl") if "loss" in row]
     assert rows[-1]["loss"] < rows[0]["loss"]
-    assert stage == "sft" or abs(rows[0]["rewards/margins"]) < 1e-6
+    assert stage == "sft" or abs(rows[0]["rewards/margins"]) < 1e-5
     before, after = load_file(expanded / "model.safetensors"), load_file(first / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[2] for name in moved} == {"1", "3"}
@@ -81,7 +81,8 @@ def test_what_was_not_inserted_is_not_trained_by_its_name(expanded: Path, config
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The built-in model with blocks of its own, and with tokens of its own."""
     monkeypatch.chdir(tmp_path)
-    few = {"max_steps": 1, "max_samples": 6, "plot_loss": False, "regression_report": False, "device": "cpu"}
+    few = {"max_steps": 1, "max_samples": 6, "plot_loss": False, "regression_report": False, "device": "cpu",
+           "bf16": False, "precompute_ref_log_probs": False}  # fmt: skip
     keys = {"model_name_or_path": "builtin:sql-tiny", "num_expand": 2, "export_dir": "saves/sql-tiny/expanded"}
     export(load_config(None, keys=keys, verb="export"))
     pro = run(load_config(ROOT / "examples/builtin_llama_pro.yaml", keys=few))

@@ -133,7 +133,7 @@ def test_the_reference_reads_positions_as_the_policy_does(keys: dict, config: Co
     keys = {name: str(short_dir) if value == "base" else value for name, value in keys.items()}
     cfg = config(**keys_of(short_dir, **keys))
     _, metrics, _ = step(program_of(cfg))
-    assert abs(metrics["rewards/margins"]) < 1e-6
+    assert abs(metrics["rewards/margins"]) < 1e-5
     loaded = load_policy(cfg.model, cfg.tuning, cfg.train, load_tokenizer(cfg.model))
     one, other = rope_of(live_reference(cfg, loaded).policy.base.config), rope_of(loaded.policy.base.config)
     assert one is not None and one == other and one.factor == 4.0

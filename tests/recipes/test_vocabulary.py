@@ -155,7 +155,7 @@ def test_all_weights_train_on_a_grown_base(tied, live, config: Config, tiny_dir,
     first, again = tmp_path / "first", tmp_path / "again"
     run(config(**keys, output_dir=str(first), precompute_ref_log_probs=not live))
     losses = [row for row in read_lines(first / "metrics.jsonl") if "loss" in row]
-    assert abs(losses[0]["rewards/margins"]) < 1e-6
+    assert abs(losses[0]["rewards/margins"]) < 1e-5
     checkpoint = str(first / "checkpoint-2")
     run(config(**keys, output_dir=str(again), resume_from_checkpoint=checkpoint, precompute_ref_log_probs=not live))
     assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()

@@ -55,7 +55,8 @@ def boost(policy: Policy, booster: str) -> str:
         ModelError: `verify_layout` does, or the booster cannot be had.
     """
     check_booster(booster, policy.device)
-    if booster == "none":
+    policy.boosted = booster != "none"
+    if not policy.boosted:
         policy.verify_layout(plain=PLAIN)
         return f"none: transformers' own layers and attention ({policy.plain_attention})"
     if booster == "liger":

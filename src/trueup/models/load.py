@@ -465,7 +465,7 @@ def load_for_evaluation(
     """The config's model and adapters, frozen, with what a recipe wants to know about them."""
     dtype = pick_dtype(device, train.bf16, train.fp16)
     name, location, starts = resolve_model(model.model_name_or_path, model.adapter_name_or_path, hub_access(model))
-    policy = load_frozen(model, location, starts, device, dtype, kind)
+    policy = load_frozen(model, location, starts, device, dtype, kind, tokenizer)
     check_vocabulary(policy.base, tokenizer, name)
     policy.pad_with(tokenizer.pad_token_id)
     return Loaded(policy, None, name, starts, device, dtype, policy.layout_note)

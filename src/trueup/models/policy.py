@@ -38,6 +38,7 @@ class Policy:
         auto_class, task_type: what it is to transformers and to peft.
         always_trained: modules that train whole, whatever else trains.
         noise_alpha: of NEFTune, in training mode; None for no noise.
+        boosted: whether adapters that are added get fused layers, too.
     """
 
     auto_class = AutoModelForCausalLM
@@ -57,7 +58,8 @@ class Policy:
         self.plain_attention: str = base.config._attn_implementation
         self.shared = False
         self.layout_note: str | None = None
-        self.noise_alpha: float | None = None  # of NEFTune, while it trains
+        self.noise_alpha: float | None = None
+        self.boosted = True
         self.offloads = False  # whether activations wait for the backward on the host
         self.gathered = False  # which kernel takes the shared layout (`ForestLayout`)
         self._layout: ForestLayout | None = None  # of the last batch in the shared layout

@@ -15,6 +15,7 @@ from trueup.errors import ModelError
 from trueup.models.hub import locate, unreachable
 from trueup.models.load import hub_access, load_tokenizer, read_model_config
 from trueup.models.reward import HEAD, has_head
+from trueup.models.tokenizer import UNCHANGED
 
 
 class TextScorer:
@@ -53,7 +54,7 @@ def load_text_scorer(model: ModelSection, name: str, device: torch.device, dtype
         ModelError: it cannot be loaded, or says more than one number.
     """
     access = hub_access(model)
-    section = model.model_copy(update={"model_name_or_path": name, "adapter_name_or_path": []})
+    section = model.model_copy(update={**UNCHANGED, "model_name_or_path": name, "adapter_name_or_path": []})
     try:
         found = AutoModelForSequenceClassification.from_pretrained(
             locate(name, access, "reward_model"), dtype=dtype, use_safetensors=True, device_map={"": device},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -13,6 +14,12 @@ from trueup.config.schema import ModelSection
 from trueup.errors import ConfigError, ModelError
 from trueup.garbage import no_collection
 from trueup.models.hub import hub_access, resolve_model, unreachable
+
+#: Keys that change the run's own model, as they are for a reward model or a judge: these bring their own along.
+UNCHANGED: dict[str, Any] = {
+    "rope_scaling": None, "rope_scaling_length": None, "resize_vocab": False, "add_tokens": [],
+    "add_special_tokens": [], "new_special_tokens_config": None, "init_special_tokens": "noise_init",
+}  # fmt: skip
 
 
 @no_collection()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ log = logging.getLogger("trueup")
 
 _SEED = 20_250_807  # any; every run has the same
 _CHUNK = 8192  # rows looked at once
+#: rows that a model's files have, of models that have grown: new ones are made like these, whenever they come.
+_KNOWN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def fit_vocabulary(base: PreTrainedModel, model: ModelSection, tokenizer: PreTra
         return []
     before = num_rows(base)
     grow(base, new.ids[-1] + 1)
-    start_rows(base, new, min(before, new.ids[0]))
+    start_rows(base, new, min(_KNOWN.get(base, before), new.ids[0]))
     shown = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new.ids[:8]))) + (" …" if len(new.ids) > 8 else "")
     log.info("%s new tokens (%s): the embeddings have %s rows, before %s", len(new.ids), shown, num_rows(base), before)
     return new.ids
@@ -124,7 +127,7 @@ def grow(base: PreTrainedModel, rows: int) -> PreTrainedModel:
     base.resize_token_embeddings(rows, mean_resizing=False)
     for module, flag in zip(matrices(base).values(), trains, strict=True):
         module.requires_grad_(flag)
-    start_rows(base, NewTokens(list(range(before, rows))), before)
+    start_rows(base, NewTokens(list(range(before, rows))), _KNOWN.setdefault(base, before))
     return base
 
 

@@ -44,7 +44,8 @@ class Voices:
         acting = [] if self._plain else list(self.policy.model.active_adapters)  # type: ignore[attr-defined]
         inner = [f"voice_{len(self._names)}_{index}" for index in range(len(directories))]
         self.policy.model = model = add_frozen(self.policy.model, inner, directories)
-        fuse(model)
+        if self.policy.boosted:
+            fuse(model)
         self._names[name] = inner
         if self._plain:
             model.base_model.disable_adapter_layers()

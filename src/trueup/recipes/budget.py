@@ -16,7 +16,9 @@ import torch
 
 from trueup.config.schema import RunConfig
 from trueup.models.estimate import needs_of, shape_only
+from trueup.models.load import load_tokenizer
 from trueup.models.memory import LayerCosts
+from trueup.models.vocabulary import fit_vocabulary
 from trueup.quantities import sized
 from trueup.recipes.references import reference_bytes
 from trueup.recipes.reward import kind_of
@@ -41,7 +43,9 @@ def settled(cfg: RunConfig, backend: Backend | None = None) -> RunConfig:
     kept = _of_the_run(cfg)
     if kept is None:
         kind = kind_of(cfg)
-        needs = needs_of(cfg, shape_only(cfg, kind), kind, functools.partial(reference_bytes, cfg))
+        shape = shape_only(cfg, kind)
+        new_rows = fit_vocabulary(shape, cfg.model, load_tokenizer(cfg.model))
+        needs = needs_of(cfg, shape, kind, functools.partial(reference_bytes, cfg), new_rows)
         kept = tokens_that_fit(cfg.train.gradient_checkpointing, needs.costs, needs.room, needs.device)
         log.info(
             "batch_tokens: auto is %s tokens a micro-batch (%s free for activations)", f"{kept:,}", sized(needs.room)

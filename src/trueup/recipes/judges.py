@@ -20,6 +20,7 @@ from trueup.models.load import hub_access, load_tokenizer
 from trueup.models.quantise import in_bits
 from trueup.models.reward import RewardModel, load_reward_model
 from trueup.models.scorer import is_text_classifier, load_text_scorer
+from trueup.models.tokenizer import UNCHANGED
 from trueup.recipes.prompts import PromptRows
 from trueup.rollout.rewards import (
     Answered,
@@ -115,7 +116,7 @@ def _reward_model(
         scorer = load_text_scorer(cfg.model, name, device, dtype)
         return ModelReward(lambda answers: scorer([a.prompt for a in answers], [a.completion for a in answers]))
     section = in_bits(cfg.model, cfg.online.reward_model_quantization_bit)
-    section = section.model_copy(update={"rope_scaling": None})  # the policy's; a reward model brings its own along
+    section = section.model_copy(update=UNCHANGED)
     found = load_reward_model(section, name, cfg.online.reward_model_adapters, device, dtype)
     return ModelReward(_Rendered(found, _template_of(cfg, name, template), rows))
 
@@ -137,7 +138,7 @@ def _check_kind(cfg: RunConfig, name: str) -> None:
 
 def _template_of(cfg: RunConfig, name: str, template: ChatTemplate) -> ChatTemplate:
     """The reward model's own template, on its own tokenizer; the run's where it has none."""
-    update = {"model_name_or_path": name, "adapter_name_or_path": cfg.online.reward_model_adapters}
+    update = {**UNCHANGED, "model_name_or_path": name, "adapter_name_or_path": cfg.online.reward_model_adapters}
     tokenizer = load_tokenizer(cfg.model.model_copy(update=update))
     if own_source(tokenizer) is None:
         log.info("the reward model has no chat template of its own: it reads that of the run, %s", template.name)

@@ -26,6 +26,7 @@ from trueup.data.forest import build_forest
 from trueup.errors import ConfigError
 from trueup.models.load import load_for_inference, load_tokenizer, pick_device, pick_dtype
 from trueup.models.logprobs import sum_by_sequence
+from trueup.models.tokenizer import UNCHANGED
 from trueup.recipes.candidates import (
     Candidate,
     Question,
@@ -337,7 +338,7 @@ class JudgeRanker:
             self.identity = self.endpoint.identity
         else:
             self.local = self.cfg.replace(
-                model_name_or_path=self.name, adapter_name_or_path=[], default_system=None, template=None
+                model_name_or_path=self.name, adapter_name_or_path=[], default_system=None, template=None, **UNCHANGED
             )
             self.identity = model_identity(self.local)
 

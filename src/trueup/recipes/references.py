@@ -18,6 +18,7 @@ from trueup.config.schema import ModelSection, RunConfig
 from trueup.data.encode import EncodedDataset
 from trueup.data.forest import build_forest, num_predictions
 from trueup.errors import ConfigError, DivergenceError, ModelError
+from trueup.models.adapters import make_room
 from trueup.models.estimate import without_weights
 from trueup.models.hub import resolve_model
 from trueup.models.load import Loaded, hub_access, load_reference, read_model_config
@@ -25,6 +26,7 @@ from trueup.models.memory import FP32
 from trueup.models.quantise import expected_bytes, in_bits
 from trueup.models.reference import LiveReference, MovingReference, ReferenceTable, table_path
 from trueup.models.tuners import ADAPTERS
+from trueup.models.vocabulary import num_rows
 from trueup.recipes.batches import Batch
 from trueup.recipes.objective import terms_of
 from trueup.training.backend import Backend
@@ -159,8 +161,8 @@ def check_reference(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     access = hub_access(cfg.model)
     if cfg.objective.ref_model:
         names = cfg.objective.ref_model, cfg.objective.ref_model_adapters
-        name, location, _ = resolve_model(*names, access, ("ref_model", "ref_model_adapters"))
-        _check_tokens(cfg, name, location, len(tokenizer))
+        name, location, starts = resolve_model(*names, access, ("ref_model", "ref_model_adapters"))
+        _check_tokens(cfg, name, location, starts, len(tokenizer))
     elif not cfg.train.do_train:
         _, _, starts = resolve_model(cfg.model.model_name_or_path, cfg.model.adapter_name_or_path, access)
         if not starts:  # a model compared with itself says nothing
@@ -170,8 +172,13 @@ def check_reference(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
             )  # fmt: skip
 
 
-def _check_tokens(cfg: RunConfig, name: str, location: str, num_tokens: int) -> None:
-    rows = read_model_config(location, cfg.model, name, "ref_model").get_text_config().vocab_size
+def _check_tokens(cfg: RunConfig, name: str, location: str, starts: list[str], num_tokens: int) -> None:
+    config = read_model_config(location, cfg.model, name, "ref_model")
+    rows = config.get_text_config().vocab_size
+    if rows < num_tokens and starts:  # an adapter may bring rows along
+        shape = without_weights(config, cfg.model)
+        make_room(shape, starts)
+        rows = num_rows(shape)
     if rows < num_tokens and not cfg.model.resize_vocab:
         raise ModelError(
             f"{name} has embeddings for {rows} tokens, the tokenizer has {num_tokens}", where="ref_model",
