@@ -1,8 +1,8 @@
 """`booster`: which faster kernels a model computes with.
 
-auto      the fused layers of `models/fused.py` and the attention over forests of `models/attention.py`, each where it
-          reproduces the model's own numbers on this device (tried at load); what is in them was chosen by measurement
-          (docs/log.md)
+auto      the fused layers of `models/fused.py` and the attention over forests of `models/attention.py`; norms and
+          attention where they reproduce the model's own numbers on this device (tried at load), LoRA and MLPs by their
+          classes; what is in them was chosen by measurement (docs/log.md)
 flash_attn  the same, with flash-attention 2 where prompts are not shared and where answers are generated
 liger     Liger's Triton layers in place of ours; LoRA and attention as with auto
 none      transformers' own layers and attention: a row a sequence, padded
