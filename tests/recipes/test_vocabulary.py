@@ -21,6 +21,7 @@ from trueup.config.schema import RunConfig
 from trueup.errors import ConfigError, ModelError
 from trueup.inference.export.export import export
 from trueup.models.load import load_for_inference, load_policy, load_tokenizer
+from trueup.models.tokenizer import UNCHANGED
 from trueup.models.vocabulary import num_rows
 from trueup.models.voices import BASE, Voices
 from trueup.recipes.check import check
@@ -288,3 +289,17 @@ def test_descriptions_need_a_file_and_new_rows(config: Config, tmp_path):
         config(**GROWN, init_special_tokens="desc_init")
     with pytest.raises(ConfigError, match="resize_vocab"):
         config(**ADDED, new_special_tokens_config=str(tmp_path / "words.yaml"))
+
+
+def test_new_tokens_have_rows_where_a_model_only_answers(config: Config):
+    cfg = config(**GROWN)
+    policy = load_for_inference(cfg.model, cfg.train)
+    assert num_rows(policy.base) == len(load_tokenizer(cfg.model)) == ALL
+
+
+def test_what_changes_the_policy_leaves_other_models_as_they_are(config: Config, tiny_dir: Path):
+    """A reward model's tokenizer, and whatever else is loaded beside the policy."""
+    changed = config(**GROWN).model
+    plain = changed.model_copy(update={**UNCHANGED, "model_name_or_path": str(tiny_dir)})
+    assert len(load_tokenizer(changed)) == ALL and len(load_tokenizer(plain)) == OLD
+    assert num_rows(load_for_inference(plain, config().train).base) == OLD

@@ -475,4 +475,5 @@ def load_for_inference(model: ModelSection, train: TrainSection) -> Policy:
     """The config's model and adapters, frozen, on its device."""
     device = pick_device(model.device)
     dtype = pick_dtype(device, train.bf16, train.fp16)
-    return load_frozen(model, model.model_name_or_path, model.adapter_name_or_path, device, dtype)
+    tokenizer = load_tokenizer(model) if model.resize_vocab else None  # whose new tokens need rows
+    return load_frozen(model, model.model_name_or_path, model.adapter_name_or_path, device, dtype, tokenizer=tokenizer)
