@@ -11,6 +11,7 @@ from statistics import median
 import psutil
 
 KIB_PER_ANSWER = 1.5  # at which something leaks
+STANDING = 24 << 20  # bytes by which one that stands still may move
 WARM = 0.4  # share of the time in which all sizes of batches have come
 
 
@@ -42,6 +43,12 @@ def leaked(seen: list[tuple[int, int]]) -> float:
     warm = seen[int(WARM * len(seen)) :]
     third = max(2, len(warm) // 3)
     return median(_slope(warm[start : start + third]) for start in (0, third, 2 * third)) / 1024
+
+
+def grown(seen: list[tuple[int, int]]) -> int:
+    """Bytes between the most of the second fifth of the time and the most of the last."""
+    fifth = max(1, len(seen) // 5)
+    return max(size for _, size in seen[-fifth:]) - max(size for _, size in seen[fifth : 2 * fifth])
 
 
 def _slope(seen: list[tuple[int, int]]) -> float:

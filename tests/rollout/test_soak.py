@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from tests.memory_watch import KIB_PER_ANSWER, leaked, told, watched
+from tests.memory_watch import KIB_PER_ANSWER, STANDING, grown, leaked, told, watched
 from trueup.config.load import load_config
 from trueup.models.allocator import stay_small
 from trueup.models.load import load_for_inference, load_tokenizer
@@ -123,3 +123,4 @@ def test_32_clients_for_5_minutes_leak_nothing_and_get_4_times_the_tokens():
     assert together >= 4 * alone
     assert cancels[-1] < 1.0
     assert leaked(memory) < KIB_PER_ANSWER
+    assert grown(memory) < STANDING

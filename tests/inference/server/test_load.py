@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.inference.server.conftest import MODEL
-from tests.memory_watch import KIB_PER_ANSWER, leaked, told, watched
+from tests.memory_watch import KIB_PER_ANSWER, STANDING, grown, leaked, told, watched
 
 CLIENTS = 32
 WORDS = ["list", "show", "count", "customers", "orders", "older", "than", "between", "names", "cheapest", "by", "year"]
@@ -162,4 +162,5 @@ def test_32_streaming_clients_for_5_minutes():
     print(f"{told(memory)}; a broken off one's slot free within {max(freed):.2f} s")
     assert together >= 4 * alone
     assert leaked(memory) < KIB_PER_ANSWER
+    assert grown(memory) < STANDING
     assert max(freed) < 1.0
