@@ -29,6 +29,14 @@ _QUIET = {"PYTEST_CURRENT_TEST", "NICEGUI_SCREEN_TEST_PORT", "API_KEY"}
 expect.set_options(timeout=PAGE_MILLISECONDS)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A browser, a server and a training share the cores with every other test: what looks through a browser has
+    a second try, and the summary names each test that took it ("RERUN")."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
 @dataclass
 class Studio:
     """A server of its own: `url` to look at, `root` to look into."""
@@ -97,9 +105,14 @@ def make_studio() -> Iterator:
 
 
 @pytest.fixture(scope="session")
-def studio(make_studio, tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    """One for all tests that mind their own names in it."""
+def common_studio(make_studio, tmp_path_factory: pytest.TempPathFactory) -> Studio:
     return make_studio(tmp_path_factory.mktemp("studio"))
+
+
+@pytest.fixture
+def studio(request: pytest.FixtureRequest, common_studio: Studio, make_studio, tmp_path: Path) -> Studio:
+    """One for all tests that mind their own names in it; a second try has none of the first one's runs."""
+    return common_studio if getattr(request.node, "execution_count", 1) == 1 else make_studio(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,7 @@ def test_two_contexts_start_one_run_that_outlives_the_server_stops_resumes_and_f
     while drawn(first, "Loss")[-1] == before:  # it moves
         first.wait_for_timeout(200)
 
+    second.close()  # a file that it still fetches would be missed
     studio.stop(kill=True)
     assert psutil.pid_exists(pid)
     studio.start()

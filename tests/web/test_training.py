@@ -104,6 +104,7 @@ def test_two_contexts_start_one_run_that_outlives_the_server_and_shows_its_end(m
     assert [path.name for path in (tmp_path / "saves").iterdir()] == ["shared"]
     pid = pid_of(run)
     expect(first.get_by_role("img", name="Loss").locator("svg")).to_be_visible()
+    second.close()  # a file that it still fetches would be missed
     studio.stop(kill=True)
     assert psutil.pid_exists(pid)
     studio.start()
