@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 
 import pytest
 
 pytest.importorskip("nicegui")
 
 from tests.conftest import ROOT  # noqa: E402
+from trueup.config import evaluating, exporting, rules  # noqa: E402
+from trueup.config.explain import REASONS, alternative  # noqa: E402
+from trueup.config.methods import LATER, NOT_ACTING_YET  # noqa: E402
 from trueup.config.schema import FIELDS  # noqa: E402
 from trueup.data.balance import Sides, label_findings  # noqa: E402
 from trueup.data.catalog import CATALOG  # noqa: E402
 from trueup.web.pages import discover  # noqa: E402
-from trueup.web.phrases import phrases, translated  # noqa: E402
+from trueup.web.phrases import phrases, translated, translated_lines  # noqa: E402
 from trueup.web.words import LANGUAGES, find, preferred, tables  # noqa: E402
 
 PAGES = discover()
 SOURCES = sorted((ROOT / "src" / "trueup" / "web").rglob("*.py"))
+CONFIG = ROOT / "src" / "trueup" / "config"
+#: what the checker of the forms is made of; other verbs' own tables are met on no page.
+CHECKERS = [CONFIG / f"{name}.py" for name in ("checks", "load", "read", "verbs")]
 
 
 def blanks(text: str) -> set[str]:
@@ -44,6 +52,7 @@ def test_nearly_every_key_has_help_in_every_language():
 
 @pytest.mark.parametrize("language", sorted(set(LANGUAGES) - {"en"}))
 def test_phrases_have_the_blanks_of_their_sentences(language: str):
+    assert phrases(language)
     for sentence, phrase in phrases(language).items():
         names = sorted(re.findall(r"\{(\d+)\}", sentence), key=int)
         assert names == [str(number + 1) for number in range(len(names))], sentence
@@ -63,12 +72,66 @@ def test_what_the_program_says_is_translated_with_what_stands_in_its_blanks():
     assert translated("too long", "en") == "too long"
 
 
+def test_a_name_between_ticks_stays_as_it_is():
+    assert translated("`text` and `a b`", "zh") == "`text` 与 `a b`"
+
+
 def test_what_a_data_set_may_teach_by_accident_is_told_in_chinese():
     sides = [Sides(4, 3, 0, 400, 100), Sides(4, 1, 0, 100, 400), Sides(4, 4, 0, 110, 100), Sides(4, 0, 0, 100, 110)]
     said = [text for one in sides for text in one.findings()]
     said += [text for wanted in (0, 1, 9) for text in label_findings({"desirable": wanted, "undesirable": 3})]
     assert len(said) >= 6
     assert [text for text in said if translated(text, "zh") == text] == []
+
+
+def sentences(node: ast.expr | None) -> Iterator[str]:
+    """What an expression says, an x in each of its blanks; nothing of one that says it by other means."""
+    if isinstance(node, ast.IfExp):
+        yield from sentences(node.body)
+        yield from sentences(node.orelse)
+    elif isinstance(node, ast.JoinedStr):
+        yield "".join(part.value if isinstance(part, ast.Constant) else "x" for part in node.values)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield re.sub(r"%[sd]", "x", node.value)
+
+
+def said_in(path) -> Iterator[str]:
+    """The sentences of a module's problems and notices."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("Problem", "ConfigError")
+        ):
+            given = dict(zip(("what", "where", "expected", "fix"), node.args, strict=False))
+            given |= {word.arg: word.value for word in node.keywords}
+            for part in ("what", "expected", "fix"):
+                yield from sentences(given.get(part))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("log.info", "log.warning"):
+            yield from (text for text in sentences(node.args[0]) if text != "x")
+
+
+@pytest.mark.parametrize("path", CHECKERS, ids=lambda path: path.stem)
+def test_what_the_forms_checker_says_is_told_in_chinese(path):
+    found = list(said_in(path))
+    assert found
+    lacking = [text for text in found if translated(text, "zh") == text]
+    assert not lacking, "words/phrases/zh/config.json lacks\n" + "\n".join(lacking)
+
+
+def test_what_cannot_be_meant_together_is_told_in_chinese():
+    broken = [*rules.RULES, *evaluating.RULES, *exporting.RULES]
+    said = [text for rule in broken for text in (rule.what, rule.fix)]
+    said += [*map(alternative, LATER.values()), *filter(None, NOT_ACTING_YET.values()), *REASONS.values()]
+    lacking = [text for text in said if translated(text, "zh") == text]
+    assert not lacking, "words/phrases/zh/config.json lacks\n" + "\n".join(lacking)
+
+
+def test_the_last_words_of_a_process_are_told_line_by_line():
+    said = "error: dataset: no such file or folder: /a\n    expected: a number\n    fix: drop it\nTraceback: x"
+    told = "错误：dataset: 没有这个文件或文件夹：/a\n    应为：数字\n    解决办法：请去掉\nTraceback: x"
+    assert translated_lines(said, "zh") == told
+    assert translated_lines(said, "en") == said
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

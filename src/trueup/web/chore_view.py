@@ -109,10 +109,10 @@ class ChorePage:
                 bar = ui.linear_progress(chore.share or 0.0, show_value=False, size="6px")
                 bar.props("rounded color=primary" + ("" if chore.share is not None else " indeterminate"))
                 bar.props["aria-label"] = self.view.t("live.progress")
-                ui.label(chore.doing or self.view.t("chores.beginning")).classes("muted")
+                ui.label(self.view.said(chore.doing) or self.view.t("chores.beginning")).classes("muted")
             elif chore.state == "failed":
                 with ui.element("div").classes("problem").props("role=alert"):
-                    ui.label(chore.reason or self.view.t("chores.gone")).classes("live-why")
+                    ui.label(self.view.said_lines(chore.reason) or self.view.t("chores.gone")).classes("live-why")
 
     async def _restart(self) -> None:
         await asyncio.to_thread(self.chores.start, self.chores.words(self.id), self.id)

@@ -1,7 +1,7 @@
 """What the program itself says (help, reasons, warnings, problems) in the reader's language.
 
-The program speaks English. `words/phrases/<language>.json` has its sentences with {1}, {2} … for what changes in them;
-a sentence that none of them fits stays as it is.
+The program speaks English. `words/phrases/<language>/` has its sentences with {1}, {2} … for what changes in them: of
+data, of the config's checks, of a run. A sentence that none of them fits stays as it is.
 """
 
 from __future__ import annotations
@@ -15,14 +15,26 @@ _FOLDER = Path(__file__).parent / "words" / "phrases"
 _BLANK = re.compile(r"\{(\d+)\}")
 _DETAILED = "{1} ({2})"  # a reason, and what is the matter with this row
 _REASON = re.compile(r"(.+?) \((.+)\)", re.DOTALL)
+_LINE = re.compile(r"(\s*)(error: |stopped: |expected: |fix: )?(.*)")
 _LONGEST = 2000  # characters of a sentence
 
 
 @cache
 def phrases(language: str) -> dict[str, str]:
     """Sentences of a language by the program's own."""
-    file = _FOLDER / f"{language}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    files = sorted((_FOLDER / language).glob("*.json"))
+    return {key: text for file in files for key, text in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+def translated_lines(text: str, language: str) -> str:
+    """What a process left as its last words: `error: where: what`, and beneath it `expected: …` and `fix: …`."""
+    return "\n".join(_translated_line(*_LINE.fullmatch(line).groups(""), language) for line in text.splitlines())  # type: ignore[union-attr]
+
+
+def _translated_line(indent: str, label: str, said: str, language: str) -> str:
+    ends = [0, *(colon.end() for colon in re.finditer(": ", said))]
+    known = (said[:end] + words for end in ends if (words := translated(said[end:], language)) != said[end:])
+    return indent + translated(label, language) + next(known, said)
 
 
 @lru_cache(maxsize=4096)
@@ -40,8 +52,14 @@ def translated(text: str, language: str) -> str:
 
 
 def _filled(phrase: str, blanks: list[str], match: re.Match[str], language: str) -> str:
-    values = {name: translated(value, language) for name, value in zip(blanks, match.groups(), strict=True)}
-    return _BLANK.sub(lambda blank: values[blank[1]], phrase)
+    """Names between ticks stay as they are: a column may be called `text`."""
+    values = dict(zip(blanks, match.groups(), strict=True))
+
+    def fill(blank: re.Match[str]) -> str:
+        ticked = phrase[blank.start() - 1 : blank.start()] == "`"
+        return values[blank[1]] if ticked else translated(values[blank[1]], language)
+
+    return _BLANK.sub(fill, phrase)
 
 
 @cache

@@ -14,7 +14,7 @@ from nicegui import ui
 
 from trueup.inference.runs import age
 from trueup.web.jobs import Jobs
-from trueup.web.phrases import translated
+from trueup.web.phrases import translated, translated_lines
 from trueup.web.speakers import Speakers
 from trueup.web.words import DEFAULT, LANGUAGES, find, preferred, say
 from trueup.web.workspace import Workspace
@@ -52,6 +52,10 @@ class View:
     def said(self, text: str) -> str:
         """A sentence of the program in the reader's language; as it is where we have no words for it."""
         return translated(text, self.language)
+
+    def said_lines(self, text: str) -> str:
+        """The same of a process's last words."""
+        return translated_lines(text, self.language)
 
     def ago(self, moment: float) -> str:
         """How long since a moment (seconds since the epoch), in its largest unit."""

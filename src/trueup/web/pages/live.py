@@ -84,7 +84,7 @@ class LivePage:
         self.more.set_visibility(False)
         self.more.on_value_change(self._look_again)
         self._answers_card()
-        self.log_card = card(t("live.log"))
+        self.log_card = card(t("live.log"), note=t("live.log_note"))
         with self.log_card:
             self.log = ui.label("").classes("log").props(f'role=log tabindex=0 aria-label="{t("live.log")}"')
         self.log_card.set_visibility(False)
@@ -237,7 +237,7 @@ class LivePage:
         if state.state not in ("failed", "stopped"):
             return
         t = self.view.t
-        text = t("live.killed", step=state.step) if state.reason == "killed" else state.reason
+        text = t("live.killed", step=state.step) if state.reason == "killed" else self.view.said_lines(state.reason)
         goes_on = t("live.from_checkpoint", name=state.checkpoint) if state.checkpoint else t("live.from_start")
         with ui.element("div").classes("problem" if state.state == "failed" else "notice"):
             ui.label(text or t("live.stopped")).classes("live-why")
