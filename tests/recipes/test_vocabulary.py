@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -18,13 +19,15 @@ from tests.recipes.test_adapter_matrix import STAGES, loaded_with, read_lines, s
 from tests.recipes.test_equivalence import program_of, step
 from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
-from trueup.errors import ConfigError, ModelError
+from trueup.data.forest import BatchPlan
+from trueup.errors import ConfigError, CorruptStateError, ModelError
 from trueup.inference.export.export import export
 from trueup.models.load import load_for_inference, load_policy, load_tokenizer
 from trueup.models.tokenizer import UNCHANGED
 from trueup.models.vocabulary import num_rows
 from trueup.models.voices import BASE, Voices
 from trueup.recipes.check import check
+from trueup.recipes.offline import identity_of
 from trueup.recipes.program import OfflineProgram
 from trueup.recipes.references import live_reference
 from trueup.recipes.run import run
@@ -282,6 +285,40 @@ def test_a_file_of_descriptions_that_describes_nothing_is_refused(text: str, con
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="words.yaml|new_special_tokens_config"):
         program_of(config(resize_vocab=True, new_special_tokens_config=str(path), init_special_tokens="desc_init"))
+
+
+def test_edited_descriptions_are_another_experiment(config: Config, tmp_path):
+    """Rows that a run started from its descriptions are in its reference: other words make another one."""
+    words = tmp_path / "words.yaml"
+    words.write_text('"<hot>": "red fire"\n"<warm>": "sun"\n', encoding="utf-8")
+    keys = keys_of("dpo", new_special_tokens_config=str(words), init_special_tokens="desc_init")
+    run(config(**keys, output_dir=str(tmp_path / "out")))
+    again = {**keys, "output_dir": str(tmp_path / "again"), "max_steps": 3,
+             "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")}  # fmt: skip
+    words.write_text('# a remark\n"<hot>":   red fire\n"<warm>": sun\n', encoding="utf-8")
+    run(config(**again))
+    words.write_text('"<hot>": "red fire"\n"<warm>": "rain"\n', encoding="utf-8")
+    with pytest.raises(CorruptStateError, match="new_special_tokens_config") as refused:
+        run(config(**{**again, "output_dir": str(tmp_path / "other")}))
+    assert "another experiment" in str(refused.value) and "allow_changed: [new_special_tokens_config]" in str(
+        refused.value
+    )
+    run(config(**{**again, "output_dir": str(tmp_path / "allowed")}, allow_changed="new_special_tokens_config"))
+
+
+def test_words_that_start_no_row_may_change(config: Config, tmp_path):
+    words = tmp_path / "words.yaml"
+    cfg = config(**keys_of("dpo"), new_special_tokens_config=str(words))
+
+    def identity() -> dict:
+        return identity_of(cfg, "data", BatchPlan(np.zeros(4, dtype=np.int64), 1, 2, 0))
+
+    words.write_text('"<hot>": "red fire"\n', encoding="utf-8")
+    first = identity()
+    words.write_text('"<hot>": "sun"\n', encoding="utf-8")
+    assert identity() == first
+    words.write_text('"<hot>": "sun"\n"<icy>": "ice"\n', encoding="utf-8")
+    assert identity() != first
 
 
 def test_descriptions_need_a_file_and_new_rows(config: Config, tmp_path):

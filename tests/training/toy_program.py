@@ -185,5 +185,5 @@ def run_toy(
     flat = {"output_dir": str(directory), **keys, **(config or {})}
     toy = ToyProgram(**(program or {}))
     with RunDirectory.open(directory, flat, resume=resume, overwrite=overwrite, backend=backend) as run:
-        result = fit(toy, settings(**changes), run, backend, observers, data_fingerprint="toy")
+        result = fit(toy, settings(**changes), run, backend, observers, identity={"data_fingerprint": "toy"})
     return result, toy

@@ -27,6 +27,7 @@ from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_to
 from trueup.models.memory import fit_to_memory
 from trueup.models.reward import RewardModel, check_trained
 from trueup.models.rope import varies_beyond
+from trueup.models.tokenizer import descriptions_of
 from trueup.recipes.batches import Tokens, count_tokens, eval_batches, in_layout, plan_batches, train_batches
 from trueup.recipes.budget import settled
 from trueup.recipes.evaluation import regression
@@ -39,6 +40,7 @@ from trueup.recipes.references import References, build_references, check_refere
 from trueup.recipes.reported import check_metric
 from trueup.recipes.reward import kind_of, teachable
 from trueup.training.backend import Backend, make_backend
+from trueup.training.checkpoint import json_hash
 from trueup.training.evaluation import evaluate_run
 from trueup.training.loop import fit
 from trueup.training.observers import standard_observers
@@ -114,7 +116,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     told = None if arithmetic.streamed else tokens
     console.print(header(cfg, loaded, prepared, arithmetic, told), markup=False, highlight=False)
     fingerprint = prepared.stream.fingerprint if prepared.stream else prepared.train.fingerprint
-    identity = {"data_fingerprint": fingerprint, "effective_batch": plan.rows_per_step}
+    identity = identity_of(cfg, fingerprint, plan)
     with open_directory(cfg, backend, prepared, identity) as directory:
         batches = {"train": train_batches(plan, arithmetic), **_eval_batches(cfg, prepared)}
         datasets = {"train": prepared.train, **prepared.eval}
@@ -126,7 +128,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         torch.manual_seed(cfg.train.seed + backend.rank)  # processes drop different entries; a resume restores its own
         with watched(prepared, directory) as watchers:
             observers += watchers
-            result = fit(program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint)
+            result = fit(program, cfg.train, directory, backend, observers, identity=identity)
         ended = regression.end(started, directory, console)
         predicted = predict(predictor, directory, backend, console) if predictor and cfg.train.do_predict else {}
         return RunResult(directory.path, {**result.train, **result.evaluation, **ended, **predicted})
@@ -181,6 +183,22 @@ def mind_positions(cfg: RunConfig, loaded: Loaded) -> None:
             "this model reads all rows of a micro-batch otherwise once one of them has more than %d tokens; those "
             "beside it are learnt otherwise than they will be read alone, which cutoff_len: %d avoids", length, length,
         )  # fmt: skip
+
+
+def identity_of(cfg: RunConfig, data: str, plan: BatchPlan) -> dict[str, Any]:
+    """What a checkpoint to resume from has to agree with beside the keys.
+
+    Descriptions of new tokens say which tokens there are, and what their rows were before the first step: in the
+    reference they still are that.
+
+    Args:
+        data: fingerprint of the encoded training data.
+    """
+    found = {"data_fingerprint": data, "effective_batch": plan.rows_per_step}
+    if words := descriptions_of(cfg.model):
+        acting = list(words) if cfg.model.init_special_tokens == "noise_init" else list(words.items())
+        found["new_special_tokens_config"] = f"contents {json_hash({'words': acting})[:16]}"
+    return found
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from trueup.recipes.learners import make_learner
 from trueup.recipes.offline import (
     RunResult,
     fit_activations,
+    identity_of,
     mind_positions,
     open_directory,
     running,
@@ -80,14 +81,13 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     try:
         console.print(prepared.report.render(), markup=False, highlight=False)
         console.print(header(cfg, loaded, prepared, arithmetic, tokens), markup=False, highlight=False)
-        fingerprint = prepared.train.fingerprint
-        identity = {"data_fingerprint": fingerprint, "effective_batch": plan.rows_per_step}
+        identity = identity_of(cfg, prepared.train.fingerprint, plan)
         with open_directory(cfg, backend, prepared, identity) as directory:
             program = make_program(cfg, loaded, tokenizer, prepared, plan, judges, rows, backend, directory)
             observers = standard_observers(cfg.train, directory, quiet=console.quiet)
             started = regression.begin(cfg, loaded.policy, tokenizer, prepared, backend)
             torch.manual_seed(cfg.train.seed + backend.rank)
-            result = fit(program, cfg.train, directory, backend, observers, data_fingerprint=fingerprint)
+            result = fit(program, cfg.train, directory, backend, observers, identity=identity)
             ended = regression.end(started, directory, console)
             predicted = predict(predictor, directory, backend, console) if predictor else {}
             return RunResult(directory.path, {**result.train, **result.evaluation, **ended, **predicted})

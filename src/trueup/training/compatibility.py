@@ -50,6 +50,9 @@ REFUSED = frozenset(
 """)
 )
 
+#: What stands in a checkpoint's manifest beside the keys; a key's name there means what the file has that it names.
+IDENTITY = ("data_fingerprint", "effective_batch", "new_special_tokens_config")
+
 
 def check_resumable(
     then: Mapping[str, Any],
@@ -80,8 +83,8 @@ def check_resumable(
 
 
 def check_identity(then: Mapping[str, Any], now: Mapping[str, Any], allow: Collection[str] = (), *, where: str) -> None:
-    """Refuse a resume on other data or with another effective batch, unless `allow` names them."""
-    keys = [key for key in ("data_fingerprint", "effective_batch") if then.get(key) and now.get(key)]
+    """Refuse a resume on other data, with another effective batch or an edited file, unless `allow` names them."""
+    keys = [key for key in IDENTITY if then.get(key) and now.get(key)]
     check_resumable({k: then[k] for k in keys}, {k: now[k] for k in keys}, allow, where=where)
 
 

@@ -76,19 +76,19 @@ def fit(
     backend: Backend,
     observers: Sequence[Observer] = (),
     *,
-    data_fingerprint: str = "",
+    identity: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Train to the end of the plan, from the run's checkpoint if it has one; save the final model.
 
-    settings          the train section (transformers' TrainingArguments names)
-    data_fingerprint  identifies the encoded training data; a resume on other data is refused
+    settings  the train section (transformers' TrainingArguments names)
+    identity  what a resume has to agree with beside the keys: the data's fingerprint, contents of named files
 
     Raises Stopped after a signal (a checkpoint is saved), DivergenceError before a step on numbers
     that are not finite, ResourceError when the disk refuses, CorruptStateError when the checkpoint
     does not fit.
     """
     with StopRequest() as stop, Watchdog(run) as watchdog, profiling(settings.profile, backend.device):
-        trainer = Trainer(program, settings, run, backend, observers, stop, watchdog, data_fingerprint)
+        trainer = Trainer(program, settings, run, backend, observers, stop, watchdog, identity)
         try:
             return trainer.train()
         except BaseException as error:
@@ -111,7 +111,7 @@ class Trainer(Generic[B]):
         observers: Sequence[Observer],
         stop: StopRequest,
         watchdog: Watchdog,
-        data_fingerprint: str,
+        identity: Mapping[str, Any] | None,
     ) -> None:
         self.program, self.settings, self.run, self.backend = program, settings, run, backend
         self.observers = Observers(observers if backend.rank == 0 else ())
@@ -130,7 +130,7 @@ class Trainer(Generic[B]):
         self.progress = Progress()
         self.identity = {
             "config_hash": checkpoints.json_hash(run.config),
-            "data_fingerprint": data_fingerprint,
+            **(identity or {}),
             "effective_batch": program.examples_per_step,
         }
         self.saved: list[Checkpoint] = []  # verified by this process; rank 0 only
