@@ -7,20 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import ROOT
-from tests.recipes.test_adapter_matrix import STAGES, read_lines
+from tests.recipes.test_adapter_matrix import (
+    STAGES,
+    acts_as_it_was_trained,
+    read_lines,
+    spied,
+    starts_as_its_reference,
+)
+from tests.recipes.test_equivalence import program_of
 from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
-from trueup.errors import ConfigError, ModelError
+from trueup.errors import ConfigError, CorruptStateError, ModelError
 from trueup.inference.export.export import export
 from trueup.recipes.check import check
 from trueup.recipes.run import run
 
 Config = Callable[..., RunConfig]
 PRO = {"finetuning_type": "freeze", "lora_rank": None, "use_llama_pro": True}
+WITH_LORA = {"use_llama_pro": True, "freeze_trainable_layers": 2}
 ROWS = torch.arange(3, 40)[None]
 
 
@@ -65,6 +74,66 @@ def test_only_inserted_blocks_move_from_where_they_say_nothing(stage, expanded: 
     assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("stage, more", [("dpo", {}), ("sft", {"lora_target": "q_proj,o_proj", "use_rslora": True})])
+def test_adapters_are_in_inserted_blocks_only(stage, more, expanded: Path, config: Config, tmp_path, monkeypatch):
+    """As LLaMA-Factory has them: learnt, resumed, folded into the expanded model, whose own blocks stand."""
+    keys = {
+        **STAGES[stage], **WITH_LORA, **more, "model_name_or_path": str(expanded), "max_steps": 4,
+        "per_device_train_batch_size": 24, "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 2,
+        "lr_scheduler_type": "constant", "plot_loss": False,
+    }  # fmt: skip
+    starts_as_its_reference(config(**keys))
+    first, again = tmp_path / "first", tmp_path / "again"
+    trained = spied(monkeypatch)
+    run(config(**keys, output_dir=str(first)))
+    acts_as_it_was_trained(config(**keys), first, trained["logits"])
+    losses = [row["loss"] for row in read_lines(first / "metrics.jsonl") if "loss" in row]
+    assert losses[-1] < losses[0]
+    adapter = load_file(first / "adapter_model.safetensors")
+    assert {name.split(".layers.")[1].split(".")[0] for name in adapter} == {"1", "3"}
+    run(config(**keys, output_dir=str(again), resume_from_checkpoint=str(first / "checkpoint-2")))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+
+    written = {"model_name_or_path": str(first), "export_dir": str(tmp_path / "merged"), "template": "chatml"}
+    export(load_config(None, keys=written, verb="export"))
+    before, after = load_file(expanded / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[2] for name in moved} == {"1", "3"}
+    beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(expanded, dtype=torch.float32), str(first))
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(tmp_path / "merged"), beside(input_ids=ROWS).logits, atol=1e-4, rtol=0)
+    with pytest.raises(CorruptStateError, match="freeze_trainable_layers"):
+        changed = {**keys, "freeze_trainable_layers": 1, "resume_from_checkpoint": str(first / "checkpoint-2")}
+        run(config(**changed, output_dir=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(
+    "more, what",
+    [
+        ({"lora_target": "q_proj,v_proj"}, "nothing would learn"),
+        ({"lora_target": "down_proj,embed_tokens"}, "embed_tokens is not in the inserted blocks"),
+        ({"lora_target": "q_pro"}, "no module of the model is called"),
+        ({"freeze_trainable_layers": 4}, "inserted"),
+        ({"use_dora": True}, "weights of 0"),
+        ({"pissa_init": True}, "weights of 0"),
+    ],
+)
+def test_adapters_that_could_not_learn_are_refused(more: dict, what: str, expanded: Path, config: Config):
+    with pytest.raises((ConfigError, ModelError), match=what):
+        program_of(config(**{**WITH_LORA, "model_name_or_path": str(expanded), **more}))
+
+
+def test_blocks_that_were_trained_take_any_adapter(expanded: Path, config: Config, tmp_path: Path):
+    keys = {**STAGES["sft"], "model_name_or_path": str(expanded), "freeze_trainable_layers": 2, "plot_loss": False}
+    run(config(**{**keys, **PRO}, max_steps=1, output_dir=str(tmp_path / "first")))
+    later = {**keys, **WITH_LORA, "model_name_or_path": str(tmp_path / "first"), "lora_target": "q_proj"}
+    assert len(program_of(config(**later)).trainable) == 4
+    assert check(config(**later)).estimate.trainable == sum(
+        p.numel() for p in program_of(config(**later)).trainable.values()
+    )
+
+
 def test_what_was_not_inserted_is_not_trained_by_its_name(expanded: Path, config: Config, tiny_dir: Path):
     keys = {**PRO, "model_name_or_path": str(expanded)}
     assert check(config(**keys, freeze_trainable_layers=2)).estimate.trainable
@@ -72,7 +141,9 @@ def test_what_was_not_inserted_is_not_trained_by_its_name(expanded: Path, config
         with pytest.raises(ModelError, match="inserted"):
             check(config(**keys, freeze_trainable_layers=count))
     with pytest.raises(ConfigError, match="use_llama_pro"):
-        config(use_llama_pro=True)
+        config(use_llama_pro=True, finetuning_type="full", lora_rank=None)
+    with pytest.raises(ConfigError, match="freeze_trainable_layers"):
+        config(freeze_trainable_layers=2)
     unevenly = {"model_name_or_path": str(tiny_dir), "export_dir": str(expanded / "x"), "num_expand": 5}
     with pytest.raises(ModelError, match="evenly"):
         export(load_config(None, keys={**unevenly, "template": "chatml"}, verb="export"))

@@ -213,9 +213,10 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ("additional_target create_new_adapter", {"finetuning_type": ("lora", "oft", "ia3")}),
     ("ia3_target", {"finetuning_type": ("ia3",)}),
     (
-        "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro",
+        "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules",
         {"finetuning_type": ("freeze",)},
     ),
+    ("use_llama_pro", {"finetuning_type": ("freeze", "lora")}),
     ("module_dropout oft_rank oft_block_size oft_target", {"finetuning_type": ("oft",)}),
     (
         "galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise",
@@ -361,6 +362,8 @@ def missing_condition(key: str, cfg: RunConfig) -> tuple[str, Any] | None:
 
     None if it acts.
     """
+    if key == "freeze_trainable_layers" and cfg.tuning.use_llama_pro:
+        return None  # it counts the blocks, with adapters too
     for other, allowed in ACTS_WITH.get(key, {}).items():
         if other == "pref_loss" and cfg.objective.stage not in STAGE_LOSSES:
             continue  # no loss to choose

@@ -271,6 +271,13 @@ RULES = [
         "drop it: what is saved stands on the original model, at twice the rank",
     ),
     Rule(
+        ("use_llama_pro", "use_dora", "pissa_init", "loftq_init"),
+        lambda c: c.use_llama_pro and c.finetuning_type == "lora" and (c.use_dora or c.pissa_init or c.loftq_init),
+        "inserted blocks end in weights of 0, in which `use_dora`, `pissa_init` and `loftq_init` find nothing to "
+        "start from",
+        "drop these: plain LoRA and use_rslora train the blocks of `use_llama_pro`",
+    ),
+    Rule(
         ("rank_pattern", "alpha_pattern"),
         lambda c: _bad_pattern(c.rank_pattern) or _bad_pattern(c.alpha_pattern),
         "`rank_pattern` and `alpha_pattern` give whole numbers above 0 to names of layers",

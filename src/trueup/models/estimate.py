@@ -12,6 +12,7 @@ from trueup import memory
 from trueup.config.schema import ModelSection, RunConfig
 from trueup.models.adapters import attach_trained, make_room
 from trueup.models.device_memory import free_memory, resident
+from trueup.models.expansion import keep_to_blocks
 from trueup.models.hub import resolve_model
 from trueup.models.load import (
     hub_access,
@@ -125,7 +126,10 @@ def needs_of(
     parameters = sum(p.numel() for p in base.parameters())
     weights = expected_bytes(base, cfg.model, dtype)
     if cfg.tuning.finetuning_type in ADAPTERS:
-        model = attach_trained(base, adapter_config(cfg.tuning, base, kind, new_rows), [], "estimate").model
+        wanted = adapter_config(cfg.tuning, base, kind, new_rows)
+        if cfg.tuning.use_llama_pro:
+            keep_to_blocks(wanted, base, cfg.tuning.freeze_trainable_layers)
+        model = attach_trained(base, wanted, [], "estimate").model
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         saved = trainable
     else:

@@ -7,14 +7,21 @@ blocks are new stands in the model's config, under `NEW_BLOCKS`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trueup.errors import ModelError
 from trueup.models.memory import decoder_layers
+from trueup.models.quantise import weight_of
+from trueup.models.tuners import check_targets, targets_of
+
+log = logging.getLogger("trueup")
 
 NEW_BLOCKS = "llama_pro_blocks"
 
@@ -111,4 +118,62 @@ def trained_blocks(base: PreTrainedModel, count: int) -> list[int]:
             f"layers {', '.join(map(str, others))} would train, which were not inserted", where="use_llama_pro",
             expected=f"freeze_trainable_layers: {len(known)}, for the blocks {', '.join(map(str, known))}",
         )  # fmt: skip
+    log.info("use_llama_pro: %d of %d blocks train: %s", count, depth, ", ".join(map(str, chosen)))
     return chosen
+
+
+def keep_to_blocks(adapter: Any, base: PreTrainedModel, count: int) -> None:
+    """Let an adapter be only in the blocks that `use_llama_pro` trains; it then names whole paths, as LLaMA-Factory writes.
+
+    Args:
+        adapter: peft's config, changed in place.
+
+    Raises:
+        ModelError: a target is in none of them, or is experts' weights in one tensor.
+    """
+    check_targets(base, adapter)
+    if getattr(adapter, "target_parameters", None):
+        raise ModelError(
+            "adapters on experts go on every block or on none", where="lora_target",
+            fix="leave the experts out of lora_target, or drop use_llama_pro",
+        )  # fmt: skip
+    found = targets_of(base, adapter) & _paths_within(base, trained_blocks(base, count))
+    names = [] if isinstance(adapter.target_modules, str) else adapter.target_modules
+    outside = sorted(name for name in names if not any(f".{path}".endswith(f".{name}") for path in found))
+    if outside or not found:
+        raise ModelError(
+            f"{', '.join(outside) or 'nothing that lora_target matches'} is not in the inserted blocks, which alone "
+            "use_llama_pro trains", where="lora_target", fix="name layers of blocks; additional_target trains others",
+        )  # fmt: skip
+    adapter.target_modules = found
+
+
+def check_outlet(base: PreTrainedModel, adapted: Collection[str]) -> None:
+    """Whether adapters at these paths can learn: no gradient comes through last projections that are 0.
+
+    Raises:
+        ModelError: their blocks still add nothing, and no last projection has an adapter.
+    """
+    if any(_LAST.intersection(path.split(".")) for path in adapted):
+        return
+    layers = decoder_layers(base)
+    modules = {id(base.get_submodule(path)) for path in adapted}
+    places = [i for i, layer in enumerate(layers) if modules.intersection(map(id, layer.modules()))]
+    inside = {path: base.get_submodule(path) for path in _paths_within(base, places)}
+    last = [
+        module
+        for path, module in inside.items()
+        if _LAST.intersection(path.split(".")) and isinstance(module, nn.Linear | Conv1D)
+    ]
+    if not any(weight_of(module, base.dtype).any() for module in last):
+        raise ModelError(
+            "nothing would learn: the last projections of the inserted blocks are 0, and get no adapter",
+            where="lora_target", expected="all, or names with such projections among them, such as o_proj, down_proj",
+        )  # fmt: skip
+
+
+def _paths_within(base: PreTrainedModel, places: Sequence[int]) -> set[str]:
+    """Paths of the modules that some of a model's blocks are made of."""
+    layers = decoder_layers(base)
+    inside = {id(module) for place in places for module in layers[place].modules()}
+    return {path for path, module in base.named_modules() if id(module) in inside}

@@ -29,7 +29,7 @@ from trueup.models.adapters import TRAINED, Adapters, Start, attach_frozen, atta
 from trueup.models.allocator import give_back, hold_nothing, keep_memory
 from trueup.models.booster import PLAIN, boost
 from trueup.models.config_code import refuse_code
-from trueup.models.expansion import trained_blocks
+from trueup.models.expansion import check_outlet, keep_to_blocks, trained_blocks
 from trueup.models.hub import HubAccess, resolve_model, unreachable
 from trueup.models.memory import Recomputation, decoder_layers, fit_to_memory
 from trueup.models.policy import Policy
@@ -38,7 +38,7 @@ from trueup.models.rope import check_built, fit_rope, stretch_of
 from trueup.models.rows import matrices
 from trueup.models.tokenizer import hub_access
 from trueup.models.tokenizer import load_tokenizer as load_tokenizer  # for those who load a model as well
-from trueup.models.tuners import ADAPTERS, adapter_config
+from trueup.models.tuners import ADAPTERS, adapter_config, targets_of
 from trueup.models.vocabulary import check_vocabulary, fit_vocabulary
 
 log = logging.getLogger("trueup")
@@ -309,6 +309,10 @@ def load_policy(
     torch.manual_seed(train.seed)  # the new adapter's first weights
     if tuning.finetuning_type in ADAPTERS:
         wanted = adapter_config(tuning, base, kind, new_rows)
+        if tuning.use_llama_pro:
+            keep_to_blocks(wanted, base, tuning.freeze_trainable_layers)
+            if not starts:  # which may have trained them
+                check_outlet(base, targets_of(base, wanted))
         start = _start(tuning, base, location, access)
         adapters = attach_trained(base, wanted, starts, name, tuning.create_new_adapter, start)
         policy = kind(base, adapters.model)
@@ -389,9 +393,7 @@ def unfreeze(
         )  # fmt: skip
     chosen = list(layers)[-count:] if count > 0 else list(layers)[:-count]
     if tuning.use_llama_pro:
-        places = trained_blocks(base, count)
-        log.info("use_llama_pro: %d of %d blocks train: %s", count, len(layers), ", ".join(map(str, places)))
-        chosen = [layers[place] for place in places]
+        chosen = [layers[place] for place in trained_blocks(base, count)]
     wanted = set(tuning.freeze_trainable_modules) - {"all"}
     used: set[str] = set()
     for layer in chosen:

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_TARGETS
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trueup.config.schema import TuningSection
 from trueup.errors import ModelError, Problem
@@ -155,7 +156,7 @@ def targets_of(base: PreTrainedModel, config: Any) -> set[str]:
     linear = {
         name
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and _leaf(name) not in (config.modules_to_save or ())
+        if isinstance(module, nn.Linear | Conv1D) and _leaf(name) not in (config.modules_to_save or ())
     }
     if config.target_modules == "all-linear":
         head = base.get_output_embeddings()

@@ -45,8 +45,8 @@ REFUSED = frozenset(
     quantization_bit quantization_method quantization_type double_quantization ref_model_quantization_bit
     stage pref_loss custom_objective ref_model ref_model_adapters reward_model optim dataset
     rope_scaling rope_scaling_length resize_vocab add_tokens add_special_tokens new_special_tokens_config
-    init_special_tokens use_llama_pro packing neat_packing disable_shuffling dataloader_drop_last effective_batch
-    data_fingerprint
+    init_special_tokens use_llama_pro freeze_trainable_layers freeze_trainable_modules freeze_extra_modules
+    packing neat_packing disable_shuffling dataloader_drop_last effective_batch data_fingerprint
 """)
 )
 

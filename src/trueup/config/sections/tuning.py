@@ -65,13 +65,14 @@ class TuningSection(Section):
 
     # freeze
     freeze_trainable_layers: Int = 2
-    """Layers that train: the last n, or the first n when negative."""
+    """Layers that train: the last n, or the first n when negative; with use_llama_pro the number of inserted blocks."""
     freeze_trainable_modules: Names = ["all"]
     """Modules of those layers that train."""
     freeze_extra_modules: Names = []
     """Modules outside the layers that train too."""
     use_llama_pro: bool = False
-    """Train only inserted blocks, freeze_trainable_layers of them; trueup export num_expand=N inserts N."""
+    """Train only inserted blocks, freeze_trainable_layers of them: their weights (freeze), or adapters in them (lora);
+    trueup export num_expand=N inserts N."""
 
     # OFT
     module_dropout: Annotated[NonNegativeFloat, Field(lt=1)] = 0.0
