@@ -123,7 +123,7 @@ def trained_blocks(base: PreTrainedModel, count: int) -> list[int]:
 
 
 def keep_to_blocks(adapter: Any, base: PreTrainedModel, count: int) -> None:
-    """Let an adapter be only in the blocks that `use_llama_pro` trains; it then names whole paths, as LLaMA-Factory writes.
+    """Let an adapter be only in the blocks that `use_llama_pro` trains, named by whole paths as LLaMA-Factory does it.
 
     Args:
         adapter: peft's config, changed in place.
