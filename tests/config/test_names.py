@@ -51,6 +51,8 @@ BASE = {"model_name_or_path": "m", "dataset": "d"}
         ({"xpu_backend": "gloo"}, "ddp_backend", "gloo"),
         ({"chat_template_path": "a.jinja"}, "template", "a.jinja"),
         ({"flash_attn": "off"}, "flash_attn", "disabled"),
+        ({"per_device_train_batch_size": "auto"}, "batch_tokens", "auto"),
+        ({"micro_batch_size": "Auto"}, "batch_tokens", "auto"),
     ],
 )
 def test_synonyms_resolve_and_are_said_once(given, key, value, caplog):

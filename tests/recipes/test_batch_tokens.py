@@ -54,10 +54,11 @@ def test_a_step_learns_from_the_same_rows_whatever_fits(config: Config, tmp_path
     keys = {"max_steps": 2, "gradient_accumulation_steps": 2}
     run(config(output_dir=str(tmp_path / "rows"), **keys))
     told = {}
-    for tokens in (1024, 64):
+    automatic = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": 1}  # of 8 rows
+    for tokens, asked in ((1024, {"auto_find_batch_size": True}), (64, automatic)):
         small(monkeypatch, tokens)
         capsys.readouterr()
-        run(config(output_dir=str(tmp_path / f"{tokens}"), auto_find_batch_size=True, **keys))
+        run(config(output_dir=str(tmp_path / f"{tokens}"), **{**keys, **asked}))
         told[tokens] = " ".join(capsys.readouterr().out.split())
         assert losses(tmp_path / f"{tokens}") == pytest.approx(losses(tmp_path / "rows"), rel=1e-4)
         assert read_config(tmp_path / f"{tokens}")["batch_tokens"] == tokens
@@ -91,7 +92,24 @@ def test_check_says_what_the_run_will_do(config: Config, monkeypatch) -> None:
     assert "in micro-batches of at most 4,096 tokens" in report.render()
 
 
+def test_an_automatic_batch_size_leaves_the_rows_of_a_step_as_they_are(tmp_path: Path) -> None:
+    """It is another spelling of `batch_tokens: auto`, and the last word on either key counts."""
+    keys = {"model_name_or_path": "m", "dataset": "dpo_en_demo"}
+
+    def read(words: tuple[str, ...] = (), **more) -> tuple:
+        cfg = load_config({**keys, **more}, words)
+        return cfg.train.per_device_train_batch_size, cfg.data.batch_tokens
+
+    assert read(per_device_train_batch_size="auto") == (8, "auto")
+    assert read(("per_device_train_batch_size=auto",), per_device_train_batch_size=4) == (4, "auto")
+    assert read(("per_device_train_batch_size=4",), per_device_train_batch_size="auto") == (4, None)
+    assert read(("batch_tokens=512",), per_device_train_batch_size="auto") == (8, 512)
+    with pytest.raises(ConfigError, match="with different values"):
+        read(per_device_train_batch_size="auto", batch_tokens=512)
+
+
 def test_answers_still_to_be_written_are_not_counted() -> None:
     keys = {"stage": "grpo", "model_name_or_path": "m", "dataset": "alpaca_en_demo", "reward_funcs": "f.py:g"}
-    with pytest.raises(ConfigError, match="still to be written"):
-        load_config({**keys, "batch_tokens": "auto"})
+    for key in ("batch_tokens", "per_device_train_batch_size"):
+        with pytest.raises(ConfigError, match="still to be written"):
+            load_config({**keys, key: "auto"})

@@ -77,7 +77,7 @@ def load_config(
     words, unread = read_words(overrides, _takes)
     words += [Entry(key, value, "") for key, value in (keys or {}).items()]
     over, over_problems, over_unknown = _settle(words, unread, words=True, below=base)
-    settings = {**_environment(), **base, **over}
+    settings = _together(base, over)
     cfg, bad, value_problems = _validate(settings)
     own = _OWN_TABLES.get(verb)
     cfg = with_length(own.derive(cfg) if own else derive(cfg))
@@ -130,7 +130,13 @@ def given(source: str | Path | None, overrides: Sequence[str] = ()) -> dict[str,
     """What a file and words set, by canonical key, as far as it can be read; nothing is checked."""
     base, *_ = _settle(*_entries(source), words=False)
     over, *_ = _settle(*read_words(overrides, _takes), words=True, below=base)
-    return {key: setting.value for key, setting in {**_environment(), **base, **over}.items()}
+    return {key: setting.value for key, setting in _together(base, over).items()}
+
+
+def _together(base: Mapping[str, Setting], over: Mapping[str, Setting]) -> dict[str, Setting]:
+    """All settings; a later one also wins over what an earlier value of its own key was read as."""
+    kept = {key: setting for key, setting in base.items() if setting.name == key or setting.name not in over}
+    return {**_environment(), **kept, **over}
 
 
 def chosen_hub() -> str:

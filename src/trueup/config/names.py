@@ -105,6 +105,15 @@ SWITCHES: dict[str, tuple[str, Any]] = {
 #: switch → what the value becomes when it is off.
 OFF: dict[str, Any] = {"use_peft": "full", "use_lora": "full"}
 
+#: canonical key and a value that says what another key has a value for → that key, its value, and what holds then.
+ELSEWHERE: dict[tuple[str, str], tuple[str, Any, str]] = {
+    ("per_device_train_batch_size", "auto"): (
+        "batch_tokens", "auto",
+        "memory decides how a step's rows are cut, never how many they are "
+        "(per_device_train_batch_size, 8 where no number says otherwise, × gradient_accumulation_steps × processes)",
+    ),
+}  # fmt: skip
+
 #: canonical key → other names of its values, as their tools or their readers write them.
 VALUE_SYNONYMS: dict[str, dict[str, str]] = {
     "stage": {
@@ -388,6 +397,9 @@ def resolve(name: str, value: Any) -> Resolved:
         shown = ",".join(meaning) if isinstance(meaning, list) else str(meaning).lower()
         return Resolved(key, meaning, f"`{name}` is read as `{key}: {shown}`")
     key = SYNONYMS.get(name, name)
+    if there := ELSEWHERE.get((key, str(value).strip().lower())):
+        key, meaning, then = there
+        return Resolved(key, meaning, f"`{name}: {value}` is read as `{key}: {meaning}`: {then}")
     notice = f"`{name}` is read as `{key}`" if key != name else None
     replaced = _rename_value(key, value)
     if replaced != value:

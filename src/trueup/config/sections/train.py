@@ -89,7 +89,7 @@ class TrainSection(Section):
     max_steps: Annotated[Int, Field(ge=-1)] = -1
     """Optimizer steps; wins over num_train_epochs. -1 leaves it to the epochs."""
     per_device_train_batch_size: Positive = 8
-    """Examples (or pairs) in a micro-batch."""
+    """Examples (or pairs) in a micro-batch. auto: as batch_tokens: auto has it, at as many examples per step."""
     per_device_eval_batch_size: Positive = 8
     """Examples in a micro-batch of evaluation."""
     gradient_accumulation_steps: Positive = 1
