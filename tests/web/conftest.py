@@ -140,6 +140,22 @@ def adapted(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def arena(make_studio, adapted: Path) -> Studio:
+    """One that looks at that root."""
+    return make_studio(adapted)
+
+
+@pytest.fixture(scope="session")
+def harmful(make_studio, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    """One with a run whose every text is an attack."""
+    from tests.web.test_inert import evil_run
+
+    root = tmp_path_factory.mktemp("harmful")
+    evil_run(root)
+    return make_studio(root)
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("no chromium is installed (Debian: apt install chromium)")

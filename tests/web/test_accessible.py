@@ -9,24 +9,16 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 from playwright.sync_api import expect  # noqa: E402
 
-from tests.web.test_inert import evil_run  # noqa: E402
 from trueup.web.pages import discover  # noqa: E402
 
 ADDRESSES = [page.path for page in discover() if page.menu] + ["/run/evil", "/runs?runs=evil", "/data/dpo_zh_demo"]
 
 
-@pytest.fixture(scope="module")
-def filled(make_studio, tmp_path_factory):
-    root = tmp_path_factory.mktemp("accessible")
-    evil_run(root)
-    return make_studio(root)
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_no_page_has_a_serious_fault(filled, make_page, theme: str):
-    page, found = make_page(filled, theme=theme), []
+def test_no_page_has_a_serious_fault(harmful, make_page, theme: str):
+    page, found = make_page(harmful, theme=theme), []
     for address in ADDRESSES:
-        page.goto(filled.url + address)
+        page.goto(harmful.url + address)
         expect(page.get_by_role("heading", level=1)).to_be_visible()
         if "run" in address:
             expect(page.locator(".chart svg, .q-table").first).to_be_visible()
@@ -41,8 +33,8 @@ def test_no_page_has_a_serious_fault(filled, make_page, theme: str):
 
 
 @pytest.mark.parametrize("address", ["/run/evil", "/runs?runs=evil", "/data/dpo_zh_demo"])
-def test_nothing_is_wider_than_a_small_phone(filled, make_page, address: str):
-    page = make_page(filled, width=360)
-    page.goto(filled.url + address)
+def test_nothing_is_wider_than_a_small_phone(harmful, make_page, address: str):
+    page = make_page(harmful, width=360)
+    page.goto(harmful.url + address)
     expect(page.get_by_role("heading", level=1)).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360

@@ -102,3 +102,16 @@ def test_links_lead_nowhere_else_and_what_is_removed_is_kept(tmp_path: Path):
     assert gone.is_dir() and not (area / "run").exists()
     with pytest.raises(ConfigError):
         place.trash(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("stage: dpo\nlerning_rate: 1\n", "mine:2: unknown key"), ("stage: [dpo\n", "mine:2"), ("", "sets no key")],
+)
+def test_a_file_that_is_brought_loses_nothing_without_a_word(tmp_path: Path, text: str, said: str):
+    file = tmp_path / "brought.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        Draft.read(file, "mine")
+    file.write_text(text + "on_unused_keys: warn\n" if "lerning" in text else "lr: 1e-4\n", encoding="utf-8")
+    assert Draft.read(file).values

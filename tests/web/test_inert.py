@@ -35,10 +35,8 @@ def evil_run(root: Path) -> None:
     named.rename(root / "saves" / EVIL.replace("/", ""))
 
 
-def test_texts_of_a_run_stay_texts(make_studio, make_page, tmp_path):
-    evil_run(tmp_path)
-    studio = make_studio(tmp_path)
-    page = make_page(studio)
+def test_texts_of_a_run_stay_texts(harmful, make_page):
+    studio, page = harmful, make_page(harmful)
     page.goto(studio.url + "/run/evil")
     expect(page.locator(".live-why")).to_have_text(EVIL)
     expect(page.locator(".log")).to_have_text(EVIL)

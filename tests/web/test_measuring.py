@@ -27,8 +27,8 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_a_run_is_measured_and_exported(make_studio, make_page, adapted):
-    studio = make_studio(adapted)
+def test_a_run_is_measured_and_exported(arena, make_page, adapted):
+    studio = arena
     page, other = make_page(studio), make_page(studio, language="zh")
     page.goto(f"{studio.url}/evaluate?{urlencode({'draft': Draft(SMALL).pack()})}")
     expect(page.get_by_text("Ready to start")).to_be_visible()
@@ -56,9 +56,7 @@ def test_a_run_is_measured_and_exported(make_studio, make_page, adapted):
     expect(other.get_by_role("combobox", name="模型", exact=True)).to_have_value("./exports/dpo")
 
 
-def test_what_cannot_be_done_says_why(make_studio, make_page, tmp_path):
-    studio = make_studio(tmp_path)
-    page = make_page(studio)
+def test_what_cannot_be_done_says_why(studio, page):
     draft = {"model_name_or_path": "builtin:sql-tiny", "export_dir": "../out"}
     page.goto(f"{studio.url}/export?{urlencode({'draft': Draft(draft).pack()})}")
     expect(page.get_by_text("is no result of `trueup export`")).to_be_visible()
@@ -69,7 +67,7 @@ def test_what_cannot_be_done_says_why(make_studio, make_page, tmp_path):
     page.goto(studio.url + "/evaluation/saves/nothing")
     expect(page.get_by_text("there is no saves/nothing")).to_be_visible()
 
-    folder = tmp_path / "saves/evil/eval"
+    folder = studio.root / "saves/evil/eval"
     folder.mkdir(parents=True)
     figures = {"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75, "count": 4}, EVIL: {"value": None}}
     models = [{"name": name, "figures": figures, "groups": {EVIL: {"value": 1.0}}} for name in ("start", EVIL)]

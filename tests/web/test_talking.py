@@ -118,9 +118,8 @@ def servers(studio: Studio) -> list[psutil.Process]:
     return [one for one in children if one.is_running() and "serve" in one.cmdline()]
 
 
-def test_base_and_adapter_answer_side_by_side_and_a_vote_is_a_label(make_studio, make_page, adapted):
-    studio = make_studio(adapted)
-    page = make_page(studio)
+def test_base_and_adapter_answer_side_by_side_and_a_vote_is_a_label(arena, make_page, adapted):
+    studio, page = arena, make_page(arena)
     page.goto(f"{studio.url}/chat?{urlencode({'run': 'tiny/dpo', 'temperature': '0', 'max_tokens': '12'})}")
     page.get_by_role("button", name="Load", exact=True).click()
     expect(page.get_by_text("ready", exact=True)).to_be_visible(timeout=120_000)
@@ -147,10 +146,9 @@ def test_base_and_adapter_answer_side_by_side_and_a_vote_is_a_label(make_studio,
 
 
 @pytest.mark.prove
-def test_a_model_that_cannot_be_loaded_says_why(make_studio, make_page, adapted):
-    studio = make_studio(adapted)
-    page = make_page(studio)
-    page.goto(studio.url + "/chat")
+def test_a_model_that_cannot_be_loaded_says_why(arena, make_page):
+    page = make_page(arena)
+    page.goto(arena.url + "/chat")
     model = page.get_by_role("combobox", name="Model", exact=True)
     model.fill("./models/broken")
     model.press("Enter")

@@ -126,6 +126,16 @@ def _environment() -> dict[str, Setting]:
     return {"hub": Setting(HUB_SWITCHES[hubs[0]], hubs[0], hubs[0])} if hubs else {}
 
 
+def file_keys(path: Path) -> dict[str, Any]:
+    """What a file sets, by canonical key; no value is checked. Raises ConfigError for what is no key, or cannot be read."""
+    settings, problems, unknown = _settle(*_entries(path), words=False)
+    values = {key: setting.value for key, setting in settings.items()}
+    problems += unknown if values.get("on_unused_keys") != "warn" else []
+    if problems:
+        raise ConfigError(_in_order(problems))
+    return values
+
+
 def given(source: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What a file and words set, by canonical key, as far as it can be read; nothing is checked."""
     base, *_ = _settle(*_entries(source), words=False)

@@ -11,7 +11,7 @@ import logging
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from trueup.config.checks import derive
-from trueup.config.load import given, load_config
+from trueup.config.load import file_keys, load_config
 from trueup.config.methods import missing_condition
 from trueup.config.schema import FIELDS, SECRETS, SECTIONS, RunConfig
 from trueup.config.starter import starter
@@ -71,11 +71,19 @@ class Draft:
         return cls({key: word_of(value) for key, value in kept.items() if value is not None and value != []})
 
     @classmethod
-    def read(cls, path: Path) -> Draft:
-        """From a config file, whatever names its keys have. Raises ConfigError."""
-        found = given(path)
+    def read(cls, path: Path, called: str = "") -> Draft:
+        """From a config file, whatever names its keys have. Raises ConfigError, with `called` or the file's name in
+        place of its path.
+        """
+        called = called or path.name
+        try:
+            found = file_keys(path)
+        except ConfigError as error:
+            raise ConfigError(
+                replace(one, where=(one.where or "").replace(str(path), called)) for one in error.problems
+            ) from None
         if not found:
-            raise ConfigError(f"{path.name} sets no key", expected="a YAML file with `key: value` lines")
+            raise ConfigError(f"{called} sets no key", expected="a YAML file with `key: value` lines")
         return cls.of(found)
 
     @classmethod

@@ -319,7 +319,7 @@ class TrainPage:
                 path = folder / f"{time.time_ns()}.yaml"
                 path.write_text(str(text.value), encoding="utf-8")
                 try:
-                    self._take(self._named(Draft.read(path)))
+                    self._take(self._named(Draft.read(path, "YAML")))
                 except UserError as error:
                     wrong.clear()
                     with wrong:
