@@ -95,15 +95,15 @@ def sentences(node: ast.expr | None) -> Iterator[str]:
         yield re.sub(r"%[sd]", "x", node.value)
 
 
+_PARTS = ("what", "where", "expected", "fix")
+_NAMED = {"Problem": _PARTS, "ConfigError": _PARTS, "_Refusal": ("line", "what", "fix")}  # with what each is given
+
+
 def said_in(path) -> Iterator[str]:
     """The sentences of a module's problems and notices."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id in ("Problem", "ConfigError")
-        ):
-            given = dict(zip(("what", "where", "expected", "fix"), node.args, strict=False))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in _NAMED:
+            given = dict(zip(_NAMED[ast.unparse(node.func)], node.args, strict=False))
             given |= {word.arg: word.value for word in node.keywords}
             for part in ("what", "expected", "fix"):
                 yield from sentences(given.get(part))

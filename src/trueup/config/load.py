@@ -127,7 +127,7 @@ def _environment() -> dict[str, Setting]:
 
 
 def file_keys(path: Path) -> dict[str, Any]:
-    """What a file sets, by canonical key; no value is checked. Raises ConfigError for what is no key, or cannot be read."""
+    """What a file sets, by canonical key; no value is checked. Raises ConfigError for what is no key or not read."""
     settings, problems, unknown = _settle(*_entries(path), words=False)
     values = {key: setting.value for key, setting in settings.items()}
     problems += unknown if values.get("on_unused_keys") != "warn" else []
