@@ -15,6 +15,7 @@ from tests.data.tiny_tokenizers import make_tokenizer
 from tests.models.tiny import tiny_model
 from trueup.models.adapters import attach_frozen
 from trueup.models.policy import Policy
+from trueup.rollout.batching import SPARE, Batch
 from trueup.rollout.engines import (
     BASE,
     Engine,
@@ -48,10 +49,10 @@ def one():
         yield engine
 
 
-def by_transformers(engine, prompt, longest=12, **options):
+def by_transformers(engine, prompt, longest=12, stops=STOPS, **options):
     ids = torch.tensor([prompt])
     row = engine.policy.base.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=longest, eos_token_id=STOPS,
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=longest, eos_token_id=stops or None,
         pad_token_id=0, **options,
     )[0, len(prompt) :].tolist()  # fmt: skip
     return engine.until_stop(row)
@@ -189,6 +190,19 @@ def test_little_memory_makes_requests_wait_and_bounds_the_cache():
         assert most <= 64
         assert {len(g.result().ids) for g in asked} == {20}
         assert len(engine.submit(list(range(5, 65 - 4)), Sampling(max_new_tokens=20)).result(30).ids) == 64 - 56
+
+
+def test_rows_that_come_as_others_end_do_not_widen_the_cache(monkeypatch):
+    widths, step = list[int](), Batch.step
+    monkeypatch.setattr(Batch, "step", lambda self: (step(self), widths.append(self.cache.width)))
+    lengths = [24 + 5 * (number % 4) for number in range(24)]  # of four answers under way, one at a time ends
+    with make_engine(limits=Limits(max_slots=4), stops=[]) as engine:
+        with engine.together():
+            asked = [engine.submit([5 + number], Sampling(max_new_tokens=n)) for number, n in enumerate(lengths)]
+        answers = [generation.result(60).ids for generation in asked]
+        assert answers == [tuple(by_transformers(engine, [5 + i], n, stops=[])) for i, n in enumerate(lengths)]
+    assert len(widths) > 3 * max(lengths)  # steps of the batch, which was never empty
+    assert max(widths) <= 1 + max(lengths) + SPARE
 
 
 def test_what_cannot_be_answered_is_refused_at_once(one):

@@ -17,6 +17,7 @@ from trueup.rollout.sampling import FinishReason, Piece, TokenLogp
 from trueup.rollout.text_stream import TextStream, Token
 
 KEEP_UNTIL = 0.75  # share of rows alive below which the ended ones are taken out of the cache
+SPARE = 16  # first columns that no row alive needs, at which they are given up
 #: Prompts are padded to a multiple of so many tokens. On a CPU oneDNN compiles each product for its shape: in bf16 a
 #: prompt of a new length takes twice as long, and its code 3 MB.
 WIDTHS = {"cpu": 16}
@@ -240,9 +241,11 @@ class Batch:
             return
         if alive <= KEEP_UNTIL * len(self.rows):
             self._drop_ended()
-            if spare := self.cache.width - int(self._lengths.max()):
-                self.cache.trim(spare)
-                self._mask = self._mask[:, spare:]
+        # Where rows come as others end, none is taken out, and every step adds a column. Known without the device.
+        spare = self.cache.width - max(len(row.prompt) + row.drawn - 1 for row in self.alive)
+        if spare >= SPARE:
+            self.cache.trim(spare)
+            self._mask = self._mask[:, spare:]
 
     def _drop_ended(self) -> None:
         alive = [index for index, row in enumerate(self.rows) if not row.ended]
