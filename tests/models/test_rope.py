@@ -15,7 +15,7 @@ from trueup.config.load import load_config
 from trueup.config.schema import ModelSection
 from trueup.errors import ConfigError, ModelError
 from trueup.models.load import load_base, load_frozen
-from trueup.models.rope import RECORD, context_of, fit_rope, rope_of, stretch_of
+from trueup.models.rope import RECORD, context_of, fit_rope, rope_of, stretch_of, write_record
 from trueup.rollout.engines import Engine
 from trueup.types import Forest, Segment
 
@@ -25,6 +25,7 @@ CONTEXT = 32
 BY_HAND = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "ntk": {"rope_theta": 10000.0 * 13 ** (8 / 6)},  # heads of 8, 4² − 4 + 1
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT},
     "llama3": {
         "rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": CONTEXT,
@@ -73,7 +74,7 @@ def test_logits_are_those_of_plain_transformers_with_the_same_rope(tmp_path: Pat
     assert torch.equal(again(ids(100)).logits, fresh(ids(100)).logits)
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
 @torch.no_grad()
 def test_a_shared_prompt_is_read_as_plain_transformers_reads_it(tmp_path: Path, kind: str):
     path = saved(tmp_path / "base")
@@ -135,12 +136,42 @@ def test_a_model_without_one_rope_is_refused_with_words(config, why: str):
     assert "smaller cutoff_len" in str(caught.value)
 
 
-def test_training_refuses_a_rope_that_depends_on_the_rows_beside_it(tmp_path: Path):
+def test_training_takes_for_dynamic_what_reads_every_row_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     keys = {"model_name_or_path": str(tmp_path), "dataset": "d", "rope_scaling": "dynamic", "cutoff_len": 100}
-    with pytest.raises(ConfigError, match="otherwise beside longer rows") as caught:
-        load_config(keys)
-    assert "yarn" in str(caught.value)
-    assert load_config(keys, verb="infer").model.rope_scaling_length == 100
+    with caplog.at_level(logging.WARNING, "trueup"):
+        assert load_config(keys).model.rope_scaling == "ntk"
+    assert "beside a longer one" in caplog.text
+    for verb in ("infer", "eval", "generate"):
+        assert load_config(keys, verb=verb).model.rope_scaling == "dynamic"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "glm"])
+@torch.no_grad()
+def test_ntk_is_what_dynamic_has_for_the_longest_row_for_every_row(tmp_path: Path, name: str):
+    """GLM turns half of a head's dimensions."""
+    path = saved(tmp_path / "base", name)
+    model = load_base(path, section(path, "ntk", 100), CPU, torch.float32)
+    config = AutoConfig.from_pretrained(path)
+    config.rope_parameters = {**config.rope_parameters, **BY_HAND["dynamic"]}
+    dynamic = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).eval()
+    long, short = ids(128), ids(100, 1)
+    torch.testing.assert_close(model(long).logits, dynamic(long).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(short).logits, dynamic(short).logits, atol=1e-5, rtol=0)  # after a longer one
+    beside = model(torch.cat([long, torch.nn.functional.pad(short, (0, 28))])).logits[1:, :100]
+    torch.testing.assert_close(beside, model(short).logits, atol=1e-5, rtol=0)
+
+
+def test_an_ntk_adapter_takes_the_dynamic_of_its_training_file_and_no_other_kind(tmp_path: Path):
+    path = saved(tmp_path / "base")
+    base = load_base(path, section(path, "ntk", 100), CPU, torch.float32)
+    write_record(tmp_path, base)
+    for kind in (None, "ntk", "dynamic"):
+        config = AutoConfig.from_pretrained(path)
+        assert fit_rope(config, section("", kind, 100), [str(tmp_path)], "m") == stretch_of(base)
+        assert config.rope_parameters == base.config.rope_parameters
+    for kind, length in (("yarn", 100), ("ntk", 200), ("dynamic", 200)):
+        with pytest.raises(ModelError, match="stretched already .ntk, factor 4, 128 positions"):
+            fit_rope(AutoConfig.from_pretrained(path), section("", kind, length), [str(tmp_path)], "m")
 
 
 def test_the_length_is_cutoff_len_unless_it_is_given_with_every_verb():

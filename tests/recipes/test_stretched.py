@@ -72,7 +72,7 @@ def test_the_card_says_how_peft_alone_loads_the_base(config: Config, short_dir: 
     torch.testing.assert_close(found, trained["logits"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
 def test_an_adapter_brings_its_stretch_along(kind: str, config: Config, short_dir: Path, tmp_path: Path, monkeypatch):
     trained, said = spied(monkeypatch), StringIO()
     run(config(**keys_of(short_dir, rope_scaling=kind)), Console(file=said, width=200))
@@ -86,7 +86,8 @@ def test_an_adapter_brings_its_stretch_along(kind: str, config: Config, short_di
     with torch.no_grad():
         plain = merged(torch.arange(3, 40)[None]).logits
     torch.testing.assert_close(plain, trained["logits"], atol=1e-4, rtol=0)
-    assert merged.config.rope_parameters["rope_type"] == kind and merged.config.max_position_embeddings == 128
+    assert merged.config.rope_parameters["rope_type"] == ("default" if kind == "ntk" else kind)
+    assert merged.config.max_position_embeddings == 128
 
 
 def test_a_stretched_base_in_few_bits_is_merged_in_full(config: Config, short_dir: Path, tmp_path: Path, caplog):
@@ -181,6 +182,33 @@ def test_an_export_carries_the_stretch_into_its_files(config: Config, short_dir:
     assert read["rope.scaling.type"] == "linear" and read["rope.scaling.factor"] == 4.0
     assert read["context_length"] == 128
     assert "num_ctx 128" in (tmp_path / "file" / "Modelfile").read_text(encoding="utf-8")
+
+
+def test_a_run_that_asks_for_dynamic_trains_goes_on_and_is_exported_with_ntk(config: Config, short_dir, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    keys = keys_of(short_dir, rope_scaling="dynamic", save_strategy="steps", save_steps=1, stage="sft", dataset="chats")
+    run(config(**keys))
+    again = {
+        **keys,
+        "output_dir": str(tmp_path / "again"),
+        "resume_from_checkpoint": str(tmp_path / "out/checkpoint-1"),
+    }
+    run(config(**again))
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again"))
+    assert one == other
+    written = {"model_name_or_path": str(tmp_path / "out"), "export_dir": str(tmp_path / "file"), "export_gguf": "f32"}
+    assert export(load_config(None, keys=written, verb="export")).differences["gguf"].within(1e-4)
+    said = AutoConfig.from_pretrained(tmp_path / "file")
+    (path,) = (tmp_path / "file").glob("*.gguf")
+    fields = gguf.GGUFReader(path).fields
+    read = {name.split(".", 1)[1]: fields[name].contents() for name in fields if "rope" in name or "context" in name}
+    assert (
+        read["rope.freq_base"] == pytest.approx(said.rope_parameters["rope_theta"], rel=1e-6)
+        and said.rope_parameters["rope_theta"] > 1e4
+    )
+    assert read["context_length"] == said.max_position_embeddings == 128
+    text = json.loads((tmp_path / "file" / "config.json").read_text(encoding="utf-8"))
+    assert text.get("rope_theta", said.rope_parameters["rope_theta"]) == said.rope_parameters["rope_theta"]
 
 
 def test_a_model_in_memory_is_not_stretched_behind_its_back(short_dir: Path):

@@ -70,6 +70,17 @@ def with_length(cfg: RunConfig) -> RunConfig:
     return cfg.replace(rope_scaling_length=cfg.data.cutoff_len)
 
 
+def with_one_rope(cfg: RunConfig) -> RunConfig:
+    """What a training takes for a stretch that would read a row otherwise beside longer rows, and after them."""
+    if cfg.model.rope_scaling != "dynamic":
+        return cfg
+    log.warning(
+        "`rope_scaling: dynamic` would read a row otherwise beside a longer one: training takes `ntk` for it, the "
+        "frequencies that it has at full length, for every row"
+    )
+    return cfg.replace(rope_scaling="ntk")
+
+
 def _online(cfg: RunConfig) -> dict[str, Any]:
     """What unset keys mean to a stage that answers prompts itself."""
     if cfg.objective.stage not in ONLINE:

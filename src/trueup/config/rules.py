@@ -480,13 +480,6 @@ RULES = [
         "`ref_model` is compared with at a price of 0: `ppo_kl_coeff` is 0",
         "set ppo_kl_coeff, or drop ref_model",
     ),
-    Rule(
-        ("rope_scaling",),
-        lambda c: c.rope_scaling == "dynamic",
-        "`rope_scaling: dynamic` reads a row otherwise beside longer rows, and after them: what is learnt from one "
-        "micro-batch does not hold in the next",
-        "set rope_scaling: yarn, llama3 or linear, which read every row alike",
-    ),
     PRECISION,
     Rule(
         ("quantization_bit", "finetuning_type"),

@@ -5,10 +5,14 @@ carries it there. An adapter's directory has no config of its base, so `rope.jso
 read positions: whoever loads the adapter stretches the base in the same way, or refuses one that is something else.
 
 The factor is LLaMA-Factory's: the length asked for over the model's context, rounded up; so are llama3's bounds.
+
+`ntk` is what transformers' `dynamic` has for a row as long as that factor allows, for every row: a larger `rope_theta`
+and nothing else (NTK-aware scaling, bloc97 2023). Whoever reads the config needs to know no more than that.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -71,8 +75,19 @@ class Stretch:
     before: Rope
     after: Rope
 
+    @property
+    def kind(self) -> str:
+        """`rope_scaling` that leads here; an `ntk` one is like any other rope that was made for as many positions."""
+        return "ntk" if self.after.kind == "default" else self.after.kind
+
+    @property
+    def said(self) -> str:
+        return (
+            f"ntk, factor {self.after.positions / self.before.positions:g}" if self.kind == "ntk" else str(self.after)
+        )
+
     def __str__(self) -> str:
-        return f"{self.after}: {self.before.reach:,} → {self.after.reach:,} positions"
+        return f"{self.said}: {self.before.reach:,} → {self.after.reach:,} positions"
 
 
 #: models that are run with another rope than their files say.
@@ -100,15 +115,26 @@ def context_of(config: PretrainedConfig, otherwise: int) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or otherwise
 
 
-def stretched(rope: Rope, kind: str, length: int) -> Rope:
-    """`rope` such that `length` positions fit."""
+def stretched(rope: Rope, kind: str, length: int, config: PretrainedConfig) -> Rope:
+    """`rope` such that `length` positions fit; `config` says how many dimensions of a head turn."""
     factor = float(math.ceil(length / rope.positions))
+    if kind == "ntk":
+        theta = rope.parameters["rope_theta"] * (factor * factor - factor + 1) ** _exponent(config, rope)
+        return Rope({**rope.parameters, "rope_theta": theta}, int(rope.positions * factor))
     parameters = {**rope.parameters, "rope_type": kind, "factor": factor}
     if kind in ("yarn", "llama3"):
         parameters["original_max_position_embeddings"] = rope.positions
     if kind == "llama3":
         parameters |= _LLAMA3
     return Rope(parameters, rope.positions if kind == "dynamic" else int(rope.positions * factor))
+
+
+def _exponent(config: PretrainedConfig, rope: Rope) -> float:
+    """d / (d − 2), d the dimensions of a head that turn: the slowest pair slows down by what is raised to it."""
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    turning = int(head * rope.parameters.get("partial_rotary_factor", 1.0))
+    return turning / (turning - 2)
 
 
 def fit_rope(config: PretrainedConfig, model: ModelSection, adapters: Sequence[str], name: str) -> Stretch | None:
@@ -133,7 +159,7 @@ def fit_rope(config: PretrainedConfig, model: ModelSection, adapters: Sequence[s
         if before not in (record[1].before, after):
             raise _mismatch(record[0], record[1], before)
     if model.rope_scaling:
-        after = _asked(after, model.rope_scaling, model.rope_scaling_length or 0, config, name)
+        after = _asked(after, record and record[1], model, config, name)
     if after is None or before is None or after == before:
         return None
     text = config.get_text_config()
@@ -149,14 +175,20 @@ def fit_rope(config: PretrainedConfig, model: ModelSection, adapters: Sequence[s
     return Stretch(before, after)
 
 
-def _asked(rope: Rope | None, kind: str, length: int, config: PretrainedConfig, name: str) -> Rope:
+def _asked(
+    rope: Rope | None, earlier: Stretch | None, model: ModelSection, config: PretrainedConfig, name: str
+) -> Rope:
+    """What `rope_scaling` makes of a rope, to which an adapter's training may have stretched it `earlier`."""
+    kind, length = str(model.rope_scaling), model.rope_scaling_length or 0
     if rope is None:
         raise _rigid(name, _why_rigid(config))
-    if rope.kind == kind and length <= rope.reach:
+    had, said = (earlier.kind, earlier.said) if earlier else (rope.kind, str(rope))
+    same = had == kind or (had, kind) == ("ntk", "dynamic")  # which is what training makes of it
+    if same and length <= rope.reach:
         return rope
-    if rope.kind != "default":
+    if had != "default":
         raise ModelError(
-            f"{name} is stretched already ({rope}, {rope.reach:,} positions), and `rope_scaling: {kind}` asks for "
+            f"{name} is stretched already ({said}, {rope.reach:,} positions), and `rope_scaling: {kind}` asks for "
             f"{length:,} positions", where="rope_scaling",
             expected="a model, or an adapter, that was trained without a stretch or with this very one",
             fix="drop rope_scaling, and keep cutoff_len within those positions; or start from the model it was made of",
@@ -167,7 +199,7 @@ def _asked(rope: Rope | None, kind: str, length: int, config: PretrainedConfig, 
             "how far to stretch it", kind, length, rope.positions, name,
         )  # fmt: skip
         return rope
-    return stretched(rope, kind, length)
+    return stretched(rope, kind, length, config)
 
 
 def _why_rigid(config: PretrainedConfig) -> str:
@@ -195,11 +227,19 @@ def check_built(base: PreTrainedModel, stretch: Stretch | None, name: str) -> No
     if stretch is None:
         return
     text = base.config.get_text_config()
-    wanted, _ = ROPE_INIT_FUNCTIONS[stretch.after.kind](text, torch.device("cpu"))
+    wanted = _frequencies(text, stretch.after.kind)
     found = [buffer for path, buffer in base.named_buffers() if path.endswith("inv_freq")]
     if not any(f.shape == wanted.shape and torch.allclose(f.float().cpu(), wanted, rtol=1e-2) for f in found):
         raise _rigid(name, f"{type(base).__name__} does not read rope_parameters")
     _STRETCHED[base] = stretch
+
+
+def _frequencies(text: PretrainedConfig, kind: str) -> torch.Tensor:
+    """[dimensions that turn / 2] what transformers computes of a config; linear by 1 is a rope as it is."""
+    if kind == "default":
+        text, kind = copy.deepcopy(text), "linear"
+        text.rope_parameters = {**text.rope_parameters, "factor": 1.0}
+    return ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"))[0]
 
 
 def write_record(directory: Path, base: nn.Module) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from trueup.config.values import Bits, Lower, Mapping, Names, NonNegativeFloat, Positive, Section
 
 Hub = Literal["huggingface", "modelscope", "modelers"]
-RopeScaling = Literal["linear", "dynamic", "yarn", "llama3"]
+RopeScaling = Literal["linear", "dynamic", "ntk", "yarn", "llama3"]
 Attention = Literal["auto", "disabled", "sdpa", "fa2", "fa3"]
 Booster = Literal["auto", "flash_attn", "liger", "none"]
 
@@ -71,8 +71,9 @@ class ModelSection(Section):
     """Faster kernels: auto (fused layers and attention over shared prompts, where they give the model's own numbers),
     flash_attn (with flash-attention 2 for the rest), liger (Liger's layers, on a GPU) or none (transformers' own)."""
     rope_scaling: Annotated[RopeScaling, Lower] | None = None
-    """Stretch the model's context: linear, yarn or llama3; dynamic for answers only. An adapter trained so needs no
-    key: it brings its base's stretch along."""
+    """Stretch the model's context: linear, ntk, yarn or llama3. dynamic depends on the longest row and is for answers
+    only; training takes ntk for it, its frequencies at full length for every row. An adapter trained so needs no key:
+    it brings its base's stretch along."""
     rope_scaling_length: Positive | None = None
     """Tokens the stretched context has to hold, which give the factor: this over the model's context, rounded up;
     cutoff_len when unset."""
