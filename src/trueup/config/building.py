@@ -10,7 +10,10 @@ from urllib.parse import urlsplit
 
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.methods import SET, is_off
-from trueup.config.rules import JUDGE, PRECISION, PROMPTS, QUANTISATION, Rule
+from trueup.config.rules.answers import JUDGE, PROMPTS
+from trueup.config.rules.model import QUANTISATION
+from trueup.config.rules.rule import Rule
+from trueup.config.rules.train import PRECISION
 from trueup.config.schema import SECTION_OF, RunConfig
 from trueup.config.sections.online import SAMPLING
 from trueup.config.values import words

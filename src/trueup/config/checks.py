@@ -26,7 +26,9 @@ from trueup.config.methods import (
     other_verb,
 )
 from trueup.config.optimizers import switched
-from trueup.config.rules import MODEL, QUANTISATION, RULES, Rule
+from trueup.config.rules import RULES
+from trueup.config.rules.model import MODEL, QUANTISATION
+from trueup.config.rules.rule import Rule
 from trueup.config.schema import SECTION_OF, RunConfig, default
 from trueup.config.sections.online import SAMPLING, unset_values
 from trueup.errors import Problem

@@ -13,8 +13,12 @@ from trueup.config.building import has_rules, is_url
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.losses import loss_defaults
 from trueup.config.methods import SET, STAGES, missing_condition, stage_kind
-from trueup.config.rules import GREEDY, JUDGE, PRECISION, QUANTISATION, REWARD_WEIGHTS, Rule
 from trueup.config.rules import RULES as TRAINING_RULES
+from trueup.config.rules.answers import GREEDY, JUDGE
+from trueup.config.rules.model import QUANTISATION
+from trueup.config.rules.online import REWARD_WEIGHTS
+from trueup.config.rules.rule import Rule
+from trueup.config.rules.train import PRECISION
 from trueup.config.schema import SECTION_OF, RunConfig
 from trueup.config.verbs import read_with, section_keys, without_effect
 from trueup.errors import Problem

@@ -12,7 +12,7 @@ from typing import Any
 
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.methods import SET
-from trueup.config.rules import Rule
+from trueup.config.rules.rule import Rule
 from trueup.config.schema import RunConfig
 from trueup.config.verbs import read_with, section_keys, without_effect
 from trueup.errors import Problem

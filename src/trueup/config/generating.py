@@ -10,7 +10,10 @@ from typing import Any
 
 from trueup.config.checks import Place, broken, not_yet
 from trueup.config.evaluating import SAMPLING
-from trueup.config.rules import GREEDY, MODEL, PRECISION, PROMPTS, QUANTISATION, Rule
+from trueup.config.rules.answers import GREEDY, PROMPTS
+from trueup.config.rules.model import MODEL, QUANTISATION
+from trueup.config.rules.rule import Rule
+from trueup.config.rules.train import PRECISION
 from trueup.config.schema import RunConfig
 from trueup.config.verbs import read_with, section_keys, without_effect
 from trueup.errors import Problem
