@@ -239,6 +239,18 @@ def test_a_resume_is_exact_to_the_bit(online: Config, tmp_path: Path, name: str)
     assert fingerprint(again) == fingerprint(whole)
 
 
+def test_a_resume_with_an_edited_reward_says_so(online: Config, tmp_path: Path, caplog):
+    keys = {"output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    run(online("grpo", **keys))
+    again = {**keys, "max_steps": 3, "resume_from_checkpoint": "auto"}
+    run(online("grpo", **again))
+    assert "reward_funcs was" not in caplog.text
+    with open(tmp_path / "rewards.py", "a", encoding="utf-8") as rewards:
+        rewards.write("# mended\n")
+    run(online("grpo", **{**again, "max_steps": 4}))
+    assert "reward_funcs was 'contents" in caplog.text
+
+
 PROVEN = {
     "rloo": {"ppo_kl_coeff": 0.1, "normalize_advantages": True},
     "online_dpo": {},

@@ -5,6 +5,7 @@ Whatever can fail because of the user's config, data or model fails before the o
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -189,7 +190,8 @@ def identity_of(cfg: RunConfig, data: str, plan: BatchPlan) -> dict[str, Any]:
     """What a checkpoint to resume from has to agree with beside the keys.
 
     Descriptions of new tokens say which tokens there are, and what their rows were before the first step: in the
-    reference they still are that.
+    reference they still are that. Files of reward functions and of a judge by their contents; modules they import are
+    not looked at.
 
     Args:
         data: fingerprint of the encoded training data.
@@ -198,6 +200,10 @@ def identity_of(cfg: RunConfig, data: str, plan: BatchPlan) -> dict[str, Any]:
     if words := descriptions_of(cfg.model):
         acting = list(words) if cfg.model.init_special_tokens == "noise_init" else list(words.items())
         found["new_special_tokens_config"] = f"contents {json_hash({'words': acting})[:16]}"
+    for key, names in (("reward_funcs", cfg.online.reward_funcs), ("judge", [cfg.online.judge or ""])):
+        files = [Path(file) for name in names if (file := name.rpartition(":")[0])]
+        if code := [file.read_bytes() for file in files if file.is_file()]:
+            found[key] = f"contents {hashlib.sha256(b'|'.join(code)).hexdigest()[:16]}"
     return found
 
 

@@ -51,7 +51,7 @@ REFUSED = frozenset(
 )
 
 #: What stands in a checkpoint's manifest beside the keys; a key's name there means what the file has that it names.
-IDENTITY = ("data_fingerprint", "effective_batch", "new_special_tokens_config")
+IDENTITY = ("data_fingerprint", "effective_batch", "new_special_tokens_config", "reward_funcs", "judge")
 
 
 def check_resumable(
@@ -83,7 +83,10 @@ def check_resumable(
 
 
 def check_identity(then: Mapping[str, Any], now: Mapping[str, Any], allow: Collection[str] = (), *, where: str) -> None:
-    """Refuse a resume on other data, with another effective batch or an edited file, unless `allow` names them."""
+    """Refuse a resume on other data, with another effective batch or other new tokens, unless `allow` names them.
+
+    Edited reward functions are said: mending one is why many stop a run.
+    """
     keys = [key for key in IDENTITY if then.get(key) and now.get(key)]
     check_resumable({k: then[k] for k in keys}, {k: now[k] for k in keys}, allow, where=where)
 
