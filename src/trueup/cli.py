@@ -82,7 +82,7 @@ class Program(Verbs):
     cls=Program,
     context_settings=CONTEXT,
     no_args_is_help=True,
-    epilog="`trueup help KEY` explains a config key.",
+    epilog="New here: `trueup quickstart`. `trueup help KEY` explains a config key.",
 )
 @click.version_option(__version__, "-V", "--version", message="trueup %(version)s")
 @debug_option

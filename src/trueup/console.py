@@ -90,6 +90,10 @@ class Notices(logging.Handler):
         self.logger.setLevel(self._level)
 
 
+#: raised with the help as its message by click from 8.2 on; before, click prints it.
+_ASKED_NOTHING: tuple[type[click.ClickException], ...] = tuple(
+    filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)])
+)
 _STYLES = {"note": "dim", "warning": "yellow", "error": "bold red", "stopped": "bold yellow"}
 
 
@@ -135,6 +139,11 @@ class Session:
             return leave.exit_code
         except BrokenPipeError:
             raise
+        except _ASKED_NOTHING as error:
+            if not self.json:
+                click.echo(error.format_message(), err=True)
+                return error.exit_code
+            return self._report(error, [Problem("no verb is named")], error.exit_code)
         except click.ClickException as error:
             problem = Problem(error.format_message(), fix=_usage_hint(error))
             return self._report(error, [problem], error.exit_code)

@@ -44,6 +44,8 @@ def test_a_newcomer_trains_and_compares_and_the_command_is_the_same_run(studio, 
     click(data)
     data.fill("dpo_zh")
     click(page.get_by_role("option", name="dpo_zh_demo"))
+    page.get_by_role("textbox", name="Learning rate", exact=True).fill("fast")
+    expect(page.locator(".q-field--error")).to_contain_text("`learning_rate` cannot be 'fast'")
     for name, value in {"Epochs": "0.2", "Learning rate": "1e-4", "Cutoff length": "256"}.items():
         page.get_by_role("textbox", name=name, exact=True).fill(value)
     command = page.locator(".code-words").first

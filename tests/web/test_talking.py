@@ -110,7 +110,7 @@ def test_who_does_not_answer_is_said_so(studio, make_page):
     page.goto(f"{studio.url}/chat?{urlencode({'endpoints': 'http://127.0.0.1:9/v1#nobody'})}")
     page.get_by_role("textbox", name="输入问题").fill("有人吗？")
     page.get_by_role("button", name="发送", exact=True).click()
-    expect(page.get_by_role("article", name="nobody").get_by_role("alert")).to_contain_text("does not answer")
+    expect(page.get_by_role("article", name="nobody").get_by_role("alert")).to_contain_text("没有回答")
 
 
 def servers(studio: Studio) -> list[psutil.Process]:

@@ -42,10 +42,10 @@ class Checked:
     problems: list[Problem] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
-    def of(self, key: str) -> str:
-        """What is wrong with one key."""
+    def of(self, key: str, said: Callable[[str], str] = str) -> str:
+        """What is wrong with one key; `said`: each sentence in the reader's language."""
         return "\n".join(
-            problem.what + (f" → {problem.expected}" if problem.expected else "")
+            said(problem.what) + (f" → {said(problem.expected)}" if problem.expected else "")
             for problem in self.problems
             if key in keys_of(problem)
         )

@@ -163,7 +163,7 @@ class Widget:
         self.key, self.view, self._change, self.unset = key, view, change, unset
         self.label = label_of(key.name, view)
         with ui.element("div").classes("field") as self.box:
-            self.field = self._make(value, options)
+            self.field = self._make(value, options).without_auto_validation()  # which takes away what `tell` says
             self.field.props["data-key"] = key.name
             self.field.props["hint"] = self._hint(note)
             self.field.props["bottom-slots"] = True
@@ -235,7 +235,7 @@ class Widget:
 
     def tell(self, checked: Checked) -> None:
         """Show what is wrong with this key, if anything is."""
-        wrong = self.view.said(checked.of(self.key.name))
+        wrong = checked.of(self.key.name, self.view.said)
         if self.field.props.get("error-message", "") != wrong:
             self.field.props["error"] = bool(wrong)
             self.field.props["error-message"] = wrong

@@ -150,7 +150,7 @@ class LoadingCard:
             self.changed()
         for one in loaded:
             words, memory = self.telling[one.number]
-            words.set_text(one.last_words if one.state == "loading" else "")
+            words.set_text(self.view.said_lines(one.last_words) if one.state == "loading" else "")
             held = one.alive and one.memory >> 26
             memory.set_text(self.view.t("chat.holds", size=f"{one.memory / 2**30:.2f} GB") if held else "")
 
@@ -166,7 +166,7 @@ class LoadingCard:
                 ui.label(f"+ {name}").classes("small mono")
             if one.state == "failed":
                 with ui.element("div").classes("problem").props("role=alert"):
-                    ui.label(one.reason)
+                    ui.label(self.view.said_lines(one.reason))
             words = ui.label("").classes("muted small")
             with ui.element("div").classes("toolbar"):
                 word = t("chat.dismiss" if one.state == "failed" else "chat.unload")

@@ -97,7 +97,7 @@ class AnswerView:
     def _end(self) -> None:
         if self.answer.finish == "failed" and not self.foot.default_slot.children:
             with self.foot, ui.element("div").classes("problem").props("role=alert"):
-                ui.label(self.answer.reason)
+                ui.label(self.view.said_lines(self.answer.reason))
         if self.answer.finish == "stop" and not self.answer.text and not self._labels:
             with self.body:
                 self._labels = []

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.inference.server.conftest import load, serving
 from trueup.builtin import builtin_path
 from trueup.config.load import load_config
-from trueup.errors import ConfigError
+from trueup.errors import ConfigError, ModelError
 from trueup.inference.model import Model
 from trueup.inference.server.settings import Settings
 
@@ -166,3 +166,9 @@ def test_two_models_of_one_name_are_refused(places):
     twice = Settings(port=0, adapters={"dpo": str(places / "kto")})
     with pytest.raises(ConfigError, match="two models are called 'dpo'"):
         load(twice, f"adapter_name_or_path={places / 'dpo'}", model=str(places / "tiny-base"))
+
+
+def test_an_adapter_that_is_not_there_is_told(places):
+    settings = Settings(port=0, adapters={"gone": str(places / "gone")})
+    with pytest.raises(ModelError, match="no such directory"):
+        load(settings, model=str(places / "tiny-base"))

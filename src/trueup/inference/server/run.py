@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def serve(cfg: RunConfig, settings: Settings, while_open: BinaryIO | None = None
             log.info("serving %s on %s", ", ".join(state.served.ids), address(listener))
 
     def attend(stream: BinaryIO) -> None:
-        while stream.read(4096):
+        while os.read(stream.fileno(), 4096):  # past the stream's own lock, with which the program could not end
             pass
         server.should_exit = True
 

@@ -23,6 +23,7 @@ from trueup.inference.server.settings import Settings
 from trueup.inference.server.token_text import TokenText
 from trueup.inference.server.tool_calls import family_of
 from trueup.models import rope
+from trueup.models.hub import download_adapter, hub_access
 from trueup.models.reward import RewardModel
 from trueup.rollout.engines import BASE, Engine, Limits, Sampling
 
@@ -87,7 +88,7 @@ class Served:
         for other, path in self.settings.adapters.items():
             if other in voices or other in (base, BASE):
                 raise ConfigError(f"two models are called {other!r}", where="--adapter", fix="give it another name")
-            self.engine.attach(other, [path])
+            self.engine.attach(other, [download_adapter(path, hub_access(self.cfg.model), "--adapter")])
             voices[other] = other
         if self.engine.adapters and base not in voices:
             voices[base] = BASE

@@ -29,10 +29,10 @@ _SECONDS = 1.0  # between looks at what is loaded
 _DRAW_SECONDS = 0.1  # between two states of an answer that comes
 _BETWEEN = "|"
 _MOST_VOICES = 6
-#: what a person may set → how it is read, what it begins with.
-_NUMBERS: dict[str, tuple[type, str]] = {
-    "temperature": (float, "0.7"), "top_p": (float, "0.95"), "top_k": (int, "0"), "max_tokens": (int, "512"),
-    "repetition_penalty": (float, "1"), "seed": (int, ""),
+#: what a person may set → how it is read, what it begins with, the least and the most that it can be.
+_NUMBERS: dict[str, tuple[type, str, float, float]] = {
+    "temperature": (float, "0.7", 0, 100), "top_p": (float, "0.95", 0.001, 1), "top_k": (int, "0", 0, 1e9),
+    "max_tokens": (int, "512", 1, 1e6), "repetition_penalty": (float, "1", 0.001, 100), "seed": (int, "", 0, 2**31),
 }  # fmt: skip
 _ENTER = "(e) => { if (e.key === 'Enter' && !e.shiftKey && !e.isComposing) { e.preventDefault(); emit(); } }"
 
@@ -97,24 +97,32 @@ class ChatPage:
             self.system = ui.textarea(t("chat.system"), value=self.talk.system).props("outlined dense autogrow rows=1")
             self.numbers: dict[str, ui.input] = {}
             with ui.element("div").classes("fields chat-fields"):
-                for name, (_, first) in _NUMBERS.items():
+                for name, (_, first, *_) in _NUMBERS.items():
                     self.numbers[name] = self._number(name, query.get(name, first), first)
                 self.stop_at = ui.input(t("chat.stop_at"), value=query.get("stop", "")).props("outlined dense")
                 self.stop_at.on_value_change(lambda event: self.view.remember(stop=event.value))
 
     def _number(self, name: str, value: str, first: str) -> ui.input:
-        made = ui.input(self.view.t(f"chat.{name}"), value=value).props("outlined dense inputmode=decimal")
+        made = ui.input(self.view.t(f"chat.{name}"), value=value).props(
+            "outlined dense inputmode=decimal no-error-icon"
+        )
+        made.without_auto_validation()
         made.props["data-key"] = name
         if name == "seed":
             made.props["placeholder"] = self.view.t("chat.any_seed")
             made.props["stack-label"] = True
 
-        def change(event: Any) -> None:
-            text = str(event.value).strip()
+        def tell() -> None:
+            text = str(made.value).strip()
             made.props["error"] = bool(text) and _read(name, text) is None
             made.update()
+
+        def change() -> None:
+            tell()
+            text = str(made.value).strip()
             self.view.remember(**{name: text if text != first else None})
 
+        tell()
         made.on_value_change(change)
         return made
 
@@ -255,7 +263,7 @@ class ChatPage:
 
     async def _send(self) -> None:
         question = str(self.question.value or "").strip()
-        if not question or self.tasks or not self._voices() or self._sampling() is None:
+        if not question or not self._can_ask():
             return
         self.question.value = ""
         self.talk.system = str(self.system.value or "").strip()
@@ -266,8 +274,15 @@ class ChatPage:
             before.draw(self._acts(before), self._legend())
         await self._answer(shown)
 
+    def _can_ask(self) -> bool:
+        """Whether somebody is there and free; numbers that are none are said."""
+        if self._sampling() is None:
+            ui.notify(self.view.t("chat.bad_number"), type="warning")
+            return False
+        return not self.tasks and bool(self._voices())
+
     async def _again(self) -> None:
-        if not self.tasks and self.turns and self._voices():
+        if self.turns and self._can_ask():
             self.turns[-1].turn.chosen = None
             await self._answer(self.turns[-1])
 
@@ -465,8 +480,10 @@ class ChatPage:
 
 
 def _read(name: str, text: str) -> Any:
-    """A number as a person typed it; None if it is none."""
+    """A number as a person typed it; None if it is none, or none that can be."""
+    read, _, least, most = _NUMBERS[name]
     try:
-        return _NUMBERS[name][0](text)
+        value = read(text)
     except ValueError:
         return None
+    return value if least <= value <= most else None

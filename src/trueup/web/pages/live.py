@@ -231,12 +231,15 @@ class LivePage:
                     kind = "primary" if state.state == "finished" and name == "chat" else "plain"
                     open_it = partial(self.view.open, f"/{name}", run=self.run)
                     button(t(f"live.{name}"), open_it, icon=icon, kind=kind)
-        button(t("live.duplicate"), lambda: self.view.open("/train", run=self.run), icon="content_copy")
+        if self.path.is_dir():
+            button(t("live.duplicate"), lambda: self.view.open("/train", run=self.run), icon="content_copy")
 
     def _why(self, state: RunState) -> None:
+        t = self.view.t
+        if not self.path.is_dir():
+            ui.label(t("live.gone")).classes("notice")
         if state.state not in ("failed", "stopped"):
             return
-        t = self.view.t
         text = t("live.killed", step=state.step) if state.reason == "killed" else self.view.said_lines(state.reason)
         goes_on = t("live.from_checkpoint", name=state.checkpoint) if state.checkpoint else t("live.from_start")
         with ui.element("div").classes("problem" if state.state == "failed" else "notice"):

@@ -244,6 +244,7 @@ class TrainPage:
             await asyncio.to_thread(self.view.jobs.start, self.draft.words(), run_id)
         except UserError as error:
             self.start.enable()
+            self.found.clear()
             with self.found:
                 problems(error.problems)
             return
