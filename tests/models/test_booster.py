@@ -31,24 +31,27 @@ def boosted(name: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[P
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
 def test_none_is_transformers_own_and_gives_the_same(name: str) -> None:
     found = {}
-    for kind in ("auto", "none"):
+    for kind in ("auto", "attention", "none"):
         policy, said = boosted(name, kind)
         assert said.startswith(kind)
-        assert policy.shared == (kind == "auto")
+        assert policy.shared == (kind != "none")
         fused = [type(module).__name__ for module in policy.model.modules() if "Fused" in type(module).__name__]
         assert bool(fused) == (kind == "auto")
         logps = policy.token_logps(a_pair(20, 30))
         logps.mean().backward()
         found[kind] = logps, {n: p.grad for n, p in policy.trainable().items()}
-    assert torch.allclose(found["auto"][0], found["none"][0], rtol=1e-5, atol=1e-5)
-    for key, gradient in found["none"][1].items():
-        assert torch.allclose(found["auto"][1][key], gradient, rtol=1e-4, atol=1e-6), key
+    for kind in ("auto", "attention"):
+        assert torch.allclose(found[kind][0], found["none"][0], rtol=1e-5, atol=1e-5)
+        for key, gradient in found["none"][1].items():
+            assert torch.allclose(found[kind][1][key], gradient, rtol=1e-4, atol=1e-6), (kind, key)
 
 
 def test_the_header_hears_which_kernels_are_in_use() -> None:
     assert "by torch, segment by segment" in boosted("llama", "auto")[1]
     assert "in blocks" in boosted("llama", "auto", torch.bfloat16)[1]
     assert boosted("llama", "none")[1] == "none: transformers' own layers and attention (sdpa)"
+    assert boosted("llama", "fused")[1].startswith("fused: ")
+    assert boosted("llama", "attention")[1].startswith("attention: transformers' own layers; attention over shared")
     assert boosted("llama", "flash_attn")[1].startswith("flash_attn: ")
 
 

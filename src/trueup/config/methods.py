@@ -86,9 +86,7 @@ LATER: dict[str, str] = {
     # train
     "label_smoothing_factor": "dpo_label_smoothing for pairs; none for SFT",
     "fp8": "bf16: true",
-    "torch_compile": "drop it: the default kernels",
-    "torch_compile_backend": "drop it: the default kernels",
-    "torch_compile_mode": "drop it: the default kernels",
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILED),
     "compute_accuracy": "the evaluation loss",
     "num_beams": "num_beams: 1 with sampling",
     "push_to_hub": "upload output_dir with the hub's own tool",

@@ -1,9 +1,11 @@
 """`booster`: which faster kernels a model computes with.
 
-auto      the fused layers of `models/fused.py` and the attention over forests of `models/attention.py`; norms and
+fused     the fused layers of `models/fused.py` and the attention over forests of `models/attention.py`; norms and
           attention where they reproduce the model's own numbers on this device (tried at load), LoRA and MLPs by their
           classes; what is in them was chosen by measurement (docs/log.md)
-flash_attn  the same, with flash-attention 2 where prompts are not shared and where answers are generated
+attention   transformers' own layers with that attention
+auto      one of the two: fused, unless a trial before training says otherwise (recipes/boosting.py)
+flash_attn  as fused, with flash-attention 2 where prompts are not shared and where answers are generated
 liger     Liger's Triton layers in place of ours; LoRA and attention as with auto
 none      transformers' own layers and attention: a row a sequence, padded
 """
@@ -16,8 +18,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
+from trueup.config.sections.model import UNFUSED
 from trueup.errors import ModelError
-from trueup.models.fused import fuse
+from trueup.models.fused import fuse, unfuse
 from trueup.models.policy import Policy
 
 PLAIN = "booster: none"
@@ -55,15 +58,23 @@ def boost(policy: Policy, booster: str) -> str:
         ModelError: `verify_layout` does, or the booster cannot be had.
     """
     check_booster(booster, policy.device)
-    policy.boosted = booster != "none"
-    if not policy.boosted:
+    policy.boosted = booster not in UNFUSED
+    if booster == "none":
         policy.verify_layout(plain=PLAIN)
         return f"none: transformers' own layers and attention ({policy.plain_attention})"
     if booster == "liger":
         take_liger(policy.base)
-    fused = fuse(policy.model)
+    fused = fuse(policy.model) if policy.boosted else 0
     policy.verify_layout()
+    if not policy.boosted:
+        return f"{booster}: transformers' own layers; {_attention(policy)}"
     return f"{booster}: {fused} fused layers{', beside Liger’s' if booster == 'liger' else ''}; {_attention(policy)}"
+
+
+def leave_own_layers(policy: Policy) -> None:
+    """From `fused` to `attention`."""
+    unfuse(policy.model)
+    policy.boosted = False
 
 
 def _attention(policy: Policy) -> str:

@@ -149,9 +149,7 @@ def needs_of(
         head=head,
         reference=beside,
         checkpoint=(saved + trainable) * FP32 + moments_bytes(base, cfg.train),
-        costs=layer_costs(
-            base, cfg.tuning, dtype, device, cfg.model.booster != "none", cfg.train.activation_offloading
-        ),
+        costs=layer_costs(base, cfg.tuning, dtype, device, cfg.model.booster, cfg.train.activation_offloading),
         room=max(int(USABLE * free_memory(device)) - weights - optimizer - head - beside, 0),
     )
 

@@ -33,11 +33,15 @@ def fuse(model: nn.Module) -> int:
     return swapped
 
 
+def fused_modules(model: nn.Module) -> list[nn.Module]:
+    """Those that `fuse` has swapped; their own class is the last base of the one they have."""
+    return [module for module in model.modules() if isinstance(module, FusedLora | _GatedMLP | _RMSNorm)]
+
+
 def unfuse(model: nn.Module) -> None:
     """Put the modules' own classes back."""
-    for module in model.modules():
-        if isinstance(module, FusedLora | _GatedMLP | _RMSNorm):
-            module.__class__ = type(module).__bases__[-1]
+    for module in fused_modules(model):
+        module.__class__ = type(module).__bases__[-1]
 
 
 # --- LoRA -------------------------------------------------------------------------------------

@@ -334,7 +334,7 @@ def load_policy(
     note = policy.layout_note
     if note and note != PLAIN:
         log.warning("prompts are not shared between answers on this architecture: %s", note)
-    recomputation = fit_to_memory(policy.base, tuning, train, boosted=model.booster != "none")
+    recomputation = fit_to_memory(policy.base, tuning, train, booster=model.booster)
     return Loaded(policy, adapters, name, starts, device, dtype, note, recomputation, boosted)
 
 

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trueup.config.optimizer_state import state_bytes
 from trueup.config.optimizers import read_arguments
 from trueup.config.schema import TrainSection, TuningSection
+from trueup.config.sections.model import UNFUSED
 from trueup.errors import ModelError
 from trueup.models.attention import kernels_for
 from trueup.models.device_memory import free_memory
@@ -63,13 +64,13 @@ def layer_costs(
     tuning: TuningSection,
     dtype: torch.dtype,
     device: torch.device,
-    boosted: bool = True,
+    booster: str = "auto",
     offloaded: bool = False,
 ) -> LayerCosts:
     """Costs of a model as it is set up for training; its shapes are enough (meta device).
 
     Args:
-        boosted: whether the fused layers and their attention are in use.
+        booster: `booster`; fused layers keep less, as does attention over shared prompts.
         offloaded: `activation_offloading`.
     """
     layers = find_layers(base) or nn.ModuleList()  # in an unusual architecture the shapes alone have to do
@@ -77,10 +78,11 @@ def layer_costs(
     width, hidden = dtype.itemsize, text.hidden_size
     layer = layers[-1] if len(layers) else nn.Module()
     frozen = tuning.finetuning_type in ADAPTERS
-    in_blocks = boosted and _in_blocks(device, dtype)
-    per_token = sum(_norm_bytes(name, norm, text, width, frozen, boosted) for name, norm in layer.named_modules())
-    per_token += _attention_bytes(text, width, in_blocks or (boosted and kernels_for(device, dtype)[0]))
-    per_token += _mlp_bytes(layer, text, width, tuning, boosted)
+    shares, fuses = booster != "none", booster not in UNFUSED
+    in_blocks = shares and _in_blocks(device, dtype)
+    per_token = sum(_norm_bytes(name, norm, text, width, frozen, fuses) for name, norm in layer.named_modules())
+    per_token += _attention_bytes(text, width, in_blocks or (shares and kernels_for(device, dtype)[0]))
+    per_token += _mlp_bytes(layer, text, width, tuning, fuses)
     per_token += _input_bytes(text, width, tuning)
     copies, holes = _copies(tuning, device, dtype)
     query, key = _head_columns(text)
@@ -118,12 +120,12 @@ def inner_size(text) -> int:
     return (of_expert or 4 * text.hidden_size) * (experts or 1)
 
 
-def _norm_bytes(name: str, norm: nn.Module, text, width: int, frozen: bool, boosted: bool) -> int:
+def _norm_bytes(name: str, norm: nn.Module, text, width: int, frozen: bool, fuses: bool) -> int:
     if not type(norm).__name__.endswith("Norm"):
         return 0
     query, key = _head_columns(text)
     columns = {"q_norm": query, "k_norm": key}.get(name.rpartition(".")[2], text.hidden_size)
-    fused = boosted and frozen and hasattr(norm, "variance_epsilon")
+    fused = fuses and frozen and hasattr(norm, "variance_epsilon")
     if fused:
         return columns * width
     return columns * FP32 + (0 if frozen else columns * width)  # the input in fp32; normed, for the weight's gradient
@@ -148,10 +150,10 @@ def _attention_bytes(text, width: int, gathers: bool) -> int:
     return own + 3 * key * width + query * width  # keys and values of every path, and the output in pieces
 
 
-def _mlp_bytes(layer: nn.Module, text, width: int, tuning: TuningSection, boosted: bool) -> int:
+def _mlp_bytes(layer: nn.Module, text, width: int, tuning: TuningSection, fuses: bool) -> int:
     names = {type(module).__name__.removeprefix("Fused") for module in layer.modules()}
     activation = getattr(text, "hidden_act", None)
-    if not boosted or activation != "silu" or not names.intersection(GATED_MLPS):
+    if not fuses or activation != "silu" or not names.intersection(GATED_MLPS):
         return 4 * inner_size(text) * width  # gate, its activation, up, their product
     return (2 if tuning.finetuning_type == "lora" else 3) * inner_size(text) * width  # LoRA makes the product again
 
@@ -240,7 +242,7 @@ def fit_to_memory(
     train: TrainSection,
     tokens: int | None = None,
     reserved: int = 0,
-    boosted: bool = True,
+    booster: str = "auto",
 ) -> Recomputation:
     """Decide which layers of a model on its device recompute, and let them.
 
@@ -249,10 +251,10 @@ def fit_to_memory(
 
     Args:
         reserved: bytes for what is not loaded yet and stays beside the model (a reference).
-        boosted: whether the fused layers are in use.
+        booster: `booster`, which says which layers are in use.
     """
     device, dtype, mode = base.device, base.dtype, train.gradient_checkpointing
-    costs = layer_costs(base, tuning, dtype, device, boosted, train.activation_offloading)
+    costs = layer_costs(base, tuning, dtype, device, booster, train.activation_offloading)
     if tokens is None:
         unknown = "off" if device.type == "cpu" else "full"
         plan = decide(unknown if mode == "auto" else mode, costs, 0, 0)

@@ -96,6 +96,7 @@ class LiveReference:
         peft_configs = getattr(policy.model, "peft_config", {})
         adapters = {name: _shape_of(config) for name, config in peft_configs.items() if name != TRAINED}
         facts = [str(policy.dtype), policy.shared, policy.plain_attention, transformers.__version__, config, adapters]
+        facts += [] if policy.boosted else ["transformers' own layers"]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         tensors = dict(tensors_of(self.policy.base))
         if self.switch is not nullcontext:  # the adapter being trained is off

@@ -11,6 +11,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +41,8 @@ def settled(cfg: RunConfig, backend: Backend | None = None) -> RunConfig:
     """The config with a number in place of `batch_tokens: auto`, the same on all processes; others as they are."""
     if cfg.data.batch_tokens != "auto":
         return cfg
-    kept = _of_the_run(cfg)
-    if kept is None:
+    kept = begun_with(cfg, "batch_tokens")
+    if not isinstance(kept, int):
         kind = kind_of(cfg)
         shape = shape_only(cfg, kind)
         new_rows = fit_vocabulary(shape, cfg.model, load_tokenizer(cfg.model))
@@ -76,11 +77,10 @@ def _halves(largest: int, smallest: int) -> Iterator[int]:
         largest //= 2
 
 
-def _of_the_run(cfg: RunConfig) -> int | None:
-    """What the run that is gone on with had; None for a new one."""
+def begun_with(cfg: RunConfig, key: str) -> Any:
+    """What the run that is gone on with had for a key; None for a new one."""
     resume = cfg.train.resume_from_checkpoint
     if not resume:
         return None
     directory = Path(str(cfg.train.output_dir)) if is_auto(resume) else Path(str(resume)).parent
-    kept = read_config(directory).get("batch_tokens")
-    return kept if isinstance(kept, int) else None
+    return read_config(directory).get(key)

@@ -30,6 +30,7 @@ from trueup.models.reward import RewardModel, check_trained
 from trueup.models.rope import varies_beyond
 from trueup.models.tokenizer import descriptions_of
 from trueup.recipes.batches import Tokens, count_tokens, eval_batches, in_layout, plan_batches, train_batches
+from trueup.recipes.boosting import as_begun, tried, write_choice
 from trueup.recipes.budget import settled
 from trueup.recipes.evaluation import regression
 from trueup.recipes.feed import watched, write_report
@@ -103,13 +104,14 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
             tell_balance(cfg, prepared.train)
         if cfg.objective.stage == "rm":
             prepared = teachable(cfg, prepared)
-        cfg = settled(cfg, backend)
+        cfg = settled(as_begun(cfg), backend)
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device, kind_of(cfg))
         plan = in_layout(plan, prepared.train, loaded.policy.shared)
         tokens = count_tokens(prepared.train, plan, arithmetic.epochs)
         if not arithmetic.streamed:
             prepared.report.epoch_tokens = tokens.by_layout
+        cfg, choice = tried(cfg, loaded, tokens, backend)
         fit_activations(cfg, loaded, tokens)
         mind_positions(cfg, loaded)
         predictor = make_predictor(cfg, loaded, tokenizer, prepared)
@@ -119,6 +121,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     fingerprint = prepared.stream.fingerprint if prepared.stream else prepared.train.fingerprint
     identity = identity_of(cfg, fingerprint, plan)
     with open_directory(cfg, backend, prepared, identity) as directory:
+        write_choice(directory, choice)
         batches = {"train": train_batches(plan, arithmetic), **_eval_batches(cfg, prepared)}
         datasets = {"train": prepared.train, **prepared.eval}
         references = _references(cfg, loaded, datasets, batches, backend, directory)
@@ -171,9 +174,7 @@ def fit_activations(cfg: RunConfig, loaded: Loaded, tokens: Tokens) -> None:
     """Let as many layers recompute as `gradient_checkpointing` asks, with the reference beside the model in mind."""
     base = loaded.policy.base
     reserved = reference_bytes(cfg, base, loaded.dtype)
-    loaded.recomputation = fit_to_memory(
-        base, cfg.tuning, cfg.train, tokens.largest, reserved, cfg.model.booster != "none"
-    )
+    loaded.recomputation = fit_to_memory(base, cfg.tuning, cfg.train, tokens.largest, reserved, cfg.model.booster)
 
 
 def mind_positions(cfg: RunConfig, loaded: Loaded) -> None:

@@ -18,6 +18,7 @@ from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_re
 from trueup.models.plain import tidy_generation
 from trueup.models.reference import LiveReference
 from trueup.recipes.batches import answered_tokens, in_layout, plan_batches
+from trueup.recipes.boosting import as_begun, tried, write_choice
 from trueup.recipes.collector import Collector
 from trueup.recipes.evaluation import regression
 from trueup.recipes.header import evaluation_header, header
@@ -69,11 +70,13 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         prepared = prepare(cfg, tokenizer)
         check_prompts(prepared)
         check_metric(cfg, prepared.eval)
+        cfg = as_begun(cfg)
         plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device)
         rows = PromptRows(cfg)
         plan = in_layout(plan, prepared.train, loaded.policy.shared)
         tokens = answered_tokens(cfg, prepared.train, plan, arithmetic.epochs)
+        cfg, choice = tried(cfg, loaded, tokens, backend)
         fit_activations(cfg, loaded, tokens)
         mind_positions(cfg, loaded)
         predictor = make_predictor(cfg, loaded, tokenizer, prepared)
@@ -83,6 +86,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         console.print(header(cfg, loaded, prepared, arithmetic, tokens), markup=False, highlight=False)
         identity = identity_of(cfg, prepared.train.fingerprint, plan)
         with open_directory(cfg, backend, prepared, identity) as directory:
+            write_choice(directory, choice)
             program = make_program(cfg, loaded, tokenizer, prepared, plan, judges, rows, backend, directory)
             observers = standard_observers(cfg.train, directory, quiet=console.quiet)
             started = regression.begin(cfg, loaded.policy, tokenizer, prepared, backend)

@@ -3,7 +3,8 @@
     run.yaml            every key resolved             environment.json   versions, hardware, git
     status.json         state, pid, heartbeat, step    metrics.jsonl      a line per logging step
     trainer_log.jsonl   LLaMA-Factory's keys           data_report.json   kept, dropped, truncated
-    checkpoint-N/       see checkpoint.py              *_results.json, *.png, README.md at the end
+    checkpoint-N/       see checkpoint.py              booster.json       which layers were faster, if tried
+    *_results.json, *.png, README.md at the end
 
 Torch-free, so that listing runs is quick. Reads only.
 """

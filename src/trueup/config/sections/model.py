@@ -11,7 +11,9 @@ from trueup.config.values import Bits, Lower, Mapping, Names, NonNegativeFloat, 
 Hub = Literal["huggingface", "modelscope", "modelers"]
 RopeScaling = Literal["linear", "dynamic", "ntk", "yarn", "llama3"]
 Attention = Literal["auto", "disabled", "sdpa", "fa2", "fa3"]
-Booster = Literal["auto", "flash_attn", "liger", "none"]
+Booster = Literal["auto", "fused", "attention", "flash_attn", "liger", "none"]
+#: Boosters with transformers' own layers.
+UNFUSED = ("attention", "none")
 
 
 class ModelSection(Section):
@@ -68,8 +70,10 @@ class ModelSection(Section):
     flash_attn: Annotated[Attention, Lower] = "auto"
     """Attention kernel; auto takes what the device has."""
     booster: Annotated[Booster, Lower] = "auto"
-    """Faster kernels: auto (fused layers and attention over shared prompts, where they give the model's own numbers),
-    flash_attn (with flash-attention 2 for the rest), liger (Liger's layers, on a GPU) or none (transformers' own)."""
+    """Faster kernels: fused (fused layers and attention over shared prompts, where they give the model's own numbers),
+    attention (the latter alone), auto (the faster of the two on this device, tried on a layer of a large model before
+    the first step and kept in run.yaml), flash_attn (with flash-attention 2 for the rest), liger (Liger's layers, on a
+    GPU) or none (transformers' own)."""
     rope_scaling: Annotated[RopeScaling, Lower] | None = None
     """Stretch the model's context: linear, ntk, yarn or llama3. dynamic depends on the longest row and is for answers
     only; training takes ntk for it, its frequencies at full length for every row. An adapter trained so needs no key:
