@@ -229,3 +229,66 @@ def test_masters_on_the_host_step_to_the_same_bits(name, dtype):
         optimizer.close()
         moved[on_host] = weight.detach().clone(), optimizer.masters["layers.0.w"].clone()
     assert all(torch.equal(a, b) for a, b in zip(moved[False], moved[True], strict=True))
+
+
+def moved_by(wanted: Wanted, shapes: dict, gradients: list[dict]) -> tuple[dict, dict]:
+    """Weights before and after a step for each of the gradients, at the rate asked for."""
+    torch.manual_seed(0)
+    weights = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    optimizer = MasterOptimizer(weights, wanted=wanted, max_grad_norm=None, lr_scheduler_type="constant")
+    for number, of_step in enumerate(gradients):
+        optimizer.backward(sum((weights[name] * of_step[name]).sum() for name in weights))
+        optimizer.step(optimizer.gradient_norm(), number + 1)
+    optimizer.close()
+    return before, {name: weight.detach() for name, weight in weights.items()}
+
+
+GALORE = dict(rank=4, update_proj_gap=2, scale=0.5, proj_type="std")
+SHAPES = {"layers.0.q_proj.weight": (16, 8), "layers.0.down_proj.weight": (8, 24), "embed_tokens.weight": (12, 8),
+          "norm.weight": (8,)}  # fmt: skip
+
+
+@pytest.fixture
+def of_five_steps() -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    return [{name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()} for _ in range(5)]
+
+
+def test_galore_moves_weights_as_the_published_optimizer_does(of_five_steps):
+    published = pytest.importorskip("galore_torch").GaLoreAdamW
+    wanted = Wanted("galore_adamw", 1e-2, weight_decay=0.1, arguments=GALORE)
+    before, after = moved_by(wanted, SHAPES, of_five_steps)
+    theirs = {name: torch.nn.Parameter(weight) for name, weight in before.items()}
+    projected = [theirs[name] for name in SHAPES if name.startswith("layers")]
+    groups = [
+        {"params": projected, "weight_decay": 0.1, **GALORE}, {"params": [theirs["embed_tokens.weight"]],
+         "weight_decay": 0.1}, {"params": [theirs["norm.weight"]], "weight_decay": 0.0},
+    ]  # fmt: skip
+    optimizer = published(groups, lr=1e-2, eps=1e-8, no_deprecation_warning=True)
+    for of_step in of_five_steps:
+        for name, weight in theirs.items():
+            weight.grad = of_step[name].clone()
+        optimizer.step()
+    for name, weight in theirs.items():
+        assert torch.allclose(after[name], weight, rtol=1e-5, atol=1e-6), name
+
+
+def test_galore_is_its_papers_formula(of_five_steps):
+    """Moments live in the projection and outlive a new one; the scale acts once; decay is of the whole weight (GaLore,
+    arXiv 2403.03507, algorithm 2).
+    """
+    pytest.importorskip("galore_torch")
+    name, rate, decay, eps = "layers.0.q_proj.weight", 1e-2, 0.1, 1e-8
+    wanted = Wanted("galore_adamw", rate, weight_decay=decay, arguments=GALORE)
+    before, after = moved_by(wanted, {name: SHAPES[name]}, of_five_steps)
+    weight, first, second, basis = before[name], 0.0, 0.0, torch.empty(0)
+    for number, of_step in enumerate(of_five_steps):
+        if number % GALORE["update_proj_gap"] == 0:
+            basis = torch.linalg.svd(of_step[name], full_matrices=False).Vh[: GALORE["rank"]]
+        low = of_step[name] @ basis.T
+        first, second = 0.9 * first + 0.1 * low, 0.999 * second + 0.001 * low**2
+        step = rate * (1 - 0.999 ** (number + 1)) ** 0.5 / (1 - 0.9 ** (number + 1))
+        weight = weight - step * GALORE["scale"] * (first / (second.sqrt() + eps)) @ basis
+        weight = weight - rate * decay * weight
+    assert torch.allclose(after[name], weight, rtol=1e-4, atol=1e-5)
