@@ -46,6 +46,12 @@ TASK = {
 }  # fmt: skip
 
 
+#: long enough, and slow enough at first, to end alike from one seed to the next
+SMOOTHED = {
+    "pref_ftx": 0.0, "dpo_label_smoothing": 0.1, "max_steps": 90, "eval_steps": 90, "save_steps": 90,
+    "warmup_ratio": 0.1,
+}  # fmt: skip
+
 #: the same rows as questions and answers, every token in the loss, from random weights
 SCRATCH = {
     "stage": "sft", "train_on_prompt": True, "train_from_scratch": True, "per_device_train_batch_size": 16,
@@ -108,9 +114,14 @@ def test_at_their_best_rates_eight_bits_and_galore_learn_what_adamw_does(tmp_pat
 @pytest.mark.prove
 def test_on_labels_that_may_be_wrong_all_end_where_adamw_does(tmp_path: Path):
     """One label in ten is said to be wrong: no loss can end below its entropy, 0.325."""
-    task = {**TASK, "pref_ftx": 0.0, "dpo_label_smoothing": 0.1}
-    losses, _ = trained(tmp_path, {**RUNS, "galore_adamw": galore(8e-4)}, task)
-    for optim in RUNS:
+    task = {**TASK, **SMOOTHED}
+    rates = {
+        "adamw_torch": {"learning_rate": 2e-4},
+        "adamw_8bit": {"learning_rate": 2e-4},
+        "galore_adamw": galore(4e-4),
+    }
+    losses, _ = trained(tmp_path, rates, task)
+    for optim in rates:
         assert losses[optim] == pytest.approx(losses["adamw_torch"], rel=0.02), losses
 
 
