@@ -58,6 +58,14 @@ def test_the_config_of_a_finished_run_stands_for_its_directory(trained: Path):
     assert by_file.train.output_dir == by_name.train.output_dir == str(trained / "eval")
 
 
+def test_rows_that_are_asked_for_stand_in_place_of_those_that_a_run_held_out(tmp_path: Path):
+    run = "stage: dpo\nmodel_name_or_path: builtin:sql-tiny\ndataset: sql_pairs_demo\nval_size: 0.1\n"
+    (tmp_path / "run.yaml").write_text(run, encoding="utf-8")
+    assert evaluation_config([str(tmp_path)], None, []).data.val_size == 0.1
+    asked = evaluation_config([str(tmp_path)], None, ["--eval_dataset", "sql_heldout_demo"]).data
+    assert (asked.eval_dataset, asked.val_size) == (["sql_heldout_demo"], 0)
+
+
 def test_after_a_preference_run_a_report_against_the_start_is_there(trained: Path):
     found = json.loads((trained / "regression_results.json").read_text(encoding="utf-8"))
     assert found["regression_kl"] > 0 and found["regression_perplexity"] != found["regression_perplexity_start"]
