@@ -38,6 +38,7 @@ BASE = {"model_name_or_path": "m", "dataset": "d"}
         ({"stage": "pretrain"}, "stage", "pt"),
         ({"no_cuda": True}, "device", "cpu"),
         ({"disable_gradient_checkpointing": True}, "gradient_checkpointing", "off"),
+        ({"use_unsloth_gc": True}, "activation_offloading", True),
         ({"use_mps_device": True}, "device", "mps"),
         ({"use_mps_device": False}, "device", "auto"),
         ({"load_in_4bit": False}, "quantization_bit", None),

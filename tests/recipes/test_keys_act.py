@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from tests.recipes.test_equivalence import perturb, program_of, step
@@ -14,16 +16,18 @@ from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
 from trueup.data import encode
 from trueup.data.encode import prepare
-from trueup.errors import ModelError
+from trueup.errors import ConfigError, ModelError
 from trueup.inference.export.plan import make_plan
 from trueup.inference.server.settings import Settings
 from trueup.inference.server.vllm_server import command
-from trueup.models.hub import hub_access
+from trueup.models.hub import ADAPTER_CONFIG, download_adapter, hub_access
 from trueup.models.load import load_base, load_policy, load_tokenizer
 from trueup.models.quantise import is_quantised
 from trueup.recipes import judges
 from trueup.recipes.batches import plan_batches
 from trueup.recipes.references import live_reference, reference_section
+from trueup.recipes.run import run
+from trueup.recipes.weights import weights_table
 
 Config = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -177,3 +181,45 @@ def test_adapters_of_a_reward_model_are_looked_for(config: Config, tiny_dir: Pat
     keys = {"stage": "ppo", "dataset": "chats", "reward_model": str(tiny_dir)}
     with pytest.raises(ModelError, match="nowhere"):
         judges._check_kind(config(**keys, reward_model_adapters="./nowhere", reward_model_type="lora"), str(tiny_dir))
+
+
+def test_an_adapter_lies_in_a_folder_of_what_is_named(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run(config(max_steps=1, output_dir=str(tmp_path / "out/best")))
+    cfg = config(adapter_name_or_path=str(tmp_path / "out"), adapter_folder="best")
+    loaded = load_policy(cfg.model, cfg.tuning, cfg.train, load_tokenizer(cfg.model))
+    assert loaded.starts == [str(tmp_path / "out/best")]
+    assert load_config(cfg.resolved()).model.adapter_name_or_path == cfg.model.adapter_name_or_path
+
+    asked = {}
+    there = (tmp_path / "snapshot/best", tmp_path / "snapshot")
+    there[0].mkdir(parents=True)
+    (there[0] / ADAPTER_CONFIG).write_text("{}", encoding="utf-8")
+    monkeypatch.setattr("trueup.models.hub.mind_the_hub", lambda: None)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **keys: asked.update(keys, name=name) or str(there[1])
+    )
+    (name,) = config(adapter_name_or_path="someone/adapters", adapter_folder="best").model.adapter_name_or_path
+    assert download_adapter(name, hub_access(cfg.model)) == str(there[0])
+    assert (asked["name"], asked["allow_patterns"]) == ("someone/adapters", "best/*")
+
+
+@pytest.mark.parametrize("folder", ["..", "a/../..", "/etc", "."])
+def test_a_folder_of_an_adapter_does_not_lead_out_of_it(config: Config, folder: str):
+    with pytest.raises(ConfigError, match="adapter_folder"):
+        config(adapter_name_or_path="out", adapter_folder=folder)
+
+
+def test_weights_are_listed_with_alike_layers_in_one_line(config: Config):
+    cfg = config(print_param_status=True, max_steps=1)
+    loaded = load_policy(cfg.model, cfg.tuning, cfg.train, load_tokenizer(cfg.model))
+    columns = [list(column.cells) for column in weights_table(loaded.policy.model).columns]
+    rows = {name: rest for name, *rest in zip(*columns, strict=True)}
+    weights = dict(loaded.policy.model.named_parameters())
+    last = loaded.policy.base.config.num_hidden_layers - 1
+    for name, weight in weights.items():
+        shown = rows[name.replace(".layers.0.", f".layers.0-{last}.").replace(f".layers.{last}.", f".layers.0-{last}.")]
+        assert shown == ["×".join(map(str, weight.shape)), "float32", "cpu", "yes" if weight.requires_grad else "no"]
+    for asked in (True, False):
+        told = Console(file=io.StringIO(), width=200)
+        run(cfg.replace(print_param_status=asked, overwrite_output_dir=True), told)
+        assert ("lora_A" in told.file.getvalue()) is asked

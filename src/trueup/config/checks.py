@@ -72,6 +72,19 @@ def with_length(cfg: RunConfig) -> RunConfig:
     return cfg.replace(rope_scaling_length=cfg.data.cutoff_len)
 
 
+def with_folder(cfg: RunConfig) -> RunConfig:
+    """Adapters under the name of the folder in which they lie: from here on a name is all there is to know.
+
+    Two slashes part the folder from a hub's repository; in a path they are one. A name that has the folder already is
+    of a run's own record.
+    """
+    folder, names = cfg.model.adapter_folder, cfg.model.adapter_name_or_path
+    if not folder or not names:
+        return cfg
+    end = f"//{folder}"
+    return cfg.replace(adapter_name_or_path=[n if n.endswith(end) else n.rstrip("/") + end for n in names])
+
+
 def with_one_rope(cfg: RunConfig) -> RunConfig:
     """What a training takes for a stretch that would read a row otherwise beside longer rows, and after them."""
     if cfg.model.rope_scaling != "dynamic":

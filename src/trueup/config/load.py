@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from trueup.config import building, evaluating, exporting, generating, names
-from trueup.config.checks import check, derive, say, say_inference, with_length, with_one_rope
+from trueup.config.checks import check, derive, say, say_inference, with_folder, with_length, with_one_rope
 from trueup.config.explain import closest_choice, describe_error, explain, known_keys, nearest
 from trueup.config.read import Entry, Takes, read_file, read_words
 from trueup.config.schema import (
@@ -80,7 +80,7 @@ def load_config(
     settings = _together(base, over)
     cfg, bad, value_problems = _validate(settings)
     own = _OWN_TABLES.get(verb)
-    cfg = with_length(own.derive(cfg) if own else derive(cfg))
+    cfg = with_folder(with_length(own.derive(cfg) if own else derive(cfg)))
     if verb == "train":
         cfg = with_one_rope(cfg)
 

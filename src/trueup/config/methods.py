@@ -67,15 +67,11 @@ _DDP = "one process per device with torchrun"
 LATER: dict[str, str] = {
     # model
     "allow_pickle_weights": "convert once with transformers' save_pretrained, which writes safetensors",
-    "adapter_folder": "full paths in adapter_name_or_path",
     "use_unsloth": "drop it: the default kernels",
-    "use_unsloth_gc": "gradient_checkpointing: full",
     "shift_attn": "a smaller cutoff_len",
     "moe_aux_loss_coef": "drop it: the router keeps its weights under LoRA",
     "upcast_layernorm": "drop it: norms are computed in fp32 by most models",
     "upcast_lmhead_output": "drop it: log-probs are always fp32",
-    "print_param_status": "drop it: the header counts trained weights",
-    "quantization_device_map": "drop it: the model is put on one device",
     "infer_dtype": "bf16: true, or fp16: true on a GPU",
     # data
     "eval_num_beams": "temperature: 0, which takes the likeliest token",
@@ -135,6 +131,7 @@ NOT_ACTING_YET: dict[str, str] = {
     "use_reentrant_gc": "activations are recomputed without re-entering autograd; the gradients are the same",
     "data_shared_file_system": "every process reads the same tokenised cache, wherever it lies",
     "offload_folder": "the model stays in memory; `trueup check` says beforehand whether it fits",
+    "quantization_device_map": "each process has the whole model on its device",
     "use_kv_cache": "keys and values are always kept while answering",
     "tf32": "products of fp32 numbers stay exact; bf16 is the fast format",
     "ddp_backend": "the device decides: nccl between GPUs, gloo between CPUs",
@@ -246,6 +243,7 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("neftune_noise_alpha", {"stage": tuple(name for name in STAGES if name not in ONLINE)}),
     ("rope_scaling_length", {"rope_scaling": SET}),
+    ("adapter_folder", {"adapter_name_or_path": SET}),
     ("length_penalty", {"num_beams": tuple(range(2, 100))}),
     ("ray_num_workers", {"ray_init_kwargs": SET}),
 ]
@@ -304,7 +302,7 @@ STEPS = frozenset(
         num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
         dataloader_drop_last learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
         optim optim_args lr_multipliers layer_lr_decay weight_decay adam_beta1 adam_beta2 adam_epsilon
-        max_grad_norm gradient_checkpointing neftune_noise_alpha
+        max_grad_norm gradient_checkpointing neftune_noise_alpha print_param_status
         eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model
         early_stopping_steps save_strategy save_steps save_total_limit save_only_model
         """

@@ -90,6 +90,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "use_flash_attention_2": ("flash_attn", "fa2"),
     **dict.fromkeys(words("enable_liger_kernel use_liger_kernel use_liger use_liger_loss"), ("booster", "liger")),
     "disable_gradient_checkpointing": ("gradient_checkpointing", False),
+    "use_unsloth_gc": ("activation_offloading", True),
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
     "auto_find_batch_size": ("batch_tokens", "auto"),
     "adafactor": ("optim", "adafactor"),

@@ -100,15 +100,25 @@ def locate(name: str, access: HubAccess, key: str = "model_name_or_path") -> str
 
 
 def download_adapter(name: str, access: HubAccess, key: str = "adapter_name_or_path") -> str:
-    """A local directory that holds an adapter; Hugging Face ids are downloaded. `key` named it."""
-    path = locate(name, access, key)
+    """A local directory that holds an adapter; Hugging Face ids are downloaded. `key` named it.
+
+    What follows two slashes is a folder in a directory or a repository (`adapter_folder`).
+    """
+    root, _, folder = name.rpartition("//")
+    if not root or Path(name).expanduser().is_dir():
+        root, folder = name, ""
+    path = locate(root, access, key)
     if not Path(path).is_dir():
         from huggingface_hub import snapshot_download
 
+        only = f"{folder}/*" if folder else None
         try:
-            path = snapshot_download(path, revision=access.revision, token=access.token, cache_dir=access.cache_dir)
+            path = snapshot_download(
+                path, revision=access.revision, token=access.token, cache_dir=access.cache_dir, allow_patterns=only
+            )
         except Exception as error:
-            raise unreachable(name, access, error, key) from error
+            raise unreachable(root, access, error, key) from error
+    path = str(Path(path, folder))
     if not (Path(path) / ADAPTER_CONFIG).is_file():
         raise _no_adapter(Path(path), key)
     return path

@@ -41,6 +41,7 @@ from trueup.recipes.program import OfflineProgram
 from trueup.recipes.references import References, build_references, check_reference, reference_bytes
 from trueup.recipes.reported import check_metric
 from trueup.recipes.reward import kind_of, teachable
+from trueup.recipes.weights import show_weights
 from trueup.training.backend import Backend, make_backend
 from trueup.training.checkpoint import json_hash
 from trueup.training.evaluation import evaluate_run
@@ -118,6 +119,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     console.print(prepared.report.render(), markup=False, highlight=False)
     told = None if arithmetic.streamed else tokens
     console.print(header(cfg, loaded, prepared, arithmetic, told), markup=False, highlight=False)
+    show_weights(cfg, loaded.policy.model, console)
     fingerprint = prepared.stream.fingerprint if prepared.stream else prepared.train.fingerprint
     identity = identity_of(cfg, fingerprint, plan)
     with open_directory(cfg, backend, prepared, identity) as directory:

@@ -38,6 +38,7 @@ from trueup.recipes.predict import make_predictor, predict
 from trueup.recipes.prompts import PromptRows, check_prompts
 from trueup.recipes.references import check_reference, reference_section
 from trueup.recipes.reported import check_metric
+from trueup.recipes.weights import show_weights
 from trueup.rollout.completions import CompletionsLog
 from trueup.rollout.engines import Engine
 from trueup.training.backend import Backend
@@ -84,6 +85,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
     try:
         console.print(prepared.report.render(), markup=False, highlight=False)
         console.print(header(cfg, loaded, prepared, arithmetic, tokens), markup=False, highlight=False)
+        show_weights(cfg, loaded.policy.model, console)
         identity = identity_of(cfg, prepared.train.fingerprint, plan)
         with open_directory(cfg, backend, prepared, identity) as directory:
             write_choice(directory, choice)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from trueup.config.values import Bits, Lower, Mapping, Names, NonNegativeFloat, Positive, Section
 
@@ -16,14 +17,23 @@ Booster = Literal["auto", "fused", "attention", "flash_attn", "liger", "none"]
 UNFUSED = ("attention", "none")
 
 
+def _inside(folder: str) -> str:
+    """A relative path that does not lead out of where it begins."""
+    path = PurePath(folder.strip())
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError("a folder inside the adapter's directory, such as best or runs/best")
+    return path.as_posix()
+
+
 class ModelSection(Section):
     # which model
     model_name_or_path: str | None = None
     """The model to start from: a directory, a hub id, or builtin:sql-tiny."""
     adapter_name_or_path: Names = []
     """Adapter directories put on the model, in order; the last stage's output goes here."""
-    adapter_folder: str | None = None
-    """Folder that holds the adapters named in adapter_name_or_path."""
+    adapter_folder: Annotated[str, AfterValidator(_inside)] | None = None
+    """Folder in which the adapter lies, inside each of adapter_name_or_path: of a directory, or of a hub's
+    repository."""
     model_revision: str = "main"
     """Branch, tag or commit of a hub model."""
     hub: Annotated[Hub, Lower] = "huggingface"
@@ -83,8 +93,6 @@ class ModelSection(Section):
     cutoff_len when unset."""
     use_unsloth: bool = False
     """Unsloth's training kernels."""
-    use_unsloth_gc: bool = False
-    """Unsloth's gradient checkpointing."""
     shift_attn: bool = False
     """LongLoRA's shifted sparse attention."""
     moe_aux_loss_coef: NonNegativeFloat | None = None
@@ -95,8 +103,6 @@ class ModelSection(Section):
     """Keep layer norms in fp32."""
     upcast_lmhead_output: bool = False
     """Compute the logits in fp32."""
-    print_param_status: bool = False
-    """List every parameter with its type and whether it trains."""
 
     # quantised base
     quantization_method: Annotated[Literal["bnb", "hqq", "eetq", "torchao", "gptq", "awq"], Lower] = "bnb"

@@ -180,6 +180,8 @@ class TrainSection(Section):
     """Project name in trackers."""
     plot_loss: bool = True
     """Draw the curves as PNG files."""
+    print_param_status: bool = False
+    """List the weights before the first step: shape, type, device, and whether they train."""
     disable_tqdm: bool | None = None
     """Plain lines instead of a progress display."""
     log_level: str = "passive"

@@ -13,7 +13,7 @@ from pathlib import Path
 from trueup.config.schema import RunConfig
 from trueup.errors import ConfigError, ModelError
 from trueup.inference.server.settings import Settings
-from trueup.models.hub import locate
+from trueup.models.hub import HubAccess, download_adapter, locate
 from trueup.models.load import hub_access
 from trueup.models.rope import read_record
 
@@ -59,7 +59,7 @@ def command(cfg: RunConfig, settings: Settings) -> list[str]:
     words += ["--revision", access.revision] if access.revision != "main" and not Path(base).is_dir() else []
     if adapters:
         words += ["--enable-lora", "--max-lora-rank", str(model.vllm_max_lora_rank), "--max-loras", str(len(adapters))]
-        words += ["--lora-modules", *(f"{name}={locate(path, access)}" for name, path in adapters.items())]
+        words += ["--lora-modules", *(f"{name}={_located(path, access)}" for name, path in adapters.items())]
     return words + _options(model.vllm_config or {})
 
 
@@ -91,6 +91,11 @@ def short_name(name: str | None) -> str:
 
 def _acting(adapters: Sequence[str], name: str | None) -> dict[str, str]:
     return {name or short_name(path): path for path in adapters}
+
+
+def _located(adapter: str, access: HubAccess) -> str:
+    """vLLM fetches a repository itself, but knows of no folder in it."""
+    return download_adapter(adapter, access) if "//" in adapter else locate(adapter, access)
 
 
 def _options(given: Mapping[str, object]) -> list[str]:
