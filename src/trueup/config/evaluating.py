@@ -67,6 +67,16 @@ _ROWS: list[tuple[str, dict[str, Any]]] = [
 READ_WITH: dict[str, Mapping[str, Any]] = read_with(_ROWS)
 
 
+def overruled(said: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """Words that take back what a run's file says and a command line says otherwise: which rows to measure on.
+
+    Args:
+        said, known: keys of the command line; of the file and the command line.
+    """
+    others = "eval_dataset" in said and "val_size" not in said and bool(known.get("val_size"))
+    return ["val_size=0"] if others else []
+
+
 def derive(cfg: RunConfig) -> RunConfig:
     """Fill in what other keys imply: the loss, how answers are drawn, who judges them, what is measured, where."""
     changes: dict[str, Any] = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trueup.config.evaluating import START
+from trueup.config.evaluating import START, overruled
 from trueup.config.load import given, load_config
 from trueup.config.schema import RunConfig
 from trueup.config.values import listed
@@ -45,8 +45,7 @@ def evaluation_config(directories: Sequence[str], source: str | None, words: Seq
         extra.append("eval_models=" + ",".join([START] * ("model_name_or_path" in known) + models))
     if "output_dir" not in said and (models or result):
         extra.append(f"output_dir={Path(models[-1] if models else str(result)) / 'eval'}")
-    if "eval_dataset" in said and "val_size" not in said and known.get("val_size"):
-        extra.append("val_size=0")  # the rows that the run held out are not what is asked for
+    extra += overruled(said, known)
     if "stage" not in known and (stage := _stage(known, models)):
         extra.append(f"stage={stage}")
     return load_config(source, [*words, *extra], verb="eval")

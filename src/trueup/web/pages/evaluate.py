@@ -9,7 +9,7 @@ from typing import Any
 
 from nicegui import ui
 
-from trueup.config.evaluating import READ_WITH, START
+from trueup.config.evaluating import READ_WITH, START, overruled
 from trueup.config.load import load_config
 from trueup.config.schema import RunConfig
 from trueup.errors import ConfigError
@@ -82,7 +82,7 @@ class EvaluateForm(VerbForm):
         models = [START] * ("model_name_or_path" in known) + directories if directories else []
         named = [f"eval_models={','.join(models)}"] if models else []
         file = str(self.place.root / source) if source is not None and there else None
-        return load_config(file, [*rest.words(), *named], verb="eval")
+        return load_config(file, [*rest.words(), *named, *overruled(rest.values, known)], verb="eval")
 
     def _split(self) -> tuple[list[str], Draft]:
         """(directories here, all other keys)."""
