@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trueup.rollout.grammar import Guide
 from trueup.rollout.sampling import Sampling, TokenLogp
 
 FEW = 256  # tokens among which a nucleus is looked for first; sorting a whole vocabulary takes longer than small models
@@ -20,12 +21,15 @@ class Chooser:
         prompt_ids: for the repetition penalty, which counts them in.
         seed: the same numbers as `sampler.sample_batch` draws with for an answer's seed.
         most: tokens that can be drawn.
+        guide: of the grammar it keeps to, if any.
     """
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], seed: int, most: int) -> None:
-        self.sampling = sampling
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Sequence[int], seed: int, most: int, guide: Guide | None = None
+    ) -> None:
+        self.sampling, self._guide = sampling, guide
         self.greedy = sampling.temperature == 0.0
-        self.penalises = sampling.penalises
+        self.changes = sampling.penalises or guide is not None
         self._uniforms = iter(()) if self.greedy else _uniforms(seed, most)
         self._prompt_ids = prompt_ids
         self._counts: Tensor | None = None  # [V] how often each token is in the answer; what follows likewise
@@ -36,9 +40,12 @@ class Chooser:
         return next(self._uniforms)
 
     def change(self, logits: Tensor) -> Tensor:
-        """Bias and penalties; [V] → [V], or the same tensor where there are none."""
-        if not self.penalises:
-            return logits
+        """Bias, penalties and grammar; [V] → [V], or the same tensor where there are none."""
+        if self.sampling.penalises:
+            logits = self._penalised(logits)
+        return logits if self._guide is None else self._guide.allow(logits)
+
+    def _penalised(self, logits: Tensor) -> Tensor:
         s = self.sampling
         if self._counts is None or self._seen is None:
             self._prepare(logits)
@@ -54,6 +61,8 @@ class Chooser:
 
     def said(self, token: int) -> None:
         """Hear which token was drawn."""
+        if self._guide is not None:
+            self._guide.said(token)
         if self._counts is not None and self._seen is not None:
             self._counts[token] += 1
             self._seen[token] = True
@@ -85,7 +94,7 @@ def draw(logits: Tensor, choosers: Sequence[Chooser]) -> Drawn:
     """One token a row. `logits` [R, V], in any dtype."""
     logits = logits.float()
     changed = logits
-    if any(chooser.penalises for chooser in choosers):
+    if any(chooser.changes for chooser in choosers):
         changed = torch.stack([chooser.change(row) for chooser, row in zip(choosers, logits, strict=True)])
     ids = changed.argmax(-1)
     random = [row for row, chooser in enumerate(choosers) if not chooser.greedy]

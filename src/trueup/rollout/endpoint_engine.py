@@ -10,6 +10,7 @@ from typing import Any
 
 from trueup.rollout.endpoint import Endpoint, Unanswered
 from trueup.rollout.generation import EngineClosed, Generation, OnPiece, QueueFull, UnknownAdapter
+from trueup.rollout.grammar import NoGrammar
 from trueup.rollout.sampling import Piece, Sampling, Scored, Stats, TokenLogp
 
 FINISH = {"length": "length"}  # everything else is an end of the model's own
@@ -103,6 +104,8 @@ class EndpointEngine:
     ) -> Generation:
         if adapter is not None and adapter not in self.adapters:
             raise UnknownAdapter(adapter)
+        if sampling.grammar:
+            raise NoGrammar("an endpoint is told by fields of its own (`chat`: response_format)")
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(31)
         return Generation([int(token) for token in prompt_ids], sampling, adapter, seed, on_piece)
 

@@ -31,6 +31,7 @@ from trueup.rollout.generation import (
     TooLong,
     UnknownAdapter,
 )
+from trueup.rollout.grammar import Grammars
 from trueup.rollout.rounds import Limits, Rounds, Turns, Worker
 from trueup.rollout.sampler import Choice, Sampled, sample_batch
 from trueup.rollout.sampling import Answer, Piece, Sampling, Scored, Stats, TokenLogp, Usage
@@ -73,6 +74,7 @@ class Engine:
         self._places = self._cache_places(longest)
         self.context: int = min(longest, self._places)
         self._vocabulary = policy.base.get_input_embeddings().weight.shape[0]
+        self._grammars = Grammars(tokenizer, self._vocabulary, self.stop_ids)
         self._turns = Turns()
         self._voices = Voices(policy)
         self._worker = Worker(self._rounds(self.limits, self._places), self._turns)
@@ -109,12 +111,16 @@ class Engine:
             on_piece: is called with every piece, on the engine's thread; nothing is to be iterated then.
 
         Raises:
-            QueueFull, EngineClosed, UnknownAdapter. TooLong: no room for an answer. ValueError: an empty prompt, or
-            ids that the model does not know.
+            QueueFull, EngineClosed, UnknownAdapter. TooLong: no room for an answer. ValueError: an empty prompt,
+            ids that the model does not know, a grammar that cannot be kept to.
         """
         row = self._row(prompt_ids, sampling, adapter, on_piece)
         self._worker.submit(row)
         return row.generation
+
+    def compile(self, grammar: str) -> None:
+        """Get a grammar of `Sampling` ready, which takes its time the first time. Raises NoGrammar."""
+        self._grammars.guide(grammar)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -206,7 +212,7 @@ class Engine:
         seed for each answer they are, up to rounding, the same in any batch, and what `submit` draws with that seed.
         Penalties, bias, `min_p` and stop texts are not taken: such answers are not the model's own.
         """
-        assert not sampling.penalises and not sampling.min_p and not sampling.stop
+        assert not (sampling.penalises or sampling.min_p or sampling.stop or sampling.grammar)
         choice = Choice(sampling.temperature, sampling.top_p, sampling.top_k)
         with self._turns, self.policy.generating() as model:
             return sample_batch(
@@ -238,7 +244,8 @@ class Engine:
         limit = min(sampling.max_new_tokens, self.context - len(prompt_ids))
         stops = frozenset((*self.stop_ids, *sampling.stop_ids))
         stream = TextStream(self._decode(sampling), sampling.stop) if text or sampling.stop else None
-        return Row(generation, stops, limit, stream)
+        guide = self._grammars.guide(sampling.grammar) if sampling.grammar else None
+        return Row(generation, stops, limit, stream, guide)
 
     def _decode(self, sampling: Sampling) -> Decode:
         return decoder(self.tokenizer, sampling.skip_special_tokens)

@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class Sampling:
     """How the next token is chosen; `temperature` 0 is greedy. The defaults change nothing.
 
-    In order: logit_bias, the penalties, temperature, top_k, top_p, min_p.
+    In order: logit_bias, the penalties, the grammar, temperature, top_k, top_p, min_p.
 
     Attributes:
         top_p, top_k, min_p: 1.0, 0 and 0.0 leave all tokens in; `min_p` is a share of the likeliest one's probability.
@@ -30,6 +30,8 @@ class Sampling:
         logprobs: how many alternatives to report with each token's log-probability; 0 reports the token's alone, None
             nothing. They are the model's own, at temperature 1, before penalties and bias.
         skip_special_tokens: whether the text goes without the tokenizer's special tokens.
+        grammar: what the whole answer has to be, as `grammar.json_grammar` writes it; '': anything. The built-in engine
+            alone keeps to it.
 
     Raises:
         ValueError: a number that cannot be meant.
@@ -49,6 +51,7 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         bounds = {

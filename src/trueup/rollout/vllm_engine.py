@@ -11,6 +11,7 @@ from typing import Any
 
 from trueup.errors import ModelError
 from trueup.rollout.generation import EngineClosed, Generation, OnPiece, QueueFull, TooLong, UnknownAdapter
+from trueup.rollout.grammar import NoGrammar
 from trueup.rollout.sampling import Piece, Sampling, Scored, Stats, TokenLogp
 
 BASE = "base"
@@ -87,6 +88,8 @@ class VllmEngine:
         lora = self._lora(adapter)
         if not len(prompt_ids):
             raise ValueError("the prompt is empty")
+        if sampling.grammar:
+            raise NoGrammar("vLLM's own server (serve --engine vllm) keeps to grammars; this engine does not")
         if len(prompt_ids) >= self.context:
             raise TooLong(len(prompt_ids), self.context)
         name = f"trueup-{secrets.token_hex(8)}"

@@ -29,6 +29,9 @@ class Scripted:
     def stats(self) -> Stats:
         return Stats(0, 0, 1, 0, 0, len(self.prompts), len(self.prompts), 0)
 
+    def compile(self, grammar: str) -> None:
+        """Keeps to none."""
+
     def submit(
         self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None, *, on_piece: Any = None
     ) -> Generation:

@@ -152,7 +152,8 @@ def test_what_clients_send_beside_is_ignored(client):
     [
         ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template"),
         ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "chat_template_kwargs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"extra_body": {"guided_json": {"type": "object"}}}, "guided_json"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"temperature": 3}, "temperature"),
         ({"n": 17}, "n"),

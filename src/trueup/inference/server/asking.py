@@ -12,7 +12,7 @@ from trueup.inference.server.settings import Limits
 
 _LIMITS = Limits()  # those of a request's shape are the same for every server
 _TEMPLATES = "the server's operator chooses the chat template"
-_GUIDED = "this server does not constrain what a model writes"
+_GUIDED = "use response_format: json_schema"
 #: fields that mean something which this server does not do → why.
 REFUSED = {
     "chat_template": _TEMPLATES,
@@ -127,10 +127,6 @@ class AskChat(Draw):
             raise refuse("top_logprobs", "only with logprobs: true")
         if self.max_tokens == 0:
             raise refuse("max_tokens", "at least 1")
-        if self.response_format.get("type") != "text":
-            raise refuse("response_format", _GUIDED, "unsupported_parameter")
-        if self.tool_choice not in ("auto", "none"):
-            raise refuse("tool_choice", "auto or none: " + _GUIDED, "unsupported_parameter")
         return self
 
 

@@ -15,6 +15,7 @@ from trueup.data.examples import Json
 from trueup.inference.server.asking import AskChat
 from trueup.inference.server.failures import refuse
 from trueup.inference.server.served import Served
+from trueup.inference.server.structure import structure_of
 from trueup.inference.server.token_text import TokenText
 from trueup.inference.server.tool_calls import CallReader, Spoken
 from trueup.inference.server.turns import conversation, tools_of
@@ -37,13 +38,14 @@ class Chat:
         self.served, self.ask = served, ask
         self.engine, self.voice = served.voice(ask.model)
         self.messages = conversation(ask.messages)
-        wanted = ask.tools if ask.tool_choice == "auto" else []
-        self.tools = tools_of(wanted)
+        self.tools = tools_of([] if ask.tool_choice == "none" else ask.tools)
         if self.tools and served.family is None:
             message = f"the chat template ({served.template.name}) has no calls of tools that are read here"
             raise refuse("tools", message, "unsupported_parameter")
         logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
-        self.sampling = served.sampling(ask, ask.max_completion_tokens or ask.max_tokens, logprobs)
+        self.grammar, self.grammar_field = structure_of(ask, self.tools or [], served.family)
+        most = ask.max_completion_tokens or ask.max_tokens
+        self.sampling = served.sampling(ask, most, logprobs, grammar=self.grammar)
         self.head: Json = {
             "id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion", "created": int(time.time()),
             "model": ask.model, "system_fingerprint": served.fingerprint,
@@ -53,6 +55,8 @@ class Chat:
     async def answer(self, request: Request) -> Response:
         """Raises ApiError, before headers."""
         prompt = await self.served.prompt_ids(self.messages, self.tools)
+        if self.grammar:
+            await self.served.keep_to(self.grammar, self.grammar_field)
         self.prompt_tokens = len(prompt)
         asked = [(prompt, seeded(self.sampling, number)) for number in range(self.ask.n)]
         answers = Answers(self.engine, asked, self.voice, self.served.settings.limits.deadline)

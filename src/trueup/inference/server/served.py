@@ -26,6 +26,7 @@ from trueup.models import rope
 from trueup.models.hub import download_adapter, hub_access
 from trueup.models.reward import RewardModel
 from trueup.rollout.engines import BASE, Engine, Limits, Sampling
+from trueup.rollout.grammar import NoGrammar
 
 Made = TypeVar("Made")
 
@@ -138,6 +139,14 @@ class Served:
     async def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Json] | None = None) -> list[int]:
         """A conversation up to where the assistant begins. Raises ApiError."""
         return await self.in_words(lambda: prompt_of(self.main, messages, tools))
+
+    async def keep_to(self, grammar: str, field: str) -> None:
+        """Get a grammar ready. Raises ApiError, naming the field that asks for it."""
+        assert self.engine is not None
+        try:
+            await self.in_words(lambda: self.engine.compile(grammar))
+        except NoGrammar as error:
+            raise refuse(field, str(error)) from None
 
     def sampling(self, ask: Draw, max_tokens: int | None, logprobs: int | None, **more: Any) -> Sampling:
         """How to draw: what the request says, else the operator's config, else as OpenAI does. Raises ApiError."""
