@@ -33,7 +33,7 @@ def test_fused_layers_agree_with_the_models_own(name: str, dtype: torch.dtype) -
     policy, _ = boosted(name, "fused", dtype)
     found = tried(policy)
     assert found.agrees
-    assert len(found.ratios) >= 1
+    assert len(found.seconds) >= 1
 
 
 def test_nothing_is_left_behind() -> None:
@@ -67,19 +67,22 @@ def test_another_formula_under_a_known_name_is_found_out() -> None:
     found = tried(policy)
     assert not found.agrees
     assert not found.fused
-    assert found.ratios == ()
+    assert found.seconds == ()
 
 
 def test_fused_layers_are_given_up_only_where_they_are_clearly_slower() -> None:
-    def fused(*ratios: float) -> bool:
-        return Trial(16, 0.0, 1e-4, ratios).fused
+    def of(*ratios: float) -> Trial:
+        return Trial(16, 0.0, 1e-4, tuple((ratio, 1.0) for ratio in ratios))
 
-    assert fused(0.9, 0.8, 0.9, 0.9, 0.9)
-    assert fused(1.02, 1.03, 1.0, 1.04, 1.02)
-    assert fused(1.3, 1.3, 1.3, 1.0, 1.0)  # a busy machine
-    assert not fused(1.3, 1.3, 1.3, 1.2, 0.7)
-    assert fused(1.3, 1.3)  # no verdict
-    assert Trial(16, 0.0, 1e-4, (1.3, 1.3)).ratio is None
+    assert of(0.9, 0.8, 0.9, 0.9, 0.9).fused
+    assert of(1.02, 1.03, 1.0, 1.04, 1.02).fused
+    assert of(1.3, 1.3, 1.3, 1.0, 1.0).fused
+    assert not of(1.3, 1.3, 1.3, 1.2, 1.1).fused
+    assert of(1.3, 1.3).fused  # no verdict
+    assert of(1.3, 1.3).ratio is None
+    busy = Trial(16, 0.0, 1e-4, ((2.0, 1.5), (1.4, 1.2), (1.0, 1.0), (3.0, 2.0), (1.9, 1.0)))
+    assert sorted(busy.ratios)[1] > trial.MARGIN  # nearly all pairs say so, but the fastest passes are alike
+    assert busy.fused
 
 
 def test_a_trial_stays_short() -> None:

@@ -29,7 +29,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
         def try_layer(policy, layer, tokens) -> Trial:
             made.append(tokens)
-            return Trial(tokens, gap, 1e-4, ratios)
+            return Trial(tokens, gap, 1e-4, tuple((ratio, 1.0) for ratio in ratios))
 
         monkeypatch.setattr(boosting, "try_layer", try_layer)
         return made

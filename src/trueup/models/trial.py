@@ -24,8 +24,8 @@ from trueup.types import Forest, Segment
 WORTHWHILE = 50_000_000
 #: Seconds of pairs, and how many they are at least, to be a verdict, and at most.
 SECONDS, FEWEST, MOST = 1.5, 5, 9
-#: By so much all pairs but one have to be slower before fused layers are given up: two runs of a seed should not
-#: differ because a machine was busy.
+#: By so much all pairs but one, and the fastest pass of all, have to be slower before fused layers are given up: two
+#: runs of a seed should not differ because a machine was busy.
 MARGIN = 1.05
 #: Relative difference (norms) of outputs and gradients beyond which a layer computes something else.
 LIMITS = {torch.float32: 1e-4}
@@ -40,13 +40,13 @@ class Trial:
     tokens  of the timed passes
     gap     between outputs, and between gradients, relative to their norm; the largest
     limit   of the gap
-    ratios  seconds with fused layers over seconds without, pair by pair
+    seconds with fused layers and without, pair by pair
     """
 
     tokens: int
     gap: float
     limit: float
-    ratios: tuple[float, ...]
+    seconds: tuple[tuple[float, float], ...]
 
     @property
     def agrees(self) -> bool:
@@ -55,8 +55,18 @@ class Trial:
     @property
     def fused(self) -> bool:
         """Whether the fused layers are taken: they compute the same, and are not clearly slower."""
-        slower = len(self.ratios) >= FEWEST and sorted(self.ratios)[1] > MARGIN
-        return self.agrees and not slower
+        return self.agrees and not self._slower
+
+    @property
+    def _slower(self) -> bool:
+        if len(self.seconds) < FEWEST:
+            return False
+        fused, own = map(min, zip(*self.seconds, strict=True))
+        return fused / own > MARGIN and sorted(self.ratios)[1] > MARGIN
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        return tuple(fused / own for fused, own in self.seconds)
 
     @property
     def ratio(self) -> float | None:
@@ -92,8 +102,8 @@ def try_layer(policy: Policy, layer: nn.Module, tokens: int) -> Trial:
         torch.manual_seed(0)
         gap = _gap(policy, layer, fused, own)
         given = _inputs(policy, layer, _forest(policy, tokens))
-        ratios = _ratios(layer, given, fused, own) if gap <= limit else ()
-    return Trial(tokens, gap, limit, ratios)
+        seconds = _pairs(layer, given, fused, own) if gap <= limit else ()
+    return Trial(tokens, gap, limit, seconds)
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -129,17 +139,20 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return difference / norm if norm else difference
 
 
-def _ratios(layer: nn.Module, given: Inputs, fused: Classes, own: Classes) -> tuple[float, ...]:
-    """Seconds one way over seconds the other way, in turn, until there are enough or the time is over."""
-    ratios: list[float] = []
+def _pairs(layer: nn.Module, given: Inputs, fused: Classes, own: Classes) -> tuple[tuple[float, float], ...]:
+    """Seconds of passes both ways, in turn, until there are enough or the time is over."""
+    pairs: list[tuple[float, float]] = []
     begun = time.perf_counter()
     for classes in (fused, own):
         _pass(layer, given, classes)  # what is made once is made now
-    while len(ratios) < MOST and time.perf_counter() - begun < SECONDS:
-        order = (fused, own) if len(ratios) % 2 else (own, fused)
-        seconds = {id(classes): _seconds(layer, given, classes) for classes in order}
-        ratios.append(seconds[id(fused)] / seconds[id(own)])
-    return tuple(ratios)
+    while len(pairs) < MOST and time.perf_counter() - begun < SECONDS:
+        if len(pairs) % 2:
+            first = _seconds(layer, given, fused)
+            pairs.append((first, _seconds(layer, given, own)))
+        else:
+            first = _seconds(layer, given, own)
+            pairs.append((_seconds(layer, given, fused), first))
+    return tuple(pairs)
 
 
 def _seconds(layer: nn.Module, given: Inputs, classes: Classes) -> float:
