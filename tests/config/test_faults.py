@@ -301,6 +301,7 @@ def test_a_bad_value_is_not_reported_twice():
 
 def test_words_that_are_no_keys():
     assert "'stray' is no key" in problems(BASE, "stray")[0].what
+    assert problems(BASE, "saves/mistyped")[0].what == "there is no file or directory saves/mistyped"
     assert problems(BASE, "--seed")[0].what == "a value is missing"
     assert problems(BASE, "--seed", "--plot_loss")[0].where == "--seed"
 

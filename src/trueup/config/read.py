@@ -250,6 +250,13 @@ def _read_json(text: str, name: str) -> tuple[list[Entry], list[Problem]]:
     return [Entry(key, value, f"{name}:{line_of(key)}") for key, value in content.items()], problems
 
 
+def _stray(word: str) -> Problem:
+    """A word that is neither a key nor a value: perhaps the path of a run, mistyped."""
+    if "/" in word:
+        return Problem(f"there is no file or directory {word}", fix="check the path; keys are key=value or --key value")
+    return Problem(f"{word!r} is no key", fix="write key=value or --key value")
+
+
 def read_words(words: Sequence[str], takes: Callable[[str], Takes]) -> tuple[list[Entry], list[Problem]]:
     """`key=value`, `--key value`, `--key=value`, `--flag` and `--no-flag` words, in order.
 
@@ -267,7 +274,7 @@ def read_words(words: Sequence[str], takes: Callable[[str], Takes]) -> tuple[lis
             key = _snake(assignment[1])
             entries.append(Entry(key, _word_value(key, assignment[2]), f"--{assignment[1]}"))
         elif not word.startswith("--") or not bare:
-            problems.append(Problem(f"{word!r} is no key", fix="write key=value or --key value"))
+            problems.append(_stray(word))
         else:
             entry = _option(bare, queue, takes)
             entries.append(entry) if isinstance(entry, Entry) else problems.append(entry)
