@@ -117,6 +117,7 @@ class TokenLogps:
     logps: Tensor  # [N]
     owner: Tensor  # [N]
     num_sequences: int
+    entropy: Tensor | None = None  # [N] of the likeliest tokens among themselves, no gradient, for who needs it
 
 
 @dataclass(frozen=True)

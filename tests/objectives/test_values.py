@@ -117,6 +117,35 @@ def test_the_likelihood_of_tokens() -> None:
     assert logps.grad is not None and logps.grad.tolist() == [-1.0] * 3
 
 
+@pytest.mark.parametrize(
+    ("name", "keywords", "weights"),
+    [
+        ("dft", {}, [math.exp(-0.5), math.exp(-1.25), math.exp(-2.0)]),
+        ("eaft", {}, [0.1, 0.5, 1.0]),
+        ("eaft", {"alpha": 2.0}, [0.01, 0.25, 1.0]),
+        ("eaft", {"alpha": 0.0}, [1.0, 1.0, 1.0]),
+    ],
+)
+def test_weighed_likelihoods_and_their_gradients(name: str, keywords: dict, weights: list[float]) -> None:
+    """The gradient is that of the sum with its weights held: finite differences of the likelihood, each times its."""
+    logps = torch.tensor([-0.5, -1.25, -2.0], dtype=torch.float64, requires_grad=True)
+    entropy = torch.tensor([0.3, 1.5, 3.0], dtype=torch.float64)
+
+    def given(values: torch.Tensor) -> TokenLogps:
+        return TokenLogps(values, torch.tensor([0, 0, 1]), 2, entropy)
+
+    loss = OBJECTIVES[name].function(given(logps), **keywords)
+    (gradient,) = torch.autograd.grad(loss.sum, logps)
+    assert float(loss.sum) == pytest.approx(sum(w * -x for w, x in zip(weights, logps.tolist(), strict=True)))
+    assert [float(value) for value in loss.metrics["nll"]] == [3.75, 3.0]
+    step = 1e-6
+    for i, weight in enumerate(weights):
+        moved = logps.detach() + step * torch.eye(3, dtype=torch.float64)[i]
+        plain = OBJECTIVES["sft"].function
+        slope = float(plain(given(moved)).sum - plain(given(logps.detach())).sum) / step
+        assert float(gradient[i]) == pytest.approx(weight * slope, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", [*PAIRWISE, *UNPAIRED])
 def test_gradients_by_finite_differences(name: str) -> None:
     # IPO's and SPPO's targets, a hinge's corner and DPOP's are off these values; 0.2 of ε where it is taken.

@@ -80,9 +80,7 @@ LATER: dict[str, str] = {
     "galore_layerwise": _WHOLE,
     "apollo_layerwise": _WHOLE,
     # objective
-    "use_dft_loss": "the plain SFT loss",
-    "use_asft_loss": "the plain SFT loss",
-    "use_eaft_loss": "the plain SFT loss",
+    "use_asft_loss": "use_dft_loss: true, or the plain SFT loss",
     # train
     "label_smoothing_factor": "dpo_label_smoothing for pairs; none for SFT",
     "fp8": "bf16: true",

@@ -108,6 +108,7 @@ OFF: dict[str, Any] = {"use_peft": "full", "use_lora": "full"}
 
 #: canonical key and a value that says what another key has a value for → that key, its value, and what holds then.
 ELSEWHERE: dict[tuple[str, str], tuple[str, Any, str]] = {
+    ("pref_loss", "dft"): ("use_dft_loss", True, "the SFT loss, each token weighed by its probability"),
     ("per_device_train_batch_size", "auto"): (
         "batch_tokens", "auto",
         "memory decides how a step's rows are cut, never how many they are "

@@ -1,6 +1,6 @@
 """What objectives ask of whole next-token distributions, in chunks: `[N, V]` never exists at once.
 
-Both take hidden states and a function from hidden states to logits, so that they know nothing of a head's make.
+All take hidden states and a function from hidden states to logits, so that they know nothing of a head's make.
 """
 
 from __future__ import annotations
@@ -31,6 +31,17 @@ def log_collisions(hidden: Tensor, project: Project, chunk: int = CHUNK) -> Tens
     for rows in hidden.split(chunk):
         logits = project(rows)
         pieces.append(torch.logsumexp(2 * logits, 1) - 2 * torch.logsumexp(logits, 1))
+    return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
+
+@torch.no_grad()
+def top_entropy(hidden: Tensor, project: Project, largest: int = 20, chunk: int = CHUNK) -> Tensor:
+    """Entropy [N] (nats) of the `largest` likeliest tokens at each position among themselves. No gradient."""
+    pieces = []
+    for rows in hidden.split(chunk):
+        logits = project(rows)
+        logps = torch.log_softmax(logits.topk(min(largest, logits.shape[1]), dim=1).values, 1)
+        pieces.append(-(logps.exp() * logps).sum(1))
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
 
 

@@ -4,12 +4,13 @@ An objective is a pure function `(logps, **parameters) -> Loss`. The loop never 
 the log-prob dataclass it `takes`, runs a reference if it `needs_reference`, and divides its sum by the step's global
 count of `denominator`.
 
-Four needs go beyond a micro-batch's own log-probabilities, and the recipe meets them by keyword:
+Five needs go beyond a micro-batch's own log-probabilities, and the recipe meets them by keyword:
 
 * `survey`: the objective couples examples. `survey(logps)` gives a [B] value per name; the recipe gathers them over
   the whole step, without gradient, and passes them as `step` (`StepValues`).
 * `shift`: the running mean of the rewards of all steps before this one, as `shift`.
 * `mismatched`: log-ratios of prompts with answers of other prompts, over the whole step, as `mismatched`.
+* `entropy`: `entropy` of `TokenLogps`, one more product of the head.
 * `divergence`: `kl_chosen` and `kl_rejected` of `PairLogps`, for which the reference runs beside the policy.
 """
 
@@ -41,6 +42,7 @@ class Objective:
     needs_shift: bool = False
     needs_divergence: bool = False
     needs_mismatched: bool = False
+    needs_entropy: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -57,6 +59,7 @@ def objective(
     needs_shift: bool = False,
     needs_divergence: bool = False,
     needs_mismatched: bool = False,
+    needs_entropy: bool = False,
 ) -> Callable[[Callable[..., Loss]], Callable[..., Loss]]:
     """Register a loss function under the name users write (`pref_loss`, or the stage's own name)."""
 
@@ -64,7 +67,7 @@ def objective(
         assert name not in OBJECTIVES, f"objective {name} is registered twice"
         OBJECTIVES[name] = Objective(
             name, takes, needs_reference, denominator, parameters or {}, function,
-            survey, needs_shift, needs_divergence, needs_mismatched,
+            survey, needs_shift, needs_divergence, needs_mismatched, needs_entropy,
         )  # fmt: skip
         return function
 

@@ -42,7 +42,8 @@ def terms_of(cfg: RunConfig) -> list[Term]:
     if cfg.objective.stage == "rm":
         return [_term(cfg.reward.reward_loss, cfg.reward.reward_loss, 1.0, cfg)]
     if not names:
-        return [_term("sft", "sft", 1.0, cfg)]
+        name = _sft_loss(cfg)
+        return [_term(name, name, 1.0, cfg)]
     bco = cfg.objective.pref_bco_weight
     weights = cfg.objective.loss_weights or [1.0] * len(names)
     anchor = "desirable_nll" if cfg.objective.stage == "kto" else "chosen_nll"
@@ -55,6 +56,13 @@ def terms_of(cfg: RunConfig) -> list[Term]:
     if cfg.objective.pref_ftx:
         terms.append(_term("pref_ftx", anchor, cfg.objective.pref_ftx, cfg))
     return terms
+
+
+def _sft_loss(cfg: RunConfig) -> str:
+    """The registered name of a stage's loss on tokens."""
+    if cfg.objective.stage != "sft":
+        return "sft"
+    return "dft" if cfg.objective.use_dft_loss else "eaft" if cfg.objective.use_eaft_loss else "sft"
 
 
 def _term(name: str, registered: str, weight: float, cfg: RunConfig) -> Term:

@@ -57,7 +57,7 @@ def metric_names(cfg: RunConfig) -> list[str]:
 def _one_example(objective: Objective) -> PairLogps | FeedbackLogps | TokenLogps | Rankings:
     one = torch.ones(1)
     if objective.takes is TokenLogps:
-        return TokenLogps(one, torch.zeros(1, dtype=torch.int64), 1)
+        return TokenLogps(one, torch.zeros(1, dtype=torch.int64), 1, one)
     if objective.takes is Rankings:
         order = torch.tensor([[1.0, 0.0]])
         return Rankings(order, order, torch.ones(1, 2, dtype=torch.bool), one)

@@ -10,6 +10,7 @@ from torch import Tensor
 from trueup.config.schema import RunConfig
 from trueup.data.encoded import EncodedDataset
 from trueup.data.forest import build_forest, num_predictions
+from trueup.models.distributions import projection, top_entropy
 from trueup.models.logprobs import token_logps
 from trueup.models.policy import Policy
 from trueup.recipes.batches import Batch
@@ -21,7 +22,7 @@ from trueup.types import Metrics, TokenLogps
 
 
 class TextLesson:
-    """The likelihood of the trained tokens, averaged over the whole step."""
+    """A loss on the trained tokens, averaged over the whole step: their likelihood, or that weighed."""
 
     def __init__(
         self, cfg: RunConfig, policy: Policy, datasets: Mapping[str, EncodedDataset], entropy: EntropyGauge
@@ -39,8 +40,13 @@ class TextLesson:
             forest = build_forest([dataset[i] for i in batch.indices]).to(self.policy.device)
         hidden = self.policy.hidden(forest)
         logps = token_logps(hidden, self.policy.head, forest.target)
-        result = self.term.objective.function(TokenLogps(logps, forest.owner, forest.num_sequences))
+        unsure = self._unsure(hidden) if self.term.objective.needs_entropy else None
+        seen = TokenLogps(logps, forest.owner, forest.num_sequences, unsure)
+        result = self.term.objective.function(seen, **self.term.parameters)
         return result.sum / totals["predictions"], {**result.metrics, **self.entropy.read(self.policy, hidden)}
+
+    def _unsure(self, hidden: Tensor) -> Tensor:
+        return top_entropy(hidden.detach(), projection(self.policy.head))
 
     def look_ahead(self, batches: Sequence[Batch], backend: Backend, steps_done: int | None) -> None:
         """Nothing: no example depends on another."""

@@ -43,7 +43,7 @@ REFUSED = frozenset(
     template finetuning_type lora_rank lora_alpha lora_target additional_target use_rslora
     use_dora rank_pattern alpha_pattern pissa_init pissa_iter loftq_init oft_rank oft_block_size oft_target ia3_target
     quantization_bit quantization_method quantization_type double_quantization ref_model_quantization_bit
-    stage pref_loss custom_objective ref_model ref_model_adapters reward_model optim dataset
+    stage pref_loss use_dft_loss use_eaft_loss custom_objective ref_model ref_model_adapters reward_model optim dataset
     rope_scaling rope_scaling_length resize_vocab add_tokens add_special_tokens new_special_tokens_config
     init_special_tokens use_llama_pro freeze_trainable_layers freeze_trainable_modules freeze_extra_modules
     packing neat_packing disable_shuffling dataloader_drop_last effective_batch data_fingerprint

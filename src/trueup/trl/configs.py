@@ -130,6 +130,8 @@ class SFTConfig(Config):
     of_rows = ("dataset_text_field", "completion_only_loss", "assistant_only_loss", "dataset_kwargs", "formatting_func")
 
     def translated(self, said: dict[str, Any]) -> dict[str, Any]:
+        if said.get("loss_type") == "dft":
+            said = {**said, "loss_type": "nll", "use_dft_loss": True}
         return {name: value for name, value in said.items() if name not in self.of_rows}
 
 

@@ -49,6 +49,12 @@ RULES = [
         "drop them, or the custom_objective",
     ),
     Rule(
+        ("custom_objective", "use_dft_loss", "use_eaft_loss"),
+        lambda c: bool(c.custom_objective) + c.use_dft_loss + c.use_eaft_loss > 1,
+        "`use_dft_loss`, `use_eaft_loss` and a `custom_objective` are losses on the same tokens",
+        "keep one of them",
+    ),
+    Rule(
         ("stage", "pref_loss"),
         lambda c: c.stage != "dpo" and c.stage in STAGE_LOSSES and len(_losses(c)) > 1,
         "only `stage: dpo` adds up several losses",

@@ -102,12 +102,12 @@ class ObjectiveSection(Section):
 
     # variants of the SFT loss
     use_dft_loss: bool = False
-    """DFT: weigh each token's loss by its probability."""
+    """DFT: weigh each token's loss by its probability, so that tokens the model finds absurd count little."""
     use_asft_loss: bool = False
     """ASFT: DFT with a KL anchor."""
     asft_alpha: NonNegativeFloat = 0.1
     """Weight of ASFT's anchor."""
     use_eaft_loss: bool = False
-    """EAFT: weigh each token's loss by its entropy."""
+    """EAFT: weigh each token's loss by how unsure the model is there, so that what it knows is not overwritten."""
     eaft_alpha: NonNegativeFloat = 1.0
-    """Power of EAFT's weights."""
+    """Power of EAFT's weights; 0 is the plain loss."""
