@@ -109,9 +109,10 @@ def test_two_contexts_start_one_run_that_outlives_the_server_stops_resumes_and_f
     assert drawn(first, "Loss")  # the new server talks to the page
     assert pid_of(run) == pid
 
-    first.get_by_role("button", name="Stop and save").click()
+    first.get_by_role("button", name="Stop and save").dblclick()  # a second word would end it without saving
     state(first, "stopped")
     step = read_status(run)["step"]
+    assert (run / f"checkpoint-{step}").is_dir()
     first.get_by_role("button", name="Resume").click()
     state(first, "running")
     os.kill(pid_of(run), signal.SIGKILL)

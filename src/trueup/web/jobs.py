@@ -53,12 +53,14 @@ class RunState:
             stopped, failed, or unknown.
         reason: why it failed or stopped, in the program's words.
         resumable: whether it can go on; from `step` if there is a checkpoint.
+        stopping: it lives, and has been asked to save and end.
         status: the run's status.json.
     """
 
     state: str
     reason: str = ""
     resumable: bool = False
+    stopping: bool = False
     step: int = 0
     total_steps: int | None = None
     checkpoint: str | None = None
@@ -74,6 +76,7 @@ class Jobs:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        self._asked: set[tuple[int, float]] = set()  # processes that were told to save and end
 
     # --- starting ----------------------------------------------------------------------------
 
@@ -147,7 +150,7 @@ class Jobs:
         living = lives(record)
         known = status["state"] != "unknown" and float(status.get("started", 0.0)) >= float(record.get("started", 0.0))
         if not known and living:
-            return RunState("preparing", status=status)
+            return RunState("preparing", status=status, stopping=record.get("stop") == "save")
         if not known and record:
             return self._over(run_id, "failed", self._last_words(path), status)
         state = status["state"]
@@ -157,7 +160,13 @@ class Jobs:
             return self._over(run_id, "failed", "killed", status)
         if state in ("failed", "stopped"):
             return self._over(run_id, state, str(status.get("message") or ""), status)
-        return self._at(status, state)
+        return self._at(status, state, stopping=state in LIVING and self._is_asked(record, status))
+
+    def _is_asked(self, record: dict[str, Any], status: dict[str, Any]) -> bool:
+        if lives(record):
+            return record.get("stop") == "save"
+        pid = int(status.get("pid") or 0)
+        return bool(self._asked) and (pid, created(pid)) in self._asked
 
     def _over(self, run_id: str, state: str, reason: str, status: dict[str, Any]) -> RunState:
         found = checkpoints.checkpoints(self.workspace.run(run_id))
@@ -182,14 +191,18 @@ class Jobs:
     # --- stopping ----------------------------------------------------------------------------
 
     def stop(self, run_id: str, *, save: bool) -> None:
-        """Ask a run to save and end after its step, or end it at once. Nothing happens if it has ended."""
-        process = self._process(run_id)
-        if process is None:
-            return
-        record = self.record(run_id)
-        if record:
-            stop = {**record, "stop": "save" if save else "now"}
-            durable.write_json(self.workspace.run(run_id) / RECORD, stop, sync=False)
+        """Ask a run to save and end after its step, or end it at once. Nothing happens if it has ended, nor if it is
+        asked to save once more: a second word would end it without.
+        """
+        with self._starting():  # two clicks are one word
+            process = self._process(run_id)
+            if process is None or (save and self.state(run_id).stopping):
+                return
+            if save:
+                self._asked.add((process.pid, created(process.pid)))
+            if record := self.record(run_id):
+                stop = {**record, "stop": "save" if save else "now"}
+                durable.write_json(self.workspace.run(run_id) / RECORD, stop, sync=False)
         try:
             process.send_signal(signal.SIGINT)
             if not save:

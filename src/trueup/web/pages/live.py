@@ -207,7 +207,7 @@ class LivePage:
         warned = [self.view.said(str(warning.get("text", ""))) for warning in state.status.get("warnings", [])]
         parts = {
             self.badge: (state.state, lambda: state_badge(self.view, state.state)),
-            self.buttons: ((state.state, state.alive, state.resumable), lambda: self._actions(state)),
+            self.buttons: ((state.state, state.alive, state.resumable, state.stopping), lambda: self._actions(state)),
             self.reason: ((state.state, state.reason, state.checkpoint), lambda: self._why(state)),
             self.warnings: (warned, lambda: [ui.label(text).classes("notice") for text in warned]),
         }
@@ -221,7 +221,10 @@ class LivePage:
     def _actions(self, state: RunState) -> None:
         t = self.view.t
         if state.alive:
-            button(t("live.stop_save"), lambda: self._do(lambda: self._stop(True)), icon="pause")
+            if state.stopping:
+                ui.label(t("live.stopping")).classes("muted small")
+            else:
+                button(t("live.stop_save"), lambda: self._do(lambda: self._stop(True)), icon="pause")
             button(t("live.stop_now"), lambda: self._do(lambda: self._stop(False)), icon="stop", kind="danger")
         elif state.resumable:
             button(t("live.resume"), lambda: self._do(self._resume), icon="play_arrow", kind="primary")
