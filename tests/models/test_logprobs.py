@@ -13,6 +13,7 @@ from trueup.models.logprobs import (
     TILES,
     Head,
     bytes_of_logit,
+    graded_logps,
     tile_of,
     token_entropy,
     token_logps,
@@ -68,6 +69,28 @@ class Wrapped(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.linear(hidden)
+
+
+@pytest.mark.parametrize("wrap", [lambda linear: linear, Wrapped], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("tile", [(1, 5), (4, 8), (64, 64)])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (2.0, 5.0)])
+def test_the_likeliest_token_is_argmaxs(wrap, tile: tuple[int, int], scale: float, softcap: float | None) -> None:
+    """Of equal ones the first, also where they lie in two tiles; the log-probabilities are those without grades."""
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 23, bias=False, dtype=torch.float64).requires_grad_(False)
+    hidden = 3 * torch.randn(13, 8, dtype=torch.float64)
+    if softcap is None:  # products of whole numbers are exact, so that equal logits are equal however they are tiled
+        linear.weight.copy_(torch.randint(-3, 4, (23, 8)))
+        linear.weight[10] = linear.weight[2]
+        linear.weight[4] = linear.weight[3]
+        hidden = torch.cat([hidden[:11].round(), 9 * linear.weight[[2, 3]]])
+    head = Head(wrap(linear), scale, softcap)
+    best = (hidden @ linear.weight.T).argmax(1)
+    for target in (best, (best + 1) % 23, best.where(torch.arange(13) % 2 == 0, best + 8 - 16 * (best > 14))):
+        logps, right = graded_logps(hidden, head, target, tile)
+        assert torch.equal(right, target == best)
+        torch.testing.assert_close(logps, token_logps(hidden, head, target, tile), rtol=0, atol=0)
+    assert graded_logps(hidden[:0], head, best[:0], tile)[1].shape == (0,)
 
 
 @pytest.mark.parametrize("wrap", [lambda linear: linear, Wrapped], ids=["plain", "wrapped"])

@@ -127,6 +127,30 @@ def token_logps(hidden: Tensor, head: Head, target: Tensor, tile: tuple[int, int
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
 
 
+@torch.no_grad()
+def graded_logps(
+    hidden: Tensor, head: Head, target: Tensor, tile: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`token_logps` [N] without gradient, and [N] bool: whether each target is the likeliest token.
+
+    Both from one pass over the tiles. Of tokens that are equally likely the first is, as `argmax` has it. Args as
+    `token_logps`.
+    """
+    module = head.module
+    tile = tile or tile_of(module, hidden.device, hidden.dtype)
+    if is_plain(module):
+        linear, own = parts_of(module)
+        likeliest = torch.zeros_like(target)
+        tiles = _Tiles(hidden, linear.weight, linear.bias, head, tile, own)  # type: ignore[arg-type]
+        return _logps(hidden, target, tiles, False, likeliest)[0], likeliest == target
+    logps, right = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(target, dtype=torch.bool)
+    for start in range(0, len(hidden), tile[0]):
+        rows = slice(start, start + tile[0])
+        logits = head.finish(module(hidden[rows]).float())
+        logps[rows], right[rows] = _gather_logps(logits, target[rows]), logits.argmax(1) == target[rows]
+    return logps, right
+
+
 def _gather_logps(logits: Tensor, target: Tensor) -> Tensor:
     return logits.gather(1, target[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
 
@@ -207,8 +231,13 @@ class _LinearHead(torch.autograd.Function):
         return d_hidden, None, None, d_values, None, None, None, None
 
 
-def _logps(hidden: Tensor, target: Tensor, tiles: _Tiles, slope: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities [N] fp32, logsumexp [N, 1] and, if asked for, d log p / d hidden [N, H]."""
+def _logps(
+    hidden: Tensor, target: Tensor, tiles: _Tiles, slope: bool, likeliest: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities [N] fp32, logsumexp [N, 1] and, if asked for, d log p / d hidden [N, H].
+
+    Into `likeliest` [N] goes the token with the largest logit.
+    """
     head = tiles.head
     exact = {"dtype": tiles.exact, "device": hidden.device}
     normaliser = torch.empty(len(hidden), 1, **exact)
@@ -226,6 +255,9 @@ def _logps(hidden: Tensor, target: Tensor, tiles: _Tiles, slope: bool) -> tuple[
             picked[rows] = torch.where(inside, logits.gather(1, at).to(tiles.exact), picked[rows])
             before = largest
             largest = torch.maximum(before, logits.amax(1, keepdim=True).to(tiles.exact))
+            if likeliest is not None:
+                found = (largest > before).squeeze(1)
+                likeliest[rows] = torch.where(found, logits.argmax(1) + start, likeliest[rows])
             shrink = torch.exp(before - largest)
             weights = torch.sub(logits, largest, out=fine).exp_()
             total.mul_(shrink).add_(weights.sum(1, keepdim=True))

@@ -49,6 +49,7 @@ def metric_names(cfg: RunConfig) -> list[str]:
     names += SIMILARITY * cfg.train.predict_with_generate
     names += ["kl", "kl/chosen"] * needs_reference(cfg)
     names += ["entropy"] * (cfg.train.log_entropy and cfg.objective.stage != "rm")
+    names += ["accuracy"] * cfg.train.compute_accuracy
     if pref_losses(cfg):
         names += ["weights"] * cfg.objective.use_weighting + ["knowledge_loss"] * bool(cfg.objective.knowledge_weight)
     return names

@@ -11,7 +11,7 @@ from trueup.config.schema import RunConfig
 from trueup.data.encoded import EncodedDataset
 from trueup.data.forest import build_forest, num_predictions
 from trueup.models.distributions import projection, top_entropy
-from trueup.models.logprobs import token_logps
+from trueup.models.logprobs import graded_logps, token_logps
 from trueup.models.policy import Policy
 from trueup.recipes.batches import Batch
 from trueup.recipes.entropy import EntropyGauge
@@ -29,6 +29,7 @@ class TextLesson:
     ) -> None:
         self.policy, self.datasets, self.entropy = policy, datasets, entropy
         (self.term,) = terms_of(cfg)
+        self.grades = cfg.train.compute_accuracy
 
     def counts(self, batch: Batch) -> dict[str, float]:
         dataset = self.datasets[batch.split]
@@ -39,11 +40,20 @@ class TextLesson:
         with phase("data"):
             forest = build_forest([dataset[i] for i in batch.indices]).to(self.policy.device)
         hidden = self.policy.hidden(forest)
-        logps = token_logps(hidden, self.policy.head, forest.target)
+        logps, graded = self._logps(hidden, forest.target, batch.split)
         unsure = self._unsure(hidden) if self.term.objective.needs_entropy else None
         seen = TokenLogps(logps, forest.owner, forest.num_sequences, unsure)
         result = self.term.objective.function(seen, **self.term.parameters)
-        return result.sum / totals["predictions"], {**result.metrics, **self.entropy.read(self.policy, hidden)}
+        return result.sum / totals["predictions"], {
+            **result.metrics, **graded, **self.entropy.read(self.policy, hidden)
+        }  # fmt: skip
+
+    def _logps(self, hidden: Tensor, target: Tensor, split: str) -> tuple[Tensor, Metrics]:
+        """Log-probabilities [N]; in evaluations, if asked for, with the share that the model would have written."""
+        if not self.grades or split == "train":
+            return token_logps(hidden, self.policy.head, target), {}
+        logps, right = graded_logps(hidden, self.policy.head, target)
+        return logps, {"accuracy": (right.sum(), float(len(right)))}
 
     def _unsure(self, hidden: Tensor) -> Tensor:
         return top_entropy(hidden.detach(), projection(self.policy.head))

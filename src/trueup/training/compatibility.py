@@ -32,7 +32,7 @@ FREE = frozenset(
     dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers
     preprocessing_num_workers overwrite_cache cache_dir ddp_timeout push_to_hub hub_model_id
     hub_strategy hub_private_repo hub_revision trackio_space_id print_param_status
-    skip_memory_metrics
+    skip_memory_metrics compute_accuracy
 """)
 )
 

@@ -187,7 +187,7 @@ class TrainSection(Section):
     log_level: str = "passive"
     """How much is said: debug, info, warning, error; passive is info."""
     compute_accuracy: bool = False
-    """Token accuracy at evaluation."""
+    """Evaluate SFT by the share of tokens that the model would have written itself, too (`accuracy`)."""
 
     # evaluation
     eval_strategy: Interval = "no"
