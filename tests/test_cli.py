@@ -41,6 +41,13 @@ def test_help_lists_every_verb_and_what_is_to_come():
     assert shown == run("-h").output == run("help").output
 
 
+@pytest.mark.parametrize("words", [(), ("data",)])
+def test_without_a_verb_the_help_is_shown_and_no_error(words: tuple[str, ...]):
+    shown = run(*words)
+    assert shown.exit_code in (0, 2)  # as click has it
+    assert "Usage:" in shown.output and "error" not in shown.output
+
+
 @pytest.mark.parametrize("name", [name for name in main.commands if name not in LATER])
 def test_every_verb_has_help(name: str):
     short, long = run(name, "-h"), run(name, "--help")
