@@ -158,3 +158,9 @@ def test_differences_give_both_texts_back():
 def test_a_row_that_is_left_out_is_known_by_its_words():
     raw = {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"role": "assistant", "content": ""}, "n": 3}
     assert SeenRow(0, raw, problem="empty chosen").excerpt == "hi · 3"
+
+
+def test_a_line_that_is_no_text_is_not_mended_in_a_browser(tmp_path: Path):
+    file = tmp_path / "bytes.jsonl"
+    file.write_bytes(b'{"a": 1}\n\xff\xfe\x00\n')
+    assert [uploads.line_of(file, number) for number in (1, 2)] == ['{"a": 1}', None]

@@ -74,11 +74,12 @@ def replace(place: Workspace, staged: Path, name: str, target: Path) -> None:
 
 
 def line_of(path: Path, number: int) -> str | None:
-    """A line of a file of lines, by its number from 1; None where lines are not to be mended."""
+    """A line of a file of lines, by its number from 1; None where lines are not to be mended, or are no text."""
     if path.suffix.lower() not in (".jsonl", ".ndjson", ".json") or path.stat().st_size > _MENDABLE_BYTES:
         return None
     lines = _lines(path)
-    return lines[number - 1] if 0 < number <= len(lines) and len(lines[number - 1]) < 2**20 else None
+    line = lines[number - 1] if 0 < number <= len(lines) else None
+    return line if line is not None and len(line) < 2**20 and _is_text(line) else None
 
 
 def mend(place: Workspace, path: Path, number: int, was: str, text: str) -> None:
@@ -108,6 +109,11 @@ def registry_entry(place: Workspace, name: str) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[str]:
     return path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+
+
+def _is_text(line: str) -> bool:
+    """Whether a page can show it: bytes that are no UTF-8 cannot be."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in line)
 
 
 def stage(place: Workspace) -> Path:
