@@ -76,6 +76,10 @@ def test_a_name_between_ticks_stays_as_it_is():
     assert translated("`text` and `a b`", "zh") == "`text` 与 `a b`"
 
 
+def test_an_excerpt_below_a_sentence_stays_as_it_is():
+    assert translated("expecting an object\n    text\n    ^", "zh") == "此处应有一个对象\n    text\n    ^"
+
+
 def test_what_a_data_set_may_teach_by_accident_is_told_in_chinese():
     sides = [Sides(4, 3, 0, 400, 100), Sides(4, 1, 0, 100, 400), Sides(4, 4, 0, 110, 100), Sides(4, 0, 0, 100, 110)]
     said = [text for one in sides for text in one.findings()]

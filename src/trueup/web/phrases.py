@@ -48,7 +48,8 @@ def translated(text: str, language: str) -> str:
     for pattern, blanks, phrase in _patterns(language):
         if match := pattern.fullmatch(text):
             return _filled(phrase, blanks, match, language)
-    return text
+    said, newline, excerpt = text.partition("\n")
+    return translated(said, language) + newline + excerpt if newline else text
 
 
 def _filled(phrase: str, blanks: list[str], match: re.Match[str], language: str) -> str:
