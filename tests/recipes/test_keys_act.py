@@ -201,6 +201,10 @@ def test_an_adapter_lies_in_a_folder_of_what_is_named(config: Config, tmp_path: 
     (name,) = config(adapter_name_or_path="someone/adapters", adapter_folder="best").model.adapter_name_or_path
     assert download_adapter(name, hub_access(cfg.model)) == str(there[0])
     assert (asked["name"], asked["allow_patterns"]) == ("someone/adapters", "best/*")
+    named = {"model_name_or_path": cfg.model.model_name_or_path, "adapter_name_or_path": "someone/adapters"}
+    served = load_config({**named, "adapter_folder": "best"}, verb="infer")
+    said = command(served, Settings())
+    assert f"someone/adapters/best={there[0]}" in said  # vLLM itself knows of no folder
 
 
 @pytest.mark.parametrize("folder", ["..", "a/../..", "/etc", "."])

@@ -276,6 +276,6 @@ def short_name(name: str) -> str:
     """An id for a model: a hub's id as it is, of a directory its own name (with its run's, for a checkpoint)."""
     path = Path(name).expanduser()
     if not path.exists():
-        return name.strip("/") if not path.is_absolute() and ".." not in path.parts else path.name
+        return path.as_posix().strip("/") if not path.is_absolute() and ".." not in path.parts else path.name
     path = path.resolve()
     return f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name

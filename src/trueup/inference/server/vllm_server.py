@@ -86,7 +86,7 @@ def environment(cfg: RunConfig, settings: Settings) -> Mapping[str, str]:
 def short_name(name: str | None) -> str:
     """An id, not a path."""
     path = Path(str(name)).expanduser()
-    return path.resolve().name if path.exists() else str(name)
+    return path.resolve().name if path.exists() else path.as_posix()
 
 
 def _acting(adapters: Sequence[str], name: str | None) -> dict[str, str]:
