@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from trueup.rollout.cache import RowCache
 from trueup.rollout.drawing import Chooser, Drawn, draw
 from trueup.rollout.generation import Generation
-from trueup.rollout.grammar import Guide
+from trueup.rollout.grammar import NoGrammar
 from trueup.rollout.sampling import FinishReason, Piece, TokenLogp
 from trueup.rollout.text_stream import TextStream, Token
 
@@ -31,15 +31,11 @@ class Row:
         stop_ids: tokens that end it.
         limit: new tokens that may be drawn.
         stream: makes text of it; None where nobody wants text.
-        guide: of the grammar it keeps to, if any.
     """
 
-    def __init__(
-        self, generation: Generation, stop_ids: frozenset[int], limit: int, stream: TextStream | None,
-        guide: Guide | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, generation: Generation, stop_ids: frozenset[int], limit: int, stream: TextStream | None) -> None:
         self.generation, self.stop_ids, self.limit, self.stream = generation, stop_ids, limit, stream
-        self.chooser = Chooser(generation.sampling, generation.prompt_ids, generation.seed, limit, guide)
+        self.chooser = Chooser(generation.sampling, generation.prompt_ids, generation.seed, limit)
         self.drawn = 0
         self.last = 0  # the newest token
         self.ended = False
@@ -56,6 +52,9 @@ class Row:
 
     def take(self, token: int, logp: TokenLogp | None) -> None:
         """Hear of the next token, and tell the asker."""
+        if self.chooser.failure:
+            self.end("error", error=NoGrammar(self.chooser.failure))
+            return
         self.drawn += 1
         self.last = token
         if token in self.stop_ids:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trueup.rollout.grammar import Guide
 from trueup.rollout.sampling import Sampling, TokenLogp
 
 FEW = 256  # tokens among which a nucleus is looked for first; sorting a whole vocabulary takes longer than small models
@@ -21,20 +20,23 @@ class Chooser:
         prompt_ids: for the repetition penalty, which counts them in.
         seed: the same numbers as `sampler.sample_batch` draws with for an answer's seed.
         most: tokens that can be drawn.
-        guide: of the grammar it keeps to, if any.
     """
 
-    def __init__(
-        self, sampling: Sampling, prompt_ids: Sequence[int], seed: int, most: int, guide: Guide | None = None
-    ) -> None:
-        self.sampling, self._guide = sampling, guide
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], seed: int, most: int) -> None:
+        self.sampling = sampling
         self.greedy = sampling.temperature == 0.0
-        self.changes = sampling.penalises or guide is not None
+        self._guide = sampling.grammar and sampling.grammar.guide()
+        self.changes = sampling.penalises or self._guide is not None
         self._uniforms = iter(()) if self.greedy else _uniforms(seed, most)
         self._prompt_ids = prompt_ids
         self._counts: Tensor | None = None  # [V] how often each token is in the answer; what follows likewise
         self._seen: Tensor | None = None
         self._bias: Tensor | None = None
+
+    @property
+    def failure(self) -> str:
+        """Why its grammar could not go on; empty while it can."""
+        return self._guide.failure if self._guide is not None else ""
 
     def uniform(self) -> float:
         return next(self._uniforms)

@@ -104,7 +104,7 @@ class EndpointEngine:
     ) -> Generation:
         if adapter is not None and adapter not in self.adapters:
             raise UnknownAdapter(adapter)
-        if sampling.grammar:
+        if sampling.grammar is not None:
             raise NoGrammar("an endpoint is told by fields of its own (`chat`: response_format)")
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(31)
         return Generation([int(token) for token in prompt_ids], sampling, adapter, seed, on_piece)

@@ -31,7 +31,7 @@ from trueup.rollout.generation import (
     TooLong,
     UnknownAdapter,
 )
-from trueup.rollout.grammar import Grammars
+from trueup.rollout.grammar import Grammar, Grammars
 from trueup.rollout.rounds import Limits, Rounds, Turns, Worker
 from trueup.rollout.sampler import Choice, Sampled, sample_batch
 from trueup.rollout.sampling import Answer, Piece, Sampling, Scored, Stats, TokenLogp, Usage
@@ -111,16 +111,16 @@ class Engine:
             on_piece: is called with every piece, on the engine's thread; nothing is to be iterated then.
 
         Raises:
-            QueueFull, EngineClosed, UnknownAdapter. TooLong: no room for an answer. ValueError: an empty prompt,
-            ids that the model does not know, a grammar that cannot be kept to.
+            QueueFull, EngineClosed, UnknownAdapter. TooLong: no room for an answer. ValueError: an empty prompt, or
+            ids that the model does not know.
         """
         row = self._row(prompt_ids, sampling, adapter, on_piece)
         self._worker.submit(row)
         return row.generation
 
-    def compile(self, grammar: str) -> None:
-        """Get a grammar of `Sampling` ready, which takes its time the first time. Raises NoGrammar."""
-        self._grammars.guide(grammar)
+    def compile(self, grammar: str) -> Grammar:
+        """For `Sampling.grammar`, of a text of `json_grammar`; takes a moment the first time. Raises NoGrammar."""
+        return self._grammars.compile(grammar)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -244,8 +244,7 @@ class Engine:
         limit = min(sampling.max_new_tokens, self.context - len(prompt_ids))
         stops = frozenset((*self.stop_ids, *sampling.stop_ids))
         stream = TextStream(self._decode(sampling), sampling.stop) if text or sampling.stop else None
-        guide = self._grammars.guide(sampling.grammar) if sampling.grammar else None
-        return Row(generation, stops, limit, stream, guide)
+        return Row(generation, stops, limit, stream)
 
     def _decode(self, sampling: Sampling) -> Decode:
         return decoder(self.tokenizer, sampling.skip_special_tokens)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,18 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-KEPT = 32  # compiled grammars
+KEPT = 16  # compiled grammars
+#: What compiling takes grows with the square of a grammar: 0.15 s at these limits, and some megabytes.
+MOST_CHARACTERS, MOST_SYMBOLS = 64_000, 20_000
 #: Between the parts of JSON. Without an end a model that has nothing to say would go on with line ends.
 _SPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}"}
 
 
 class NoGrammar(ValueError):
     """A grammar that cannot be kept to; the text says why."""
-
-
-def available() -> bool:
-    """Whether the library is installed."""
-    return importlib.util.find_spec("llguidance") is not None
 
 
 @dataclass(frozen=True)
@@ -59,71 +55,87 @@ def _text(value: Any) -> str:
 class Guide:
     """A grammar on its way through one answer.
 
-    Args:
-        matcher: llguidance's.
-        stop_ids: tokens that end an answer; they may come where it is whole.
+    Attributes:
+        failure: why it could not go on; empty while it can. What was drawn since says nothing.
     """
 
     def __init__(self, matcher: Any, stop_ids: Sequence[int]) -> None:
-        self._matcher, self._stop_ids = matcher, list(stop_ids)
+        self._matcher, self._stop_ids = matcher, stop_ids
+        self.failure = ""
 
     def allow(self, logits: Tensor) -> Tensor:
         """[V] → [V], −∞ for tokens that may not come next."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, count=min(8 * len(bits), len(logits)), bitorder="little").astype(bool)
-        # The rest of a vocabulary are rows without a token. A parser beyond its limits allows nothing: an end is left.
-        mask = torch.zeros(len(logits), dtype=torch.bool)
-        mask[: len(allowed)] = torch.from_numpy(allowed)
+        allowed = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         if self._matcher.is_error() or not allowed.any():
-            mask.zero_()[self._stop_ids] = True
+            self.failure = _reason(self._matcher.get_error())
+            return logits
+        mask = torch.zeros(len(logits), dtype=torch.bool)  # rows of a vocabulary beyond its tokens stay out
+        mask[: len(allowed)] = torch.from_numpy(allowed[: len(logits)].astype(bool))
         return logits.masked_fill(~mask.to(logits.device), float("-inf"))
 
     def said(self, token: int) -> None:
-        """Hear which token was drawn."""
-        if token not in self._stop_ids:
+        """Hear which token was drawn; one that ends the answer is not the grammar's."""
+        if not self.failure and token not in self._stop_ids:
             self._matcher.consume_token(token)
 
 
+@dataclass(frozen=True, eq=False)
+class Grammar:
+    """A compiled grammar, for any number of answers."""
+
+    matcher: Any
+    stop_ids: tuple[int, ...]
+
+    def guide(self) -> Guide:
+        """At the beginning of an answer."""
+        return Guide(self.matcher.deep_copy(), self.stop_ids)
+
+
 class Grammars:
-    """Grammars for one tokenizer, compiled once; from any thread.
+    """Grammars for one tokenizer, from any thread.
 
     Args:
         size: rows of the model's vocabulary.
+        stop_ids: tokens that end an answer; they may come where it is whole.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, stop_ids: Sequence[int]) -> None:
-        self._tokenizer, self._size, self._stop_ids = tokenizer, size, list(stop_ids)
-        self._lock = Lock()
-        self._tokens: Any = None
-        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._tokenizer, self._size, self._stop_ids = tokenizer, size, tuple(stop_ids)
+        self.compile = lru_cache(KEPT)(self._compile)
 
-    def guide(self, grammar: str) -> Guide:
-        """At the beginning of an answer. Raises NoGrammar."""
-        with self._lock:
-            if grammar not in self._compiled:
-                self._compiled[grammar] = self._compile(grammar)
-                if len(self._compiled) > KEPT:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(grammar)
-            return Guide(self._compiled[grammar].deep_copy(), self._stop_ids)
-
-    def _compile(self, grammar: str) -> Any:
-        if not available():
+    def _compile(self, text: str) -> Grammar:
+        """A text of `json_grammar`, ready to be kept to. Takes a moment. Raises NoGrammar."""
+        if len(text) > MOST_CHARACTERS:
+            raise NoGrammar(f"{len(text):,} characters of schemas are too many; at most {MOST_CHARACTERS:,}")
+        if importlib.util.find_spec("llguidance") is None:
             raise NoGrammar("it needs llguidance: pip install 'trueup[serve]'")
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(self._known_tokens(), LLMatcher.grammar_from_lark(grammar), log_level=0)
-        if matcher.is_error():
-            raise NoGrammar(matcher.get_error().splitlines()[0])
-        return matcher
+        limits = LLParserLimits(max_grammar_size=MOST_SYMBOLS)
+        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(text), log_level=0, limits=limits)
+        if not matcher.is_error():
+            grammar = Grammar(matcher, self._stop_ids)
+            guide = grammar.guide()
+            guide.allow(torch.zeros(self._size))  # a schema without end fails here
+            if not guide.failure:
+                return grammar
+            raise NoGrammar(guide.failure)
+        raise NoGrammar(_reason(matcher.get_error()))
 
-    def _known_tokens(self) -> Any:
-        if self._tokens is None:
-            from llguidance.hf import from_tokenizer
+    @cached_property
+    def _tokens(self) -> Any:
+        from llguidance.hf import from_tokenizer
 
-            try:
-                size = max(self._size, len(self._tokenizer))
-                self._tokens = from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self._stop_ids)  # type: ignore
-            except ValueError as error:
-                raise NoGrammar(f"not with this tokenizer: {error}") from None
-        return self._tokens
+        size = max(self._size, len(self._tokenizer))
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=list(self._stop_ids))  # type: ignore
+        except Exception as error:
+            raise NoGrammar(f"not with this model's tokenizer: {error}") from None
+
+
+def _reason(error: str) -> str:
+    """The library's first line, in a caller's words where it is only its own."""
+    first = error.partition("\n")[0]
+    if not first or "assertion" in first or "panick" in first:
+        return "the schema cannot be kept to: it is too large, or refers to itself without end"
+    return first

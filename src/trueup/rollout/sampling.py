@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from trueup.rollout.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -30,8 +33,8 @@ class Sampling:
         logprobs: how many alternatives to report with each token's log-probability; 0 reports the token's alone, None
             nothing. They are the model's own, at temperature 1, before penalties and bias.
         skip_special_tokens: whether the text goes without the tokenizer's special tokens.
-        grammar: what the whole answer has to be, as `grammar.json_grammar` writes it; '': anything. The built-in engine
-            alone keeps to it.
+        grammar: what the whole answer has to be, as the engine's `compile` made it; None: anything. The built-in
+            engine alone keeps to it.
 
     Raises:
         ValueError: a number that cannot be meant.
@@ -51,7 +54,7 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
-    grammar: str = ""
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         bounds = {

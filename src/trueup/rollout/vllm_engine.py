@@ -88,7 +88,7 @@ class VllmEngine:
         lora = self._lora(adapter)
         if not len(prompt_ids):
             raise ValueError("the prompt is empty")
-        if sampling.grammar:
+        if sampling.grammar is not None:
             raise NoGrammar("vLLM's own server (serve --engine vllm) keeps to grammars; this engine does not")
         if len(prompt_ids) >= self.context:
             raise TooLong(len(prompt_ids), self.context)

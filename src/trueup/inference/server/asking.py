@@ -12,7 +12,7 @@ from trueup.inference.server.settings import Limits
 
 _LIMITS = Limits()  # those of a request's shape are the same for every server
 _TEMPLATES = "the server's operator chooses the chat template"
-_GUIDED = "use response_format: json_schema"
+_GUIDED = "replies are kept to JSON schemas alone, by the response_format of a chat completion"
 #: fields that mean something which this server does not do → why.
 REFUSED = {
     "chat_template": _TEMPLATES,
@@ -137,11 +137,14 @@ class AskCompletion(Draw):
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=_LIMITS.alternatives)] | None = None
     best_of: int | None = None
+    response_format: dict[str, Any] = {"type": "text"}
 
     @model_validator(mode="after")
     def _can_be_done(self) -> AskCompletion:
         if self.best_of is not None and self.best_of != self.n:
             raise refuse("best_of", "answers are not ranked here; ask for n", "unsupported_parameter")
+        if self.response_format.get("type") != "text":
+            raise refuse("response_format", "of chat completions only", "unsupported_parameter")
         if self.max_tokens == 0 and not self.echo:
             raise refuse("max_tokens", "at least 1, or echo: true")
         if self.stream and self.echo and self.logprobs is not None:

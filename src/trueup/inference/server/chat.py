@@ -43,9 +43,9 @@ class Chat:
             message = f"the chat template ({served.template.name}) has no calls of tools that are read here"
             raise refuse("tools", message, "unsupported_parameter")
         logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
-        self.grammar, self.grammar_field = structure_of(ask, self.tools or [], served.family)
+        self.grammar, self.bound_by = structure_of(ask, self.tools or [], served.family)
         most = ask.max_completion_tokens or ask.max_tokens
-        self.sampling = served.sampling(ask, most, logprobs, grammar=self.grammar)
+        self.sampling = served.sampling(ask, most, logprobs)
         self.head: Json = {
             "id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion", "created": int(time.time()),
             "model": ask.model, "system_fingerprint": served.fingerprint,
@@ -56,7 +56,7 @@ class Chat:
         """Raises ApiError, before headers."""
         prompt = await self.served.prompt_ids(self.messages, self.tools)
         if self.grammar:
-            await self.served.keep_to(self.grammar, self.grammar_field)
+            self.sampling = replace(self.sampling, grammar=await self.served.grammar(self.grammar, self.bound_by))
         self.prompt_tokens = len(prompt)
         asked = [(prompt, seeded(self.sampling, number)) for number in range(self.ask.n)]
         answers = Answers(self.engine, asked, self.voice, self.served.settings.limits.deadline)
@@ -112,7 +112,8 @@ class Chat:
     def _reader(self) -> CallReader | None:
         if not self.tools or self.served.family is None:
             return None
-        return CallReader(self.served.family, None if self.ask.parallel_tool_calls else 1)
+        most = None if self.ask.parallel_tool_calls else 1
+        return CallReader(self.served.family, most, only_calls=self.bound_by == "tool_choice")
 
     def _usage(self, answers: Answers) -> Json:
         return usage(self.prompt_tokens, answers.completion_tokens)

@@ -18,7 +18,7 @@ from trueup.data.rendering import TemplateRefusal
 from trueup.errors import ConfigError, ModelError
 from trueup.inference.model import Model
 from trueup.inference.server.asking import AskScore, Draw
-from trueup.inference.server.failures import ApiError, refuse
+from trueup.inference.server.failures import ApiError, refuse, too_late
 from trueup.inference.server.settings import Settings
 from trueup.inference.server.token_text import TokenText
 from trueup.inference.server.tool_calls import family_of
@@ -26,7 +26,7 @@ from trueup.models import rope
 from trueup.models.hub import download_adapter, hub_access
 from trueup.models.reward import RewardModel
 from trueup.rollout.engines import BASE, Engine, Limits, Sampling
-from trueup.rollout.grammar import NoGrammar
+from trueup.rollout.grammar import Grammar, NoGrammar
 
 Made = TypeVar("Made")
 
@@ -79,9 +79,10 @@ class Served:
         self.created = int(time.time())
         ids = "\n".join([__version__, *self.voices, *self.rewards])
         self.fingerprint = f"fp_{hashlib.sha256(ids.encode()).hexdigest()[:10]}"
-        # One thread writes prompts: tokenizers do not like company. Another waits for scores.
+        # One thread writes prompts: tokenizers do not like company. Others wait for scores, and compile grammars.
         self._words = ThreadPoolExecutor(1, "trueup-words")
         self._scores = ThreadPoolExecutor(1, "trueup-scores")
+        self._grammars = ThreadPoolExecutor(1, "trueup-grammars")
 
     def _voices(self, name: str, base: str) -> dict[str, str | None]:
         assert self.engine is not None
@@ -140,13 +141,16 @@ class Served:
         """A conversation up to where the assistant begins. Raises ApiError."""
         return await self.in_words(lambda: prompt_of(self.main, messages, tools))
 
-    async def keep_to(self, grammar: str, field: str) -> None:
-        """Get a grammar ready. Raises ApiError, naming the field that asks for it."""
+    async def grammar(self, text: str, field: str) -> Grammar:
+        """A grammar ready to be kept to. Raises ApiError, naming the field that asks for it."""
         assert self.engine is not None
+        work = asyncio.get_running_loop().run_in_executor(self._grammars, self.engine.compile, text)
         try:
-            await self.in_words(lambda: self.engine.compile(grammar))
+            return await asyncio.wait_for(work, self.settings.limits.deadline)
         except NoGrammar as error:
             raise refuse(field, str(error)) from None
+        except TimeoutError:
+            raise too_late() from None
 
     def sampling(self, ask: Draw, max_tokens: int | None, logprobs: int | None, **more: Any) -> Sampling:
         """How to draw: what the request says, else the operator's config, else as OpenAI does. Raises ApiError."""
@@ -232,6 +236,7 @@ class Served:
             self.engine.close(drain=False)
         self._words.shutdown(wait=False, cancel_futures=True)
         self._scores.shutdown(wait=False, cancel_futures=True)
+        self._grammars.shutdown(wait=False, cancel_futures=True)
 
 
 def prompt_of(model: Model, messages: Sequence[Message], tools: Sequence[Json] | None = None) -> list[int]:

@@ -28,7 +28,7 @@ def structure_of(ask: AskChat, tools: Sequence[Json], family: Family | None) -> 
     calls = [_call(tool["function"], family) for tool in (tools if forced is None else forced) if family]
     if forced is not None:
         return json_grammar(calls), "tool_choice"
-    return json_grammar([Form(schema or ANY_OBJECT), *calls]), "response_format"
+    return json_grammar([Form(ANY_OBJECT if schema is None else schema), *calls]), "response_format"
 
 
 def _schema(given: Json) -> Json | None:

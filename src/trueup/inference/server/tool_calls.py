@@ -50,10 +50,11 @@ class CallReader:
 
     Args:
         most: calls that count; further ones are left out.
+        only_calls: nothing else is written; one that was cut off is no text.
     """
 
-    def __init__(self, family: Family, most: int | None = None) -> None:
-        self.family, self.most = family, most
+    def __init__(self, family: Family, most: int | None = None, only_calls: bool = False) -> None:
+        self.family, self.most, self.only_calls = family, most, only_calls
         self._held = ""
         self._said = False
         self._calling = False
@@ -79,7 +80,7 @@ class CallReader:
         """What is left when nothing follows. Calls that cannot be read are text."""
         held, self._held = self._held, ""
         calls = self._parse(held) if self._calling else None
-        return Spoken(None if calls else held, calls or [])
+        return Spoken(None if calls or self.only_calls else held, calls or [])
 
     def _say(self, count: int) -> str:
         said, self._held = self._held[:count], self._held[count:]
