@@ -207,7 +207,9 @@ def test_an_adapter_lies_in_a_folder_of_what_is_named(config: Config, tmp_path: 
     assert f"someone/adapters/best={there[0]}" in said  # vLLM itself knows of no folder
 
 
-@pytest.mark.parametrize("folder", ["..", "a/../..", "/etc", "."])
+@pytest.mark.parametrize(
+    "folder", ["..", "a/../..", "/etc", ".", "C:best", "C:/best", "a\\..\\..", "\\etc", "\\\\host\\etc"]
+)
 def test_a_folder_of_an_adapter_does_not_lead_out_of_it(config: Config, folder: str):
     with pytest.raises(ConfigError, match="adapter_folder"):
         config(adapter_name_or_path="out", adapter_folder=folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
+from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -18,11 +18,11 @@ UNFUSED = ("attention", "none")
 
 
 def _inside(folder: str) -> str:
-    """A relative path that does not lead out of where it begins."""
-    path = PurePath(folder.strip())
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    """A relative path that does not lead out of where it begins, whichever system reads it."""
+    folder = folder.strip()
+    if any(p.anchor or ".." in p.parts or not p.parts for p in (PurePosixPath(folder), PureWindowsPath(folder))):
         raise ValueError("a folder inside the adapter's directory, such as best or runs/best")
-    return path.as_posix()
+    return PurePath(folder).as_posix()
 
 
 class ModelSection(Section):
