@@ -138,6 +138,15 @@ def test_the_last_words_of_a_process_are_told_line_by_line():
     assert translated_lines(said, "en") == said
 
 
+def test_a_line_of_data_costs_no_more_than_a_sentence():
+    line = "ValueError: " + ", ".join(f"'column {n}': 'of {n}: (x)'" for n in range(1000))
+    assert len(line) > 20_000
+    lines = [line, line[-1900:]]  # one that is longer than any sentence, and one that is not
+    tried = translated.cache_info().misses
+    assert translated_lines("\n".join(lines), "zh") == "\n".join(lines)
+    assert translated.cache_info().misses - tried < 20
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_every_word_that_a_page_says_exists(path):
     for key in re.findall(r"""\b(?:view\.t|say)\(\s*"([\w.]+)\"""", path.read_text(encoding="utf-8")):

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import re
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "words" / "phrases"
 _BLANK = re.compile(r"\{(\d+)\}")
 _DETAILED = "{1} ({2})"  # a reason, and what is the matter with this row
-_REASON = re.compile(r"(.+?) \((.+)\)", re.DOTALL)
 _LINE = re.compile(r"(\s*)(error: |stopped: |expected: |fix: )?(.*)")
 _LONGEST = 2000  # characters of a sentence
+_PLACES = 4  # words with a colon that may stand before what is wrong: a file, a key, a row
 
 
 @cache
@@ -32,7 +33,8 @@ def translated_lines(text: str, language: str) -> str:
 
 
 def _translated_line(indent: str, label: str, said: str, language: str) -> str:
-    ends = [0, *(colon.end() for colon in re.finditer(": ", said))]
+    """The first places of a line alone: an excerpt of data may have hundreds of colons."""
+    ends = [0, *(colon.end() for colon in islice(re.finditer(": ", said), _PLACES))]
     known = (said[:end] + words for end in ends if (words := translated(said[end:], language)) != said[end:])
     return indent + translated(label, language) + next(known, said)
 
@@ -43,18 +45,35 @@ def translated(text: str, language: str) -> str:
     known = phrases(language)
     if text in known or not known or len(text) > _LONGEST:
         return known.get(text, text)
-    if (reason := _REASON.fullmatch(text)) and reason[1] in known:
-        return _filled(known[_DETAILED], ["1", "2"], reason, language)
-    for pattern, blanks, phrase in _patterns(language):
-        if match := pattern.fullmatch(text):
-            return _filled(phrase, blanks, match, language)
+    if (values := _in_blanks(_fixed(_DETAILED), text)) and values[0] in known:
+        return _filled(known[_DETAILED], ["1", "2"], values, language)
+    for fixed, blanks, phrase in _sentences(language):
+        if values := _in_blanks(fixed, text):
+            return _filled(phrase, blanks, values, language)
     said, newline, excerpt = text.partition("\n")
     return translated(said, language) + newline + excerpt if newline else text
 
 
-def _filled(phrase: str, blanks: list[str], match: re.Match[str], language: str) -> str:
+def _in_blanks(fixed: list[str], text: str) -> list[str] | None:
+    """What stands between the fixed parts of a sentence, a character at least and else as little as can be; None if
+    `text` is another sentence. One walk through the text: a regular expression may try every place for every blank.
+    """
+    first, *between, last = fixed
+    if not text.startswith(first) or not text.endswith(last):
+        return None
+    start, end, values = len(first), len(text) - len(last), []
+    for part in between:
+        found = text.find(part, start + 1, end - 1)
+        if found < 0:
+            return None
+        values.append(text[start:found])
+        start = found + len(part)
+    return [*values, text[start:end]] if start < end else None
+
+
+def _filled(phrase: str, blanks: list[str], found: list[str], language: str) -> str:
     """Names between ticks stay as they are: a column may be called `text`."""
-    values = dict(zip(blanks, match.groups(), strict=True))
+    values = dict(zip(blanks, found, strict=True))
 
     def fill(blank: re.Match[str]) -> str:
         ticked = phrase[blank.start() - 1 : blank.start()] == "`"
@@ -64,13 +83,12 @@ def _filled(phrase: str, blanks: list[str], match: re.Match[str], language: str)
 
 
 @cache
-def _patterns(language: str) -> list[tuple[re.Pattern[str], list[str], str]]:
-    """(what a sentence looks like, its blanks in their order, the phrase), those with the most words first."""
+def _sentences(language: str) -> list[tuple[list[str], list[str], str]]:
+    """(the fixed parts of a sentence, its blanks in their order, the phrase), those with the most words first."""
     with_blanks = [one for one in phrases(language).items() if _BLANK.search(one[0]) and one[0] != _DETAILED]
     longest_first = sorted(with_blanks, key=lambda one: len(_BLANK.sub("", one[0])), reverse=True)
-    return [(_pattern(sentence), _BLANK.findall(sentence), phrase) for sentence, phrase in longest_first]
+    return [(_fixed(sentence), _BLANK.findall(sentence), phrase) for sentence, phrase in longest_first]
 
 
-def _pattern(sentence: str) -> re.Pattern[str]:
-    fixed = [re.escape(part) for part in _BLANK.split(sentence)[::2]]
-    return re.compile("(.+?)".join(fixed), re.DOTALL)
+def _fixed(sentence: str) -> list[str]:
+    return _BLANK.split(sentence)[::2]
