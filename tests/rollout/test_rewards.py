@@ -170,11 +170,23 @@ def test_errors_of_a_function_stop_the_run_and_name_the_line(file, workers):
 
 @pytest.mark.parametrize(
     "name, why",
-    [("{}:nothing", "has no function 'nothing'"), ("nowhere.py:f", "there is no file"), ("exact", "exact_match")],
+    [
+        ("{}:nothing", "has no function 'nothing'"),
+        ("nowhere.py:f", "there is no file"),
+        ("exact", "exact_match"),
+        ("{}", "names no function"),
+    ],
 )
 def test_a_function_that_is_not_there_is_an_error_before_the_run(file, workers, name, why):
     with pytest.raises(ConfigError, match=why):
         FunctionReward(name.format(file), workers)
+
+
+def test_a_name_is_parted_into_file_and_function_on_every_system():
+    windows = "C:\\rewards\\mine.py"
+    assert worker.file_and_function(f"{windows}:score") == (windows, "score")
+    assert worker.file_and_function(windows) == (windows, "")
+    assert worker.file_and_function("numeric") == ("", "numeric")
 
 
 def test_built_in_rewards_go_by_name(workers):

@@ -32,6 +32,7 @@ from trueup.rollout.rewards import (
     Workers,
     as_columns,
 )
+from trueup.rollout.worker import file_and_function
 
 log = logging.getLogger("trueup")
 
@@ -185,6 +186,6 @@ def check_files(cfg: RunConfig) -> None:
         _check_kind(cfg, online.reward_model)
     for key, names in (("reward_funcs", online.reward_funcs), ("judge", [online.judge or ""])):
         for name in names:
-            path = name.rpartition(":")[0]
+            path, _ = file_and_function(name)
             if path and not memory.is_name(name) and not Path(path).is_file():
                 raise ConfigError(f"there is no file {path}", where=key, expected="FILE.py:NAME", fix=f"create {path}")

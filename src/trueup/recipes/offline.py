@@ -42,6 +42,7 @@ from trueup.recipes.references import References, build_references, check_refere
 from trueup.recipes.reported import check_metric
 from trueup.recipes.reward import kind_of, teachable
 from trueup.recipes.weights import show_weights
+from trueup.rollout.worker import file_and_function
 from trueup.training.backend import Backend, make_backend
 from trueup.training.checkpoint import json_hash
 from trueup.training.evaluation import evaluate_run
@@ -204,7 +205,7 @@ def identity_of(cfg: RunConfig, data: str, plan: BatchPlan) -> dict[str, Any]:
         acting = list(words) if cfg.model.init_special_tokens == "noise_init" else list(words.items())
         found["new_special_tokens_config"] = f"contents {json_hash({'words': acting})[:16]}"
     for key, names in (("reward_funcs", cfg.online.reward_funcs), ("judge", [cfg.online.judge or ""])):
-        files = [Path(file) for name in names if (file := name.rpartition(":")[0])]
+        files = [Path(file) for name in names if (file := file_and_function(name)[0])]
         if code := [file.read_bytes() for file in files if file.is_file()]:
             found[key] = f"contents {hashlib.sha256(b'|'.join(code)).hexdigest()[:16]}"
     return found

@@ -52,6 +52,7 @@ from trueup.rollout.endpoint import Endpoint, Unanswered, ask_all
 from trueup.rollout.engines import Engine, Sampling
 from trueup.rollout.rewards import Answered, Workers
 from trueup.rollout.rules import Rules, is_sql
+from trueup.rollout.worker import file_and_function
 from trueup.waiting import waiting
 
 _JUNK_TEMPERATURE = 0.7  # of a judge that is asked again: at 0 it would say the same
@@ -222,7 +223,7 @@ def _check_functions(cfg: RunConfig) -> None:
 
 def _of_function(name: str) -> list[str]:
     """A function's name, and a digest of its file."""
-    path = Path(name.rpartition(":")[0])
+    path = Path(file_and_function(name)[0])
     return [name, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""]
 
 

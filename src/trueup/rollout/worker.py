@@ -65,15 +65,23 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"}
 
 
+def file_and_function(name: str) -> tuple[str, str]:
+    """`FILE.py:NAME` in its parts: no file where it is a built-in function's name, no name where it is a file alone."""
+    path, _, function = name.rpartition(":")
+    return (name, "") if function.endswith(".py") else (path, function)
+
+
 def find(name: str) -> Callable[..., Any]:
     """The function of a name as `reward_funcs` has it. Raises Refused."""
-    path, _, function = name.rpartition(":")
+    path, function = file_and_function(name)
     if not path:
         if name not in BUILT_IN:
             raise Refused(f"no built-in reward is called {name!r}; there are {', '.join(BUILT_IN)}")
         if name == "json_schema" and importlib.util.find_spec("jsonschema") is None:
             raise Refused("it needs jsonschema: pip install 'trueup[rewards]'")
         return BUILT_IN[name]
+    if not function:
+        raise Refused("it names no function of this file")
     found = getattr(_load(path), function, None)
     if not callable(found):
         raise Refused(f"{path} has no function {function!r}")
