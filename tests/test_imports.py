@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from trueup.builtin import QUICKSTART_CONFIG
 
 PACKAGE = ROOT / "src" / "trueup"
-LEAVES = {"errors", "types", "waiting", "garbage", "memory", "network"}
+LEAVES = {"errors", "types", "waiting", "garbage", "memory", "network", "cache"}
 #: Layer → what it may import besides itself and `LEAVES`.
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "garbage": set(),
     "memory": set(),
     "network": set(),
+    "cache": set(),
     "builtin": set(),
     "config": {"builtin"},
     "data": {"config", "builtin"},

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
+from trueup.cache import cache_root
 from trueup.config.schema import RunConfig
 from trueup.data.load import load_settings
 from trueup.data.registry import DatasetSpec, resolve_datasets
@@ -55,5 +55,4 @@ def file_digest(path: Path) -> str:
 
 def cache_folder(kind: str) -> Path:
     """Where copies of a kind are kept that nobody named a folder for."""
-    root = os.environ.get("TRUEUP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "trueup")
-    return Path(root) / kind
+    return cache_root() / kind

@@ -7,7 +7,6 @@ looks here before it asks the hub, so that what was fetched once works offline.
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trueup.cache import cache_root
 from trueup.data.write import write_whole
 
 if TYPE_CHECKING:
@@ -42,9 +42,8 @@ class Copy:
 
 def folder_of(spec: DatasetSpec) -> Path:
     """Where a dataset's note (and, unless another place was asked for, its copy) lies."""
-    root = os.environ.get("TRUEUP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "trueup")
     parts = [spec.hub, spec.hub_id or "", spec.subset or "", spec.folder or "", spec.split]
-    return Path(root) / "datasets" / "--".join(re.sub(r"[^\w.+-]+", "--", part) for part in parts if part)
+    return cache_root() / "datasets" / "--".join(re.sub(r"[^\w.+-]+", "--", part) for part in parts if part)
 
 
 def find_copy(spec: DatasetSpec) -> Copy | None:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trueup import __version__
+from trueup.cache import cache_root
 from trueup.models.adapters import TRAINED, Adapters, belongs_to
 from trueup.models.distributions import projection
 from trueup.models.policy import Policy
@@ -258,6 +259,5 @@ def table_path(reference: str, data: str, layout: str) -> Path:
         data: fingerprint of the encoded examples.
         layout: which rows shared a forward pass, and what computed it.
     """
-    root = os.environ.get("TRUEUP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "trueup")
     key = hashlib.sha256(json.dumps(["v3", __version__, reference, data, layout]).encode()).hexdigest()
-    return Path(root) / "reference" / f"{key}.safetensors"
+    return cache_root() / "reference" / f"{key}.safetensors"

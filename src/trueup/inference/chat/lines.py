@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from trueup.cache import cache_root
 
 FENCE = '"""'
 MOST_HISTORY = 1000  # lines kept for the next time
@@ -100,5 +101,4 @@ def _line_editing(commands: Sequence[str]) -> Iterator[None]:
 
 
 def _history_file() -> Path:
-    root = os.environ.get("TRUEUP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "trueup")
-    return Path(root) / "chat_history"
+    return cache_root() / "chat_history"
