@@ -25,7 +25,7 @@ from trueup.training.events import (
 )
 from trueup.training.health import Health, Thresholds
 from trueup.training.plots import smooth, write_plots
-from trueup.training.progress import LiveDisplay, PlainLines
+from trueup.training.progress import LiveDisplay, PlainLines, shown, shown_evaluation
 
 ROW = {
     "step": 20, "epoch": 0.5, "loss": 0.53217, "grad_norm": 1.2, "learning_rate": 4.5e-5,
@@ -367,6 +367,15 @@ def test_health_warnings_reach_the_log_and_the_status(tmp_path, caplog):
             health.observe(Logged(row["step"], row))
     assert "chosen reward falls below zero" in caplog.text
     assert "chosen reward" in read_status(tmp_path / "run")["warnings"][0]["text"]
+
+
+def test_a_kl_that_counts_what_is_pushed_away_is_not_shown():
+    row = {"kl": 1581.0, "kl/chosen": 2.5}
+    assert shown(row) == ["kl/chosen 2.5"]
+    assert shown_evaluation({"step": 3, **{f"eval_{name}": value for name, value in row.items()}}) == [
+        "eval_kl/chosen 2.5"
+    ]
+    assert shown({"kl": 0.5}) == ["kl 0.5"]
 
 
 # --- pictures ---------------------------------------------------------------------------------

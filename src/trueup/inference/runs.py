@@ -19,6 +19,7 @@ from trueup.training.run_directory import (
     read_metrics,
     read_status,
 )
+from trueup.training.run_files import telling
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -31,6 +32,7 @@ HEADLINES = {
     "acc": "rewards/accuracies",
     "margin": "rewards/margins",
     "kl": "kl",
+    "kl/chosen": "kl/chosen",
     "eval loss": "eval_loss",
     "eval acc": "eval_rewards/accuracies",
 }
@@ -178,7 +180,7 @@ def _latest_metrics(path: Path) -> dict[str, float]:
     latest: dict[str, float] = {}
     for row in read_metrics(path) or read_metrics(path, TRAINER_LOG_FILE):
         latest |= {name: row[name] for name in HEADLINES.values() if isinstance(row.get(name), int | float)}
-    return latest
+    return telling(latest)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import yaml
 
 from trueup.training.events import Ended, Event
 from trueup.training.run_directory import RunDirectory, read_metrics
+from trueup.training.run_files import telling
 
 METHODS = {
     "pt": "pre-training",
@@ -77,8 +78,9 @@ def _stretch(directory: Path, base: str) -> list[str]:
 def last_metrics(directory: Path) -> dict[str, Any]:
     """What the last logged step of a run says of its preferences."""
     rows = [row for row in read_metrics(directory) if "loss" in row]
-    names = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "kl")
-    return {name: rows[-1][name] for name in names if rows and rows[-1].get(name) is not None}
+    names = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "kl", "kl/chosen")
+    last = telling(rows[-1]) if rows else {}
+    return {name: last[name] for name in names if last.get(name) is not None}
 
 
 class ModelCard:

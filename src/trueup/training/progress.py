@@ -30,6 +30,7 @@ from trueup.training.events import (
     Started,
     Stepped,
 )
+from trueup.training.run_files import telling
 
 #: What is shown of a row, in this order, under these names; the names of preference training in
 #: full.
@@ -42,6 +43,7 @@ _SHOWN = (
     ("reward", "reward"),
     ("accuracy", "accuracy"),
     ("kl", "kl"),
+    ("kl/chosen", "kl/chosen"),
     ("learning_rate", "lr"),
     ("tokens_per_second", "tok/s"),
     ("memory_gb", "GB"),
@@ -60,13 +62,14 @@ def number(value: Any) -> str:
 
 def shown(row: Mapping[str, Any]) -> list[str]:
     """`name value` of what a person wants to see of a training row."""
+    row = telling(row)
     return [f"{label} {number(row[key])}" for key, label in _SHOWN if key in row]
 
 
 def shown_evaluation(row: Mapping[str, Any]) -> list[str]:
     """`name value` of what a person wants to see of an evaluation row."""
-    names = [name for name in row if name not in _SKIPPED_IN_EVALUATION]
-    wanted = [n for n in names if n.endswith(("loss", "accuracies", "margins", "accuracy", "kl"))]
+    names = [name for name in telling(row) if name not in _SKIPPED_IN_EVALUATION]
+    wanted = [n for n in names if n.endswith(("loss", "accuracies", "margins", "accuracy", "kl", "kl/chosen"))]
     return [f"{name} {number(row[name])}" for name in (wanted or names)[:6]]
 
 

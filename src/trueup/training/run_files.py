@@ -54,6 +54,13 @@ def read_metrics(path: str | Path, name: str = METRICS_FILE) -> list[dict[str, A
     return [json.loads(line) for line in whole_lines(Path(path) / name)]
 
 
+def telling(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of metrics as a person is shown it: `kl/chosen` in place of a `kl` that counts answers pushed away too,
+    which are meant to be far from the reference, thousands of nats in a run that goes well.
+    """
+    return {name: value for name, value in row.items() if not name.endswith("kl") or row.get(f"{name}/chosen") is None}
+
+
 def whole_lines(path: Path) -> list[str]:
     """Complete, parseable lines of a log; whatever follows the last newline was torn by a crash."""
     if not path.exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trueup.errors import ConfigError
 from trueup.inference.runs import run_directories
-from trueup.training.run_files import METRICS_FILE, RUN_FILE
+from trueup.training.run_files import METRICS_FILE, RUN_FILE, telling
 from trueup.web import series
 from trueup.web.compare import JUDGED_BY, read_config
 from trueup.web.jobs import Jobs, RunState
@@ -18,7 +18,16 @@ from trueup.web.workspace import check_id
 
 log = logging.getLogger("trueup")
 #: Columns of the table of runs, beside those by which runs are judged.
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "eval_loss", "eval_rewards/accuracies", "reward")
+SHOWN = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "kl",
+    "kl/chosen",
+    "eval_loss",
+    "eval_rewards/accuracies",
+    "reward",
+)
 _METRICS = tuple(dict.fromkeys((*SHOWN, *(metric for metric, _ in JUDGED_BY))))
 
 
@@ -90,4 +99,4 @@ def _what(path: Path, stamp: tuple[float, int]) -> tuple[str, str]:
 @lru_cache(maxsize=2048)
 def _latest(path: Path, stamp: tuple[float, int]) -> dict[str, float]:
     table = series.read(path)
-    return {name: value for name in _METRICS if (value := table.last(name)) is not None}
+    return telling({name: value for name in _METRICS if (value := table.last(name)) is not None})

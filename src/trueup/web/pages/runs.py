@@ -25,6 +25,7 @@ _FIRST_METRICS = (
     "loss",
     "rewards/accuracies",
     "rewards/margins",
+    "kl/chosen",
     "kl",
     "reward",
     "eval_loss",
