@@ -218,13 +218,18 @@ def test_a_folder_of_an_adapter_does_not_lead_out_of_it(config: Config, folder: 
 def test_weights_are_listed_with_alike_layers_in_one_line(config: Config):
     cfg = config(print_param_status=True, max_steps=1)
     loaded = load_policy(cfg.model, cfg.tuning, cfg.train, load_tokenizer(cfg.model))
-    columns = [list(column.cells) for column in weights_table(loaded.policy.model).columns]
+    table = weights_table(loaded.policy.model)
+    assert table.title == "all: type float32, device cpu"
+    columns = [list(column.cells) for column in table.columns]
     rows = {name: rest for name, *rest in zip(*columns, strict=True)}
     weights = dict(loaded.policy.model.named_parameters())
     last = loaded.policy.base.config.num_hidden_layers - 1
     for name, weight in weights.items():
+        name = name.removeprefix("base_model.model.")
         shown = rows[name.replace(".layers.0.", f".layers.0-{last}.").replace(f".layers.{last}.", f".layers.0-{last}.")]
-        assert shown == ["×".join(map(str, weight.shape)), "float32", "cpu", "yes" if weight.requires_grad else "no"]
+        assert shown == ["×".join(map(str, weight.shape)), "yes" if weight.requires_grad else "no"]
+    next(iter(weights.values())).data = next(iter(weights.values())).data.double()
+    assert [column.header for column in weights_table(loaded.policy.model).columns][2:] == ["type", "trains"]
     for asked in (True, False):
         told = Console(file=io.StringIO(), width=200)
         run(cfg.replace(print_param_status=asked, overwrite_output_dir=True), told)

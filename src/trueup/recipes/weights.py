@@ -12,21 +12,29 @@ from torch import nn
 
 from trueup.config.schema import RunConfig
 
+_TITLES = ("weight", "shape", "type", "device", "trains")
+_WRAPPED = "base_model.model."  # peft's, before each name of the model's own
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def show_weights(cfg: RunConfig, model: nn.Module, console: Console) -> None:
     """The table, where it is asked for."""
     if cfg.train.print_param_status:
-        console.print(weights_table(model), highlight=False)
+        console.print("", weights_table(model), "", highlight=False)
 
 
 def weights_table(model: nn.Module) -> Table:
-    """Name, shape, type, device and whether it trains, of every weight; layers that are alike share a line."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("weight", "shape", "type", "device", "trains"):
+    """Name, shape, type, device and whether it trains, of every weight; layers that are alike share a line.
+
+    A type or device that all of them have is said once, above: lines fit into 80 columns.
+    """
+    columns = dict(zip(_TITLES, zip(*_rows(model.named_parameters()), strict=True), strict=True))
+    common = {title: columns.pop(title)[0] for title in ("type", "device") if len(set(columns[title])) == 1}
+    said = ", ".join(f"{title} {value}" for title, value in common.items())
+    table = Table(box=None, pad_edge=False, title=f"all: {said}" if said else None, title_justify="left")
+    for title in columns:
         table.add_column(title, overflow="fold")
-    for row in _rows(model.named_parameters()):
+    for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     return table
 
@@ -36,7 +44,7 @@ def _rows(weights: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, ..
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, weight in weights:
         found = _NUMBER.findall(name)
-        pattern = _NUMBER.sub("#", name, count=1)
+        pattern = _NUMBER.sub("#", name.removeprefix(_WRAPPED), count=1)
         kind = ("×".join(map(str, weight.shape)), str(weight.dtype).removeprefix("torch."), str(weight.device))
         trains = "yes" if weight.requires_grad else "no"
         alike.setdefault((pattern, *kind, trains), []).extend(found[:1])

@@ -96,7 +96,7 @@ class ModelCard:
         text = model_card(
             self.run.path,
             self.run.config,
-            {**event.results, **last_metrics(self.run.path)},
+            telling({**event.results, **last_metrics(self.run.path)}),
             [name for name in pictures if (self.run.path / name).exists()],
         )
         self.run.write_text("README.md", text)
