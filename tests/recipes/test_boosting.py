@@ -1,17 +1,18 @@
-"""`booster: auto`: tried once, told, kept with the run and on the machine."""
+"""`booster: auto`: tried once, told, kept with the run and on the machine; nothing about it stops a run."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from trueup.config.schema import RunConfig
-from trueup.models import trial
-from trueup.models.trial import Trial
-from trueup.recipes import boosting
+from trueup.models import booster, trial
+from trueup.models.trial import Trial, trial_tokens
+from trueup.recipes import boosting, offline
 from trueup.recipes.run import run
 from trueup.training.run_files import read_config
 
@@ -24,14 +25,14 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Trials that end so; a list that grows with each."""
     monkeypatch.setattr(trial, "WORTHWHILE", 0)
 
-    def ending(ratios: tuple[float, ...], gap: float = 0.0) -> list[int]:
+    def ending(ratios: tuple[float, ...]) -> list[int]:
         made: list[int] = []
 
-        def try_layer(policy, layer, tokens) -> Trial:
-            made.append(tokens)
-            return Trial(tokens, gap, 1e-4, tuple((ratio, 1.0) for ratio in ratios))
+        def time_layer(policy, layer) -> Trial:
+            made.append(trial_tokens(layer, policy.device))
+            return Trial(made[-1], tuple((ratio, 1.0) for ratio in ratios))
 
-        monkeypatch.setattr(boosting, "try_layer", try_layer)
+        monkeypatch.setattr(boosting, "time_layer", time_layer)
         return made
 
     return ending
@@ -39,6 +40,10 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
+
+
+def chosen(directory: Path) -> dict:
+    return json.loads((directory / "booster.json").read_text("utf-8"))
 
 
 def losses(directory: Path) -> list[float]:
@@ -51,15 +56,18 @@ def test_the_choice_is_told_and_stands_with_the_run(config: Config, found, tmp_p
     run(config(max_steps=1, output_dir=str(tmp_path / "fused")))
     assert "fused layers take 0.80 of the time of the model's own by a trial" in told(capsys)
     assert read_config(tmp_path / "fused")["booster"] == "fused"
-    assert json.loads((tmp_path / "fused" / "booster.json").read_text("utf-8"))["ratios"] == list(FASTER)
+    said = chosen(tmp_path / "fused")
+    assert said["ratios"] == list(FASTER)
+    assert said["seconds"] == [[0.8, 1.0]] * 5
+    assert said["agrees"] and said["gap"] <= 1e-4
 
 
 def test_a_real_trial_ends_in_a_choice(config: Config, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(trial, "WORTHWHILE", 0)
     run(config(max_steps=1, output_dir=str(tmp_path / "run")))
-    said = json.loads((tmp_path / "run" / "booster.json").read_text("utf-8"))
+    said = chosen(tmp_path / "run")
     assert read_config(tmp_path / "run")["booster"] == said["booster"]
-    assert said["agrees"]
+    assert said["agrees"] and said["failed"] is None
 
 
 def test_a_resume_keeps_what_the_run_had(config: Config, found, tmp_path: Path, capsys) -> None:
@@ -86,17 +94,82 @@ def test_the_machine_keeps_a_choice(config: Config, found, tmp_path: Path, capsy
     assert made == []
     assert "by an earlier trial" in told(capsys)
     assert read_config(tmp_path / "second")["booster"] == "attention"
+    kept = Path(chosen(tmp_path / "second")["earlier"])  # the file to delete
+    run(config(max_steps=1, per_device_train_batch_size=2, output_dir=str(tmp_path / "smaller")))
+    assert made == []
     run(config(max_steps=1, finetuning_type="full", lora_rank=None, output_dir=str(tmp_path / "other")))
     assert len(made) == 1
+    kept.unlink()
+    run(config(max_steps=1, output_dir=str(tmp_path / "third")))
+    assert read_config(tmp_path / "third")["booster"] == "fused"
 
 
-def test_layers_that_compute_something_else_are_not_taken(config: Config, found, tmp_path: Path, caplog) -> None:
-    found((), gap=0.5)
+GARBAGE = [
+    "", "{", "[]", "null", '{"booster": "liger"}', '{"seconds": 1}', '{"seconds": [[1]]}', '{"seconds": [[0, 1]]}',
+    '{"seconds": [[NaN, 1]]}', '{"seconds": [["a", 1]]}', "\x00",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", GARBAGE)
+def test_a_file_that_is_none_is_not_taken(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    path.write_text(text, encoding="utf-8")
+    assert boosting._kept(path) == ()
+
+
+def test_files_that_cannot_be_read_or_written_are_harmless(tmp_path: Path, config: Config, found, monkeypatch) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x80")
+    for path in (tmp_path / "bytes", tmp_path / "nothing", tmp_path):
+        assert boosting._kept(path) == ()
+    (tmp_path / "file").write_text("no directory", encoding="utf-8")
+    monkeypatch.setattr(boosting, "_place", lambda *given: tmp_path / "file" / "booster" / "key.json")
+    made = found(SLOWER)
     run(config(max_steps=1, output_dir=str(tmp_path / "run")))
-    assert (
-        "fused layers give other numbers than this model's (0.5 of their size); it trains with its own" in caplog.text
-    )
+    assert len(made) == 1
     assert read_config(tmp_path / "run")["booster"] == "attention"
+
+
+def test_a_trial_that_fails_does_not_stop_a_run(config: Config, found, tmp_path: Path, monkeypatch, caplog) -> None:
+    def fails(*given) -> Trial:
+        raise RuntimeError("out of memory")
+
+    found(SLOWER)
+    monkeypatch.setattr(boosting, "time_layer", fails)
+    run(config(max_steps=1, output_dir=str(tmp_path / "run")))
+    assert "the trial of its layers failed (RuntimeError: out of memory); it trains with fused layers" in caplog.text
+    assert read_config(tmp_path / "run")["booster"] == "fused"
+    assert chosen(tmp_path / "run")["failed"] == "RuntimeError: out of memory"
+
+
+@pytest.mark.parametrize("asked", ["auto", "fused"])
+def test_layers_that_compute_something_else_are_not_taken(
+    config: Config, found, asked: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    made = found(FASTER)
+    run(config(max_steps=1, output_dir=str(tmp_path / "earlier")))
+    assert len(made) == 1  # which the machine keeps
+    monkeypatch.setattr(booster, "disagreement", lambda policy: math.inf)
+    run(config(max_steps=1, booster=asked, output_dir=str(tmp_path / "run")))
+    assert len(made) == 1
+    assert "fused layers give other numbers than this model's own" in told(capsys)
+    assert read_config(tmp_path / "run")["booster"] == "attention"
+    text = (tmp_path / "run" / "booster.json").read_text("utf-8")
+    assert "Infinity" not in text
+    assert not json.loads(text)["agrees"]
+
+
+def test_micro_batches_are_sized_for_the_layers_that_were_chosen(config: Config, found, tmp_path, monkeypatch) -> None:
+    sized: list[str] = []
+    settled = offline.settled
+
+    def noted(cfg: RunConfig, *given) -> RunConfig:
+        sized.append(cfg.model.booster)
+        return settled(cfg, *given)
+
+    monkeypatch.setattr(offline, "settled", noted)
+    found(SLOWER)
+    run(config(max_steps=1, batch_tokens="auto", output_dir=str(tmp_path / "run")))
+    assert sized == ["attention"]
 
 
 def test_what_is_asked_for_by_name_and_small_models_are_not_tried(config, found, monkeypatch, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """`booster`: which faster kernels a model computes with.
 
-fused     the fused layers of `models/fused.py` and the attention over forests of `models/attention.py`; norms and
-          attention where they reproduce the model's own numbers on this device (tried at load), LoRA and MLPs by their
-          classes; what is in them was chosen by measurement (docs/log.md)
+fused     the fused layers of `models/fused.py` and the attention over forests of `models/attention.py`, where they
+          reproduce the model's own numbers on this device (tried at load); what is in them was chosen by measurement
+          (docs/log.md)
 attention   transformers' own layers with that attention
-auto      one of the two: fused, unless a trial before training says otherwise (recipes/boosting.py)
+auto      one of the two: fused, unless a trial before training finds them slower (recipes/boosting.py)
 flash_attn  as fused, with flash-attention 2 where prompts are not shared and where answers are generated
 liger     Liger's Triton layers in place of ours; LoRA and attention as with auto
 none      transformers' own layers and attention: a row a sequence, padded
@@ -13,6 +13,7 @@ none      transformers' own layers and attention: a row a sequence, padded
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +23,9 @@ from trueup.config.sections.model import UNFUSED
 from trueup.errors import ModelError
 from trueup.models.fused import fuse, unfuse
 from trueup.models.policy import Policy
+from trueup.models.trial import disagreement, limit_of
+
+log = logging.getLogger("trueup")
 
 PLAIN = "booster: none"
 
@@ -65,10 +69,29 @@ def boost(policy: Policy, booster: str) -> str:
     if booster == "liger":
         take_liger(policy.base)
     fused = fuse(policy.model) if policy.boosted else 0
+    differs = _mind_numbers(policy) if fused else ""
     policy.verify_layout()
     if not policy.boosted:
-        return f"{booster}: transformers' own layers; {_attention(policy)}"
+        return f"{booster}: transformers' own layers; {_attention(policy)}{differs}"
     return f"{booster}: {fused} fused layers{', beside Liger’s' if booster == 'liger' else ''}; {_attention(policy)}"
+
+
+def _mind_numbers(policy: Policy) -> str:
+    """Compare fused layers with the model's own, and leave its own where they differ; what to tell then."""
+    try:
+        policy.gap = disagreement(policy)
+    except Exception as error:  # layers called in a way of their own: they run, and are no reason not to
+        log.warning(
+            "fused layers could not be compared with this model's own, and are used all the same; booster: attention "
+            "does without them: %s: %s", type(error).__name__, error,
+        )  # fmt: skip
+        return ""
+    if policy.gap <= limit_of(policy.dtype):
+        return ""
+    leave_own_layers(policy)
+    found = f"fused layers give other numbers than this model's own ({policy.gap:.2g} of their size)"
+    log.warning("%s, which are used therefore", found)
+    return f"; {found}"
 
 
 def leave_own_layers(policy: Policy) -> None:

@@ -113,12 +113,14 @@ def needs_of(
     kind: type[Policy] = Policy,
     reference: Callable[[PreTrainedModel, torch.dtype], int] = lambda *_: 0,
     new_rows: Sequence[int] = (),
+    free: int | None = None,
 ) -> Needs:
     """What a run of `base` takes (its shapes are enough); the model is set up for training on the way.
 
     Args:
         reference: bytes of what stays beside the model, once it is set up for training in that format.
         new_rows: of embeddings and head, which have to train.
+        free: bytes that were free before the model was loaded; by default those that are now.
     """
     device = pick_device(cfg.model.device)
     dtype = pick_dtype(device, cfg.train.bf16, cfg.train.fp16)
@@ -139,6 +141,7 @@ def needs_of(
     optimizer = optimizer_bytes(base, cfg.train, dtype, device)
     head = head_bytes(base, dtype, device)
     beside = reference(base, dtype)
+    free = free_memory(device) if free is None else free
     return Needs(
         parameters=parameters,
         trainable=trainable,
@@ -150,7 +153,7 @@ def needs_of(
         reference=beside,
         checkpoint=(saved + trainable) * FP32 + moments_bytes(base, cfg.train),
         costs=layer_costs(base, cfg.tuning, dtype, device, cfg.model.booster, cfg.train.activation_offloading),
-        room=max(int(USABLE * free_memory(device)) - weights - optimizer - head - beside, 0),
+        room=max(int(USABLE * free) - weights - optimizer - head - beside, 0),
     )
 
 

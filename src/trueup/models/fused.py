@@ -34,14 +34,20 @@ def fuse(model: nn.Module) -> int:
 
 
 def fused_modules(model: nn.Module) -> list[nn.Module]:
-    """Those that `fuse` has swapped; their own class is the last base of the one they have."""
+    """Those that `fuse` has swapped."""
     return [module for module in model.modules() if isinstance(module, FusedLora | _GatedMLP | _RMSNorm)]
+
+
+def own_class(module: nn.Module) -> type:
+    """A module's class, or the one that it had before `fuse` swapped it."""
+    fused = isinstance(module, FusedLora | _GatedMLP | _RMSNorm)
+    return type(module).__bases__[-1] if fused else type(module)
 
 
 def unfuse(model: nn.Module) -> None:
     """Put the modules' own classes back."""
     for module in fused_modules(model):
-        module.__class__ = type(module).__bases__[-1]
+        module.__class__ = own_class(module)
 
 
 # --- LoRA -------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ class Policy:
         auto_class, task_type: what it is to transformers and to peft.
         always_trained: modules that train whole, whatever else trains.
         noise_alpha: of NEFTune, in training mode; None for no noise.
-        boosted: whether adapters that are added get fused layers, too.
+        boosted: whether it has fused layers, and adapters that are added get them, too.
+        gap: of fused layers to its own, as compared at load (`models/trial.py`); None where they were not.
     """
 
     auto_class = AutoModelForCausalLM
@@ -60,6 +61,7 @@ class Policy:
         self.layout_note: str | None = None
         self.noise_alpha: float | None = None
         self.boosted = True
+        self.gap: float | None = None
         self.offloads = False  # whether activations wait for the backward on the host
         self.gathered = False  # which kernel takes the shared layout (`ForestLayout`)
         self._layout: ForestLayout | None = None  # of the last batch in the shared layout

@@ -37,8 +37,12 @@ THIN = 1 / 8
 FEWEST = 64
 
 
-def settled(cfg: RunConfig, backend: Backend | None = None) -> RunConfig:
-    """The config with a number in place of `batch_tokens: auto`, the same on all processes; others as they are."""
+def settled(cfg: RunConfig, backend: Backend | None = None, free: int | None = None) -> RunConfig:
+    """The config with a number in place of `batch_tokens: auto`, the same on all processes; others as they are.
+
+    Args:
+        free: bytes that were free before the model was loaded, if it is.
+    """
     if cfg.data.batch_tokens != "auto":
         return cfg
     kept = begun_with(cfg, "batch_tokens")
@@ -46,7 +50,7 @@ def settled(cfg: RunConfig, backend: Backend | None = None) -> RunConfig:
         kind = kind_of(cfg)
         shape = shape_only(cfg, kind)
         new_rows = fit_vocabulary(shape, cfg.model, load_tokenizer(cfg.model))
-        needs = needs_of(cfg, shape, kind, functools.partial(reference_bytes, cfg), new_rows)
+        needs = needs_of(cfg, shape, kind, functools.partial(reference_bytes, cfg), new_rows, free)
         kept = tokens_that_fit(cfg.train.gradient_checkpointing, needs.costs, needs.room, needs.device)
         log.info(
             "batch_tokens: auto is %s tokens a micro-batch (%s free for activations)", f"{kept:,}", sized(needs.room)

@@ -24,6 +24,7 @@ from trueup.config.schema import RunConfig
 from trueup.data.encode import EncodedDataset, Prepared, prepare
 from trueup.data.forest import BatchPlan
 from trueup.errors import ConfigError, Problem
+from trueup.models.device_memory import free_memory
 from trueup.models.load import Loaded, load_for_evaluation, load_policy, load_tokenizer, pick_device
 from trueup.models.memory import fit_to_memory
 from trueup.models.reward import RewardModel, check_trained
@@ -106,14 +107,15 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
             tell_balance(cfg, prepared.train)
         if cfg.objective.stage == "rm":
             prepared = teachable(cfg, prepared)
-        cfg = settled(as_begun(cfg), backend)
-        plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
+        cfg, free = as_begun(cfg), free_memory(backend.device)
         loaded = load_policy(cfg.model, cfg.tuning, cfg.train, tokenizer, backend.device, kind_of(cfg))
+        cfg, choice = tried(cfg, loaded, backend)
+        cfg = settled(cfg, backend, free)
+        plan, arithmetic = plan_batches(cfg, prepared.train.lengths, backend.world_size)
         plan = in_layout(plan, prepared.train, loaded.policy.shared)
         tokens = count_tokens(prepared.train, plan, arithmetic.epochs)
         if not arithmetic.streamed:
             prepared.report.epoch_tokens = tokens.by_layout
-        cfg, choice = tried(cfg, loaded, tokens, backend)
         fit_activations(cfg, loaded, tokens)
         mind_positions(cfg, loaded)
         predictor = make_predictor(cfg, loaded, tokenizer, prepared)

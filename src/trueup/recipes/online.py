@@ -77,7 +77,7 @@ def train(cfg: RunConfig, backend: Backend, console: Console) -> RunResult:
         rows = PromptRows(cfg)
         plan = in_layout(plan, prepared.train, loaded.policy.shared)
         tokens = answered_tokens(cfg, prepared.train, plan, arithmetic.epochs)
-        cfg, choice = tried(cfg, loaded, tokens, backend)
+        cfg, choice = tried(cfg, loaded, backend)
         fit_activations(cfg, loaded, tokens)
         mind_positions(cfg, loaded)
         predictor = make_predictor(cfg, loaded, tokenizer, prepared)

@@ -29,7 +29,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "cores": psutil.cpu_count(logical=True),
             "threads": torch.get_num_threads(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
@@ -57,7 +57,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor by its maker's name, as far as the system tells."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if "model name" in line]
