@@ -59,8 +59,9 @@ STAGES: dict[str, Stage] = {
 
 _WHOLE = "drop it: gradients are clipped and checked as a whole before a step"
 _COMPILED = (
-    "drop it: on a CPU a compiled layer is at best as fast as our fused ones (0.82 of the plain one's time in bf16, "
-    "both), compiling takes 5 to 44 s, and every new shape of a batch compiles a whole layer again (docs/log.md)"
+    "drop it: on a CPU a compiled layer is as fast as our fused ones at best, within the noise (both take 0.82 of the "
+    "plain one's time in bf16), compiling takes 5 to 44 s, and every new shape of a batch compiles a whole layer again "
+    "(docs/log.md)"
 )
 _DDP = "one process per device with torchrun"
 
