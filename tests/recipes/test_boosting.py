@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.training.processes import needs_fork, run_ranks
 from trueup.config.schema import RunConfig
 from trueup.models import booster, trial
+from trueup.models.fused import fused_modules
 from trueup.models.trial import Trial, trial_tokens
 from trueup.recipes import boosting, offline
 from trueup.recipes.run import run
@@ -139,6 +142,29 @@ def test_a_trial_that_fails_does_not_stop_a_run(config: Config, found, tmp_path:
     assert "the trial of its layers failed (RuntimeError: out of memory); it trains with fused layers" in caplog.text
     assert read_config(tmp_path / "run")["booster"] == "fused"
     assert chosen(tmp_path / "run")["failed"] == "RuntimeError: out of memory"
+
+
+@needs_fork
+@pytest.mark.parametrize("cause", ["the trial fails", "one process finds other numbers"])
+def test_processes_train_with_the_same_layers(cause: str, config: Config, found, tmp_path: Path, monkeypatch) -> None:
+    def fails(*given) -> Trial:
+        raise RuntimeError("out of memory")
+
+    found(SLOWER)
+    if cause == "the trial fails":
+        monkeypatch.setattr(boosting, "time_layer", fails)
+    else:
+        monkeypatch.setattr(booster, "disagreement", lambda policy: math.inf if os.environ["RANK"] == "1" else 0.0)
+    fit = offline.fit
+
+    def noted(program, *given, **keywords):
+        assert bool(fused_modules(program.policy.model)) == (cause == "the trial fails")
+        return fit(program, *given, **keywords)
+
+    monkeypatch.setattr(offline, "fit", noted)
+    cfg = config(max_steps=1, per_device_train_batch_size=2, output_dir=str(tmp_path / "run"))
+    assert run_ranks(lambda: run(cfg)) == [0, 0]
+    assert read_config(tmp_path / "run")["booster"] == ("fused" if cause == "the trial fails" else "attention")
 
 
 @pytest.mark.parametrize("asked", ["auto", "fused"])

@@ -79,8 +79,10 @@ def tried(cfg: RunConfig, loaded: Loaded, backend: Backend) -> tuple[RunConfig, 
     if asked not in ("auto", "fused"):
         return cfg, None
     gap = policy.gap if policy.gap is not None and math.isfinite(policy.gap) else None
-    if not all(backend.gather(policy.boosted)):  # another process's device may round otherwise
-        leave_own_layers(policy)
+    if not all(backend.gather(policy.boosted)):
+        if policy.boosted:  # another process's device may round otherwise
+            leave_own_layers(policy)
+            loaded.boosted = f"{asked}: transformers' own layers; fused ones give other numbers in another process"
         return cfg.replace(booster="attention"), Choice("attention", False, gap)
     layer = None if asked == "fused" or begun_with(cfg, "model_name_or_path") else timed_layer(policy)
     if layer is None:
