@@ -191,8 +191,11 @@ def test_a_training_loads_nothing_it_does_not_need_before_its_first_step(tmp_pat
 
 
 @pytest.mark.parametrize("words", [["--help"], ["version"], ["check", "leraning_rate=1", "pref_beta=-1"]], ids=" ".join)
-def test_quick_verbs_take_half_a_second_of_cpu(words: list[str]):
-    assert min(cpu_seconds([sys.executable, "-m", "trueup", *words]) for _ in range(3)) < 0.5
+def test_quick_verbs_take_little_more_than_the_libraries_they_need(words: list[str]):
+    """Some three times as much CPU, however fast the machine is just now."""
+    bare = [sys.executable, "-c", "import pydantic.main, rich.console, yaml"]
+    verb = [sys.executable, "-m", "trueup", *words]
+    assert min(cpu_seconds(verb) / cpu_seconds(bare) for _ in range(3)) < 5
 
 
 def cpu_seconds(command: list[str]) -> float:
